@@ -1,0 +1,82 @@
+# make demo    erase a style and an object from the embedded model, on this machine's CPU or GPU
+# make test    set-up, lint, tests (also what continuous integration runs)
+# make lint    ruff and mypy only
+# make bench   timings of one update, by method
+# make clean   remove what runs and checks left (not .venv)
+#
+# Each target installs what it needs into .venv first; once that is done, it costs nothing.
+# PYTHON=/path/to/python chooses the interpreter; pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+CXX ?= c++
+VENV := .venv
+READY := $(VENV)/.ready
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+
+# DeepSpeed's launcher and the small helper that it compiles look for python and ninja on PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export CXX
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-style demo-object test lint bench clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>/dev/null || echo "not there"); use make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || { \
+		echo "error: the headers of $(PYTHON) are missing; install its development package (Debian: python3-dev)" >&2; exit 2; }
+	@command -v $(firstword $(CXX)) >/dev/null || { \
+		echo "error: no C++ compiler ($(CXX)); DeepSpeed compiles a small helper with it (Debian: g++), or set CXX" >&2; exit 2; }
+	@test -x $(VENV)/bin/python || { echo "Setting up $(VENV) with $$($(PYTHON) -V) ..."; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing torch (the largest download) ..."
+	@$(PIP) --quiet setuptools wheel ninja
+	@$(PIP) --no-input torch
+	@echo "Installing the other requirements ..."
+	@# DeepSpeed's set-up imports torch: in an isolated build pip would fetch a second one for it.
+	@DS_BUILD_OPS=0 $(PIP) --quiet --no-build-isolation deepspeed
+	@$(PIP) --quiet --no-build-isolation -e '.[dev]'
+	@touch $@
+	@echo "$(VENV) is ready."
+
+define ERASE
+$(VENV)/bin/deepspeed --num_gpus 1 fastunlearn/train.py --config configs/minicanvas_$(1).toml \
+	--output_dir output/demo_$(1) --overwrite_output_dir true
+endef
+
+demo-style: $(READY)
+	$(call ERASE,style)
+
+demo-object: $(READY)
+	$(call ERASE,object)
+
+demo: $(READY)
+	$(call ERASE,style)
+	$(call ERASE,object)
+	@echo
+	@echo "Done. For each of the two runs, X = style and X = object:"
+	@echo "  output/demo_X/samples/before_after.png   the same seeds before and after"
+	@echo "  output/demo_X/README.md                  what was erased, and the figures"
+	@echo "  output/demo_X/unet                       the edited U-Net, in diffusers' format"
+	@echo "Measure again, with more images:  $(VENV)/bin/fastunlearn evaluate --model output/demo_style"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+bench: $(READY)
+	@mkdir -p output
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest benchmarks --benchmark-json=output/benchmark.json
+
+clean:
+	rm -rf output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks

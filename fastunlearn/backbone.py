@@ -1,0 +1,242 @@
+"""The model that is edited: loading SD and SDXL pipelines, prompt embeddings, added conditions, trainable scope.
+
+What this is: everything that knows how diffusers lays out a Stable Diffusion model. The rest of the package sees a
+``Backbone`` that turns (latents, timestep, embeddings) into a prediction.
+What this is not: training. Nothing here has a gradient rule, a loss or an optimizer.
+
+Shapes: B batch, C latent channels, H W latent size, L tokens, D embedding width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils.logging import disable_progress_bar
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastunlearn.config import ModelConfig
+from fastunlearn.errors import UserError
+
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+Predictor: TypeAlias = Callable[..., tuple[Tensor, ...]]
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Text conditions: ``hidden`` (B, L, D) for cross-attention; ``pooled`` (B, P) for SDXL's text_time, else None."""
+
+    hidden: Tensor
+    pooled: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def select(self, rows: Sequence[int] | Tensor) -> PromptEmbeds:
+        """The conditions of these rows, in this order."""
+        index = torch.as_tensor(rows, device=self.hidden.device)
+        return PromptEmbeds(self.hidden[index], None if self.pooled is None else self.pooled[index])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
+        """A copy on this device in this dtype."""
+        return PromptEmbeds(
+            self.hidden.to(device, dtype), None if self.pooled is None else self.pooled.to(device, dtype)
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """Stack along the batch axis."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return PromptEmbeds(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+@dataclass
+class Backbone:
+    """A U-Net with what is needed to call it and to walk its sampler. ``unet`` is in the compute dtype."""
+
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler
+    embeds: PromptEmbeds
+    time_ids: Tensor | None
+    sample_shape: tuple[int, int, int]
+    autocast: bool = False
+    """Compute in bf16 from fp32 weights."""
+
+    @property
+    def prediction_type(self) -> str:
+        """ "epsilon", "v_prediction" or "sample", from the pipeline's scheduler."""
+        return self.scheduler.config["prediction_type"]
+
+    def predict(self, unet: Predictor, latents_BCHW: Tensor, timestep: int, embeds: PromptEmbeds) -> Tensor:
+        """Call ``unet`` (the student, or the frozen teacher) in its own dtype; the prediction comes back in fp32."""
+        kwargs = {}
+        if self.time_ids is not None:
+            assert embeds.pooled is not None
+            rows = len(latents_BCHW)
+            kwargs["added_cond_kwargs"] = {
+                "text_embeds": embeds.pooled,
+                "time_ids": self.time_ids.to(embeds.pooled.dtype).expand(rows, -1),
+            }
+        times = torch.full((len(latents_BCHW),), timestep, device=latents_BCHW.device, dtype=torch.long)
+        sample = latents_BCHW.to(embeds.hidden.dtype)
+        with torch.autocast(sample.device.type, torch.bfloat16, enabled=self.autocast):
+            out = unet(sample, times, encoder_hidden_states=embeds.hidden, return_dict=False, **kwargs)
+        return out[0].float()
+
+
+def load_pipeline(
+    path: str | os.PathLike[str],
+    *,
+    unet_path: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    options: ModelConfig | None = None,
+) -> Pipeline:
+    """Load an SD or SDXL text-to-image pipeline from a folder, a hub id or "minicanvas", optionally with another U-Net.
+
+    Raises:
+        UserError: the model cannot be found or read, or is not an SD/SDXL text-to-image pipeline.
+    """
+    disable_progress_bar()  # the loading bars of seven small components say nothing
+    source = str(resolve_model(str(path)))
+    kwargs: dict = {"torch_dtype": dtype, "use_safetensors": True}
+    if options is not None:
+        kwargs |= {"revision": options.revision, "variant": options.variant}
+    kwargs["local_files_only"] = Path(source).exists() or bool(options and options.local_files_only)
+    try:
+        if unet_path is not None:
+            kwargs["unet"] = UNet2DConditionModel.from_pretrained(str(unet_path), torch_dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.pretrained_model_name_or_path: cannot load {source!r}: {first_line(error)}") from error
+    # Exact classes: inpainting, refiner and other pipelines subclass or imitate these and need other inputs.
+    if type(pipeline) not in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+        raise UserError(
+            f"model.pretrained_model_name_or_path: {source!r} is a {type(pipeline).__name__}; "
+            "StableDiffusionPipeline and StableDiffusionXLPipeline can be edited"
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def resolve_model(name: str) -> str:
+    """Turn the embedded model's name into its folder; other names pass through."""
+    if name != "minicanvas":
+        return name
+    from fastunlearn.minicanvas import pipeline_path
+
+    return str(pipeline_path())
+
+
+def stored_dtype(model: ModelConfig) -> torch.dtype:
+    """The floating dtype in which the base U-Net's files hold most of their tensors; fp32 where it cannot be read."""
+    name = model.pretrained_model_name_or_path
+    folder = Path(resolve_model(name)) / "unet"
+    if not folder.is_dir():  # a hub model, loaded from the cache
+        return torch.float16 if model.variant == "fp16" else torch.float32
+    counts: Counter[torch.dtype] = Counter()
+    for file in folder.glob("*.safetensors"):
+        if (model.variant is None) == (file.name.count(".") == 1):
+            with safe_open(file, framework="pt") as weights:
+                counts.update(STORED[weights.get_slice(key).get_dtype()] for key in weights.keys())  # noqa: SIM118
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error, for one-line messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> PromptEmbeds:
+    """Embed prompts as the pipeline would at inference; the empty prompt becomes the pipeline's own unconditional.
+
+    SDXL-base uses zeros for an empty prompt (``force_zeros_for_empty_prompt``), other pipelines encode the empty
+    caption. What is erased relative to "nothing" must be what sampling later uses as "nothing".
+    """
+    zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
+    parts = []
+    for prompt in prompts:
+        encoded = pipeline.encode_prompt(
+            prompt=prompt, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        hidden, pooled = encoded[0], encoded[2] if len(encoded) == 4 else None
+        if prompt == "" and zeros:
+            hidden = torch.zeros_like(hidden)
+            pooled = None if pooled is None else torch.zeros_like(pooled)
+        parts.append(PromptEmbeds(hidden, pooled))
+    return PromptEmbeds.cat(parts)
+
+
+def ddim_scheduler(pipeline: Pipeline) -> DDIMScheduler:
+    """A deterministic DDIM sampler on the pipeline's own noise schedule and prediction type."""
+    return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+
+
+def build_backbone(
+    pipeline: Pipeline, prompts: Sequence[str], resolution: int | None, device: torch.device, dtype: torch.dtype
+) -> Backbone:
+    """Embed all prompts of the run, then keep only what training needs: text encoders and VAE are not referenced."""
+    embeds = encode_prompts(pipeline, prompts).to(device, dtype)
+    unet = pipeline.unet
+    factor = pipeline.vae_scale_factor
+    size = resolution // factor if resolution else unet.config["sample_size"]
+    time_ids = None
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        pixels = float(size * factor)
+        time_ids = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]], device=device)
+    return Backbone(
+        unet=unet.to(device=device, dtype=dtype),
+        scheduler=ddim_scheduler(pipeline),
+        embeds=embeds,
+        time_ids=time_ids,
+        sample_shape=(unet.config["in_channels"], size, size),
+    )
+
+
+SCOPES = ("attn2", "attn2_kv", "noxattn", "selfattn", "full")
+
+
+def trainable_names(unet: nn.Module, scope: str) -> list[str]:
+    """Names of the parameters that a scope trains, in module order.
+
+    "attn2": Linear layers of the cross-attentions. "attn2_kv": only their K and V. "noxattn": every Linear and Conv
+    outside the cross-attentions. "selfattn": Linear layers of the self-attentions. "full": every parameter.
+
+    Raises:
+        ValueError: unknown scope.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}, expected one of {', '.join(SCOPES)}")
+    if scope == "full":
+        return [name for name, _ in unet.named_parameters()]
+    names = []
+    for module_name, module in unet.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and _in_scope(module_name, scope):
+            names += [f"{module_name}.{name}" for name, _ in module.named_parameters(recurse=False)]
+    return names
+
+
+def _in_scope(module_name: str, scope: str) -> bool:
+    parts = module_name.split(".")
+    if scope == "noxattn":
+        return "attn2" not in parts
+    if scope == "selfattn":
+        return "attn1" in parts
+    return "attn2" in parts and (scope == "attn2" or parts[-1] in ("to_k", "to_v"))
+
+
+def set_trainable(unet: nn.Module, names: Sequence[str]) -> None:
+    """Let exactly these parameters require a gradient."""
+    wanted = set(names)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(name in wanted)

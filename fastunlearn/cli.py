@@ -1,0 +1,144 @@
+"""The ``fastunlearn`` command: ``train``, ``evaluate`` and ``minicanvas``.
+
+What this is: dispatch, and the one place where a ``UserError`` becomes ``error: ...`` and exit status 2.
+What this is not: work. Torch and the rest are imported by the command that needs them, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fastunlearn import __version__
+from fastunlearn.errors import UserError, nearest
+
+COMMANDS = {
+    "train": "erase concepts from a model",
+    "evaluate": "measure what a run erased and what it kept",
+    "minicanvas": "the embedded model: its folder, pictures from it, rebuilding it",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; return the exit status."""
+    try:
+        return run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(argv: list[str]) -> int:
+    """Dispatch to a command.
+
+    Raises:
+        UserError: the command or one of its arguments is not known.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"fastunlearn {__version__}")
+        return 0
+    command, *rest = argv
+    if command == "train":
+        return train(rest)
+    if command == "evaluate":
+        return evaluate(rest)
+    if command == "minicanvas":
+        return minicanvas(rest)
+    raise UserError(f"{command!r}: unknown command; allowed are {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+
+
+def usage() -> str:
+    """What ``fastunlearn --help`` prints."""
+    rows = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fastunlearn COMMAND ...   (fastunlearn COMMAND --help, fastunlearn --version)", "", "commands:", *rows]
+    )
+
+
+def train(argv: list[str]) -> int:
+    """``fastunlearn train``: in this process, or through DeepSpeed's launcher where more than one rank is asked for."""
+    from fastunlearn.config import config_from_arguments
+    from fastunlearn.config_text import take_option
+    from fastunlearn.preflight import check_all
+
+    text, rest = take_option(argv, "num_gpus")
+    ranks = _rank_count(text)
+    # A mistake is reported here: at once, and not by every rank.
+    config = config_from_arguments(rest)
+    check_all(config)
+    if ranks > 1:
+        gpus = _gpu_count()
+        if 0 < gpus < ranks:
+            raise UserError(f"--num_gpus: {ranks} ranks, but there are {gpus} GPUs; allowed are 1 to {gpus}")
+        config.validate_runtime(ranks, has_gpu=gpus > 0)
+        command = launch_command(ranks, rest)
+        sys.stdout.flush()
+        os.execv(command[0], command)
+    from fastunlearn.train import main as train_main
+
+    return train_main(rest)
+
+
+def launch_command(ranks: int, argv: list[str]) -> list[str]:
+    """DeepSpeed's launcher on ``train.py``, by the interpreter that runs now, whatever is first on the PATH."""
+    script = Path(__file__).with_name("train.py")
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), str(script), *argv]
+
+
+def _rank_count(text: str | None) -> int:
+    if text is None:
+        return 1
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--num_gpus: {text!r} is not allowed; a whole number of at least 1 is needed")
+    return int(text)
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def evaluate(argv: list[str]) -> int:
+    """``fastunlearn evaluate --model OUT [--json] [--quick]``."""
+    parser = Parser(prog="fastunlearn evaluate", description=COMMANDS["evaluate"], allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="OUT", help="output_dir of a finished run")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--quick", action="store_true", help="fewer images, wider intervals")
+    args = parser.parse_args(argv)
+    from fastunlearn.scoring.command import run as run_evaluation
+
+    return run_evaluation(args)
+
+
+def minicanvas(argv: list[str]) -> int:
+    """``fastunlearn minicanvas path | sample | rebuild``."""
+    from fastunlearn.minicanvas import commands
+
+    parser = Parser(prog="fastunlearn", allow_abbrev=False)
+    commands.add_parser(parser.add_subparsers(required=True, parser_class=Parser))
+    return commands.run(parser.parse_args(["minicanvas", *argv]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

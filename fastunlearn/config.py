@@ -1,0 +1,168 @@
+"""The configuration of a run, read from TOML and overridden from the command line.
+
+What this is: the whole ``Config`` and ``load_config``. The fields of each section are in ``config_sections.py``, rules
+that span fields and the defaults that depend on method and concept in ``config_rules.py``, TOML and command-line text
+in ``config_text.py``, checks of the disk in ``preflight.py``.
+What this is not: nothing in these modules imports torch or touches a model.
+
+    cfg = load_config("configs/minicanvas_style.toml", ["--train.max_train_steps", "100"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from fastunlearn import config_rules, config_text
+from fastunlearn.config_rules import concept_kind, resolved_keep, resolved_scope, resolved_start, resolved_steps
+from fastunlearn.config_sections import (
+    CheckpointConfig,
+    Concept,
+    EsdConfig,
+    EvaluationConfig,
+    ExportConfig,
+    KscuConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Place,
+    PromptsConfig,
+    ReportConfig,
+    SamplerConfig,
+    Section,
+    TrainConfig,
+    Words,
+    ZeroConfig,
+)
+from fastunlearn.ds_config import deepspeed_config
+
+__all__ = [
+    "CheckpointConfig",
+    "Concept",
+    "Config",
+    "EsdConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "KscuConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PromptsConfig",
+    "ReportConfig",
+    "SamplerConfig",
+    "TrainConfig",
+    "ZeroConfig",
+    "concept_kind",
+    "config_from_arguments",
+    "deepspeed_config",
+    "load_config",
+    "resolved_keep",
+    "resolved_scope",
+    "resolved_start",
+    "resolved_steps",
+]
+
+
+class Config(Section):
+    """A whole run. An instance that exists has passed every check that needs neither the disk nor the machine."""
+
+    method: Literal["kscu", "esd"] = "kscu"
+    """The erasure method."""
+    concepts: list[Concept] = Field(default_factory=list)
+    """What to erase: strings, or tables {name, anchor, kind}."""
+    keep: list[Words] = Field(default_factory=list)
+    """Concepts that must survive; they are drawn and measured. None given on MiniCanvas: all that are not erased."""
+    output_dir: Place = "outputs/run"
+    """Folder that receives everything that the run leaves."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of trajectories, augmentation and pictures."""
+    overwrite_output_dir: bool = False
+    """Replace the results of an earlier run in output_dir."""
+    resume_from_checkpoint: Place | None = None
+    """"latest", or a checkpoint folder to continue from."""
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    kscu: KscuConfig = KscuConfig()
+    esd: EsdConfig = EsdConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+
+    @field_validator("concepts", mode="before")
+    @classmethod
+    def _accept_plain_names(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [{"name": item} if isinstance(item, str) else item for item in value]
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        config_rules.check_config(self)
+        return self
+
+    def kind_of(self, concept: Concept) -> str:
+        """The given kind, or the one that the name suggests: style, object, nudity or instance."""
+        return concept.kind if concept.kind != "auto" else concept_kind(concept.name, self.uses_minicanvas)
+
+    @property
+    def uses_minicanvas(self) -> bool:
+        """Whether the embedded model is edited."""
+        return self.model.pretrained_model_name_or_path == "minicanvas"
+
+    def to_toml(self) -> str:
+        """This configuration as TOML; ``load_config`` reads the same one back. None is left out, being the default."""
+        return config_text.emit_toml(self.model_dump())
+
+    def resolved(self) -> Config:
+        """The same run with the defaults that depend on method and concepts filled in."""
+        data = self.model_dump()
+        for concept, entry in zip(self.concepts, data["concepts"], strict=True):
+            entry["kind"] = self.kind_of(concept)
+        data["keep"] = resolved_keep(self)
+        data["train"]["max_train_steps"] = resolved_steps(self)
+        data["train"]["scope"] = resolved_scope(self)
+        return Config.model_validate(data)
+
+    def validate_runtime(self, world_size: int, cpu_count: int | None = None, has_gpu: bool = False) -> None:
+        """Refuse what this machine cannot do with this many ranks; ``cpu_count`` None: the cores this process may use.
+
+        Raises:
+            UserError: too many ranks, or xformers without a GPU.
+        """
+        config_rules.check_runtime(self, world_size, cpu_count, has_gpu)
+
+
+def load_config(path: str | None, overrides: list[str]) -> Config:
+    """Read a TOML file (None: defaults only) and apply command-line overrides on top.
+
+    Args:
+        path: the file, or None.
+        overrides: arguments such as ``["--train.learning_rate", "1e-4", "--concepts=cat; dog"]``.
+
+    Raises:
+        UserError: the file cannot be read, or a field is unknown, of the wrong type or out of range.
+    """
+    data = config_text.read_toml(path) if path is not None else {}
+    config_text.merge(data, config_text.parse_overrides(overrides, Config))
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise config_text.one_line(error, Config) from None
+
+
+def config_from_arguments(arguments: Sequence[str]) -> Config:
+    """The configuration of ``train.py [--config FILE] [overrides]``; ``--help`` prints the options and leaves.
+
+    Raises:
+        UserError: as ``load_config``.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(config_text.train_help(Config))
+        raise SystemExit(0)
+    path, overrides = config_text.take_option(arguments, "config")
+    return load_config(path, overrides)

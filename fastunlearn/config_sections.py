@@ -1,0 +1,212 @@
+"""The sections of the configuration: names, types, defaults and ranges, with a docstring under every field.
+
+What this is: the place where a field is added; TOML, command line and ``--help`` follow from it.
+What this is not: the whole ``Config`` (``config.py``) or rules that span fields (``config_rules.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+Words = Annotated[str, StringConstraints(strip_whitespace=True)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown fields, wrong types, NaN and later assignment are all refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Concept(Section):
+    """One concept to erase; in TOML a plain string, or a table with these fields."""
+
+    name: Words
+    """The words that stand for the concept in a prompt, such as "neon style" or "cat"."""
+    anchor: Words = ""
+    """What to draw instead; empty: nothing, the model falls back to what it draws without a prompt."""
+    kind: Literal["auto", "style", "object", "nudity", "instance"] = "auto"
+    """Decides the defaults of method, start and scope; auto: from the name."""
+
+
+class ModelConfig(Section):
+    """Which model is edited, and how it is run."""
+
+    pretrained_model_name_or_path: Place = "minicanvas"
+    """"minicanvas" (the embedded model), a diffusers folder, or a hub id such as "org/name"."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    variant: str | None = None
+    """Variant of the weight files, such as "fp16"."""
+    local_files_only: bool = False
+    """Never download: use what is in the hub cache."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """"bf16" computes in bfloat16 with fp32 master weights; "no" computes in fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention: Literal["auto", "sdpa", "xformers", "eager"] = "auto"
+    """Attention implementation of the U-Net; only auto may fall back."""
+
+
+class PromptsConfig(Section):
+    """Which prompts the training trajectories follow."""
+
+    templates: list[str] = ["{concept}"]
+    """Prompts of the trajectories; each holds {concept} and may hold {context}."""
+    contexts: list[str] = []
+    """Filled into {context}: kept styles for an object concept, kept objects for a style concept."""
+    contextual_anchor: bool = True
+    """Measure a template with {context} against the same template without the concept, not against the empty prompt."""
+    anchor_templates: list[str] = []
+    """Aligned with templates: the prompt once the concept is removed, such as "a picture in {context} style"."""
+    augment_fraction: Share = 0.05
+    """Last share of the updates that train on perturbed prompts."""
+    augment_embedding_noise: Annotated[float, Field(ge=0)] = 1e-5
+    """Standard deviation of the noise on the embeddings of perturbed prompts."""
+    augment_pool: Positive = 10
+    """Number of perturbed prompts per concept."""
+
+
+class TrainConfig(Section):
+    """Length, step size and scope of the training."""
+
+    max_train_steps: Positive | None = None
+    """Number of optimizer updates; none: the default of the method and the concept's kind."""
+    train_batch_size: Positive = 1
+    """Trajectories that each rank walks in lockstep."""
+    gradient_accumulation_steps: Positive = 1
+    """Batches whose gradients are averaged into one update."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    lr_warmup_steps: NotNegative = 0
+    """Updates over which the learning rate rises linearly from zero."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Clip the gradient to this global norm; 0: no clipping."""
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """Side of the square image in pixels; none: the size the model was made for."""
+    logging_steps: Positive = 10
+    """Updates between two entries in the TensorBoard curves."""
+    cpu_threads: NotNegative = 0
+    """Threads per rank on a CPU; 0: cores divided by ranks."""
+    scope: Literal["auto", "attn2", "attn2_kv", "noxattn", "selfattn", "full"] = "auto"
+    """Which U-Net tensors are trained; auto: by method and kind of concept."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer that DeepSpeed steps."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """torch AdamW, or bitsandbytes' AdamW with 8-bit state, optionally paged to host memory."""
+    adam_beta1: Beta = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Beta = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    adam_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+
+
+class SamplerConfig(Section):
+    """The sampler of the training trajectories (DDIM, eta 0)."""
+
+    num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 50
+    """Steps from noise to image."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 3.0
+    """Classifier-free guidance along the trajectory."""
+
+
+class KscuConfig(Section):
+    """Key Step Concept Unlearning (arXiv 2507.06526)."""
+
+    start: Annotated[int, Field(ge=0, lt=45)] | None = None
+    """First trained step on a 50-step scale; none: nudity and object 14, style 24, instance 40."""
+    loop: Positive = 8
+    """Traversals of the slice before its start advances by one step."""
+    negative_guidance: Annotated[float, Field(ge=0)] = 1.0
+    """How far beyond the anchor the conditional target lies."""
+    uncond_slope: Annotated[float, Field(ge=0)] = 2e-5
+    """Slope of the unconditional guidance lambda1 = (1000 - t) * slope."""
+    uncond_weight: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight lambda2 of the unconditional term in the loss."""
+    uncond_gradient: Literal["auto", True, False] = "auto"
+    """Whether the unconditional term carries a gradient; auto: only where its weight makes it matter."""
+
+
+class EsdConfig(Section):
+    """Erased Stable Diffusion (arXiv 2303.07345), the baseline."""
+
+    variant: Literal["x", "x-strict", "u", "full"] = "x"
+    """What is trained: cross-attention, its keys and values only, all but cross-attention, or everything."""
+    negative_guidance: Annotated[float, Field(ge=0)] = 1.0
+    """How far beyond the anchor the target lies."""
+
+
+class ZeroConfig(Section):
+    """How DeepSpeed shards the training state."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep the optimizer state in host memory; needs stage 1 or more and optimizer.name "adamw"."""
+    reduce_bucket_size: Positive = 500_000_000
+    """Elements that are reduced at a time."""
+    overlap_comm: bool = False
+    """Reduce gradients while the backward pass still runs; needs a second bucket."""
+
+
+class CheckpointConfig(Section):
+    """Resumable checkpoints."""
+
+    checkpointing_steps: NotNegative = 0
+    """Updates between checkpoints; 0: none."""
+    checkpoints_total_limit: Positive = 2
+    """How many checkpoints are kept; the oldest goes first."""
+
+
+class ReportConfig(Section):
+    """Curves and pictures of the run."""
+
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where the curves go."""
+    validation_prompts: list[str] = []
+    """Extra prompts for samples/before_after.png."""
+    num_validation_seeds: Positive = 2
+    """Pictures per prompt."""
+
+
+class EvaluationConfig(Section):
+    """The measurement before and after."""
+
+    mode: Literal["auto", "off"] = "auto"
+    """auto: evaluate where an embedded judge knows the concepts, that is on MiniCanvas."""
+    num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 25
+    """Sampler steps per evaluation image."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 4.0
+    """Classifier-free guidance of the evaluation images."""
+    seeds: Annotated[list[NotNegative], Field(min_length=1)] = [188, 288, 588, 688, 888]
+    """Seeds of the initial noise, the same before and after."""
+    target_seeds: Positive = 5
+    """How many of the seeds are drawn for prompts with an erased concept."""
+    retain_seeds: Positive = 2
+    """How many of the seeds are drawn for prompts without one."""
+    batch_size: Positive = 20
+    """Images per batch."""
+
+
+class ExportConfig(Section):
+    """The weights that a run leaves."""
+
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Type of unet/; auto: that of the base model's U-Net files."""

@@ -1,0 +1,24 @@
+"""The one exception that is shown to the user as a single line, without a traceback.
+
+What this is not: a replacement for ``ValueError`` between modules. Raise it where a person can act on the message.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A request that cannot be met. The message is one line: field, bad value, what is allowed, nearest name or remedy.
+
+    The command line prints ``error: <message>`` and exits with status 2. It is deliberately not a ``ValueError``, so
+    that pydantic passes it through instead of wrapping it in a validation error.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message: " (nearest: <known name>)" where a known name resembles ``name``, else nothing."""
+    by_lower = {option.lower(): option for option in known}
+    found = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
+    return f" (nearest: {by_lower[found[0]]})" if found else ""

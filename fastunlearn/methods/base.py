@@ -1,0 +1,61 @@
+"""What every erasure method provides to the trainer.
+
+What this is: the contract, and the sampler predictions that methods share.
+What this is not: any paper's mathematics; each method's own file holds that.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastunlearn.config import Config
+from fastunlearn.keysteps import KeyStep
+from fastunlearn.predictors import Predictors
+from fastunlearn.rollout import Augmentation, GuidedPair, Window
+
+
+@dataclass
+class Outcome:
+    """A window's loss (fp32 scalar, with graph), and the guided pair if the trajectory goes on."""
+
+    loss: Tensor
+    pair: GuidedPair | None
+
+
+class Method(ABC):
+    """One erasure method. Built from the configuration, before any model is loaded."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    @abstractmethod
+    def table(self) -> list[KeyStep]:
+        """The ordered updates of the run."""
+
+    @abstractmethod
+    def loss(self, models: Predictors, window: Window) -> Outcome:
+        """The loss of one window."""
+
+    def augmentation(self, step: KeyStep) -> Augmentation | None:
+        """Whether this update trains on an augmented prompt. By default never."""
+        return None
+
+
+def sampler_pair(models: Predictors, window: Window, cond: Tensor | None, uncond: Tensor | None) -> GuidedPair | None:
+    """The guided pair that advances a trajectory, from predictions at hand where possible.
+
+    ``cond`` and ``uncond`` are the student's predictions at the window's own prompt and at the unconditional one, or
+    None where training did not make them; what is missing is evaluated without a gradient, in one call.
+    """
+    if not window.advance:
+        return None
+    if cond is None and uncond is None:
+        return GuidedPair(*models.rollout(window.latents, window.timestep, window.cond, window.uncond))
+    if uncond is None:
+        (uncond,) = models.rollout(window.latents, window.timestep, window.uncond)
+    if cond is None:
+        (cond,) = models.rollout(window.latents, window.timestep, window.cond)
+    return GuidedPair(cond.detach(), uncond.detach())

@@ -1,0 +1,49 @@
+"""ESD, Erased Stable Diffusion (arXiv 2303.07345): the baseline that KSCU refines.
+
+What this is: a uniformly drawn denoising step, on a fresh trajectory of the model being edited, with a target of
+negative guidance for the conditional prediction: y = e(x, t, anchor) - g * (e(x, t, prompt) - e(x, t, anchor)).
+What this is not: a second trainer. Only the table and the loss differ from KSCU; the variants (x, x-strict, u, full)
+are scopes in ``config_rules.py``.
+"""
+
+from __future__ import annotations
+
+from fastunlearn.config import resolved_steps
+from fastunlearn.keysteps import KeyStep, uniform_table
+from fastunlearn.methods.base import Method, Outcome, sampler_pair
+from fastunlearn.predictors import Predictors
+from fastunlearn.rollout import Window
+from fastunlearn_kernels import guided_noise_loss, to_epsilon
+
+
+class ESD(Method):
+    """Uniform steps, conditional target only."""
+
+    def table(self) -> list[KeyStep]:
+        """One fresh trajectory per update, stopped at a uniformly drawn step."""
+        cfg = self.cfg
+        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, resolved_steps(cfg), cfg.seed)
+
+    def loss(self, models: Predictors, window: Window) -> Outcome:
+        """Evaluate teacher and student at the drawn step."""
+        x, t = window.latents, window.timestep
+        teacher_cond, teacher_anchor = models.frozen(x, t, window.cond, window.anchor)
+        (student_cond,) = models.train(x, t, window.trained)
+        pair = sampler_pair(models, window, student_cond, None)
+        alpha = models.backbone.scheduler.alphas_cumprod[t]
+        student, cond, anchor = (
+            to_epsilon(prediction, x, alpha, models.backbone.prediction_type)
+            for prediction in (student_cond, teacher_cond, teacher_anchor)
+        )
+        loss, _ = guided_noise_loss(
+            student,
+            None,
+            cond,
+            anchor,
+            None,
+            guidance=self.cfg.esd.negative_guidance,
+            lambda1_B=x.new_zeros(len(x)),
+            uncond_weight=0.0,
+            weight_B=x.new_ones(len(x)),
+        )
+        return Outcome(loss, pair)

@@ -1,0 +1,54 @@
+"""The tokenizer of MiniCanvas: a `CLIPTokenizer` whose few hundred entries are the words of its captions.
+
+Like CLIP's it is a byte-pair encoding, so that any text can be written with it: letters are the fallback, and every
+known word is one entry.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTokenizer
+
+from fastunlearn.minicanvas.networks import TEXT_LENGTH
+from fastunlearn.minicanvas.vocabulary import all_captions
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'!?-&+:;()/\"#%*@_"
+
+
+def write_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Build the tokenizer from the captions' words, write it to `folder` and give it back."""
+    words = sorted({word.strip(",") for caption in all_captions() for word in caption.split()} - {""})
+    start = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    model = Tokenizer(BPE())
+    # Asked for more entries than there can be, the trainer goes on until every known word is one entry.
+    trainer = BpeTrainer(
+        vocab_size=10_000,
+        min_frequency=1,
+        initial_alphabet=list(LETTERS),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    model.train_from_iterator(words, trainer)
+    learned = json.loads(model.to_str())["model"]["merges"]
+    entries = [*start, *(left + right for left, right in learned), START, END]
+    vocabulary = {entry: i for i, entry in enumerate(dict.fromkeys(entries))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, learned)]) + "\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=TEXT_LENGTH,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer

@@ -1,0 +1,71 @@
+"""Client optimizers in parameter groups that suit ZeRO and bitsandbytes. The only file that knows bitsandbytes.
+
+What this is: how trainable tensors are grouped, and which optimizer steps them.
+What this is not: the sharding (``zero.py``) or the learning-rate plan (diffusers' schedulers, in ``zero.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fastunlearn.config import OptimizerConfig
+
+# bitsandbytes keeps the state of tensors below this size in 32 bits. ZeRO flattens a whole group into one tensor, so
+# norms and biases need a group of their own to keep that protection.
+SMALL_TENSOR_NUMEL = 4096
+# bitsandbytes counts elements in int32; half of that leaves room for padding.
+MAX_GROUP_NUMEL = 2**30
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict]:
+    """Split trainable parameters into groups: small tensors apart, and no group above ``MAX_GROUP_NUMEL`` elements."""
+    small: list[nn.Parameter] = []
+    large: list[list[nn.Parameter]] = [[]]
+    filled = 0
+    for _, parameter in named_parameters:
+        if parameter.numel() < SMALL_TENSOR_NUMEL:
+            small.append(parameter)
+            continue
+        if filled + parameter.numel() > MAX_GROUP_NUMEL and large[-1]:
+            large.append([])
+            filled = 0
+        large[-1].append(parameter)
+        filled += parameter.numel()
+    groups = [{"params": group, "name": f"matrices{i}", "bits": 8} for i, group in enumerate(large) if group]
+    if small:
+        groups.append({"params": small, "name": "small", "bits": 32})
+    return groups
+
+
+def build_optimizer(groups: list[dict], config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    """The client optimizer that is handed to DeepSpeed: torch AdamW, or bitsandbytes' 8-bit (paged) AdamW."""
+    options = {
+        "lr": learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
+    }
+    if config.name == "adamw":
+        # The same arithmetic on every world size and stage: one tensor at a time, no fused or multi-tensor variants.
+        return torch.optim.AdamW(groups, foreach=False, **options)
+    import bitsandbytes as bnb  # slow to import, so only where it is asked for
+
+    kind = bnb.optim.PagedAdamW8bit if config.name == "paged_adamw8bit" else bnb.optim.AdamW8bit
+    return kind(groups, **options)
+
+
+def keep_small_groups_in_32_bit(flat_groups: list[torch.Tensor], groups: list[dict]) -> None:
+    """Tell bitsandbytes to keep 32-bit state for the flat partitions that hold norms and biases.
+
+    The override is keyed by tensor identity, so it must name the flat partitions that exist after
+    ``deepspeed.initialize``, not the parameters that were handed in.
+    """
+    import bitsandbytes as bnb
+
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    for flat, group in zip(flat_groups, groups, strict=True):
+        if group["bits"] == 32:
+            manager.override_config(flat, "optim_bits", 32)

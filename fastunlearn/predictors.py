@@ -1,0 +1,68 @@
+"""The three ways in which a run calls the U-Net, and the count of what each costs.
+
+What this is: training calls (recorded for backward), rollout calls (the student, no gradient) and frozen calls (the
+teacher), each batching several conditions into one call.
+What this is not: a loss, or a sampler.
+
+Counts are single-sample U-Net evaluations: a guided pair of a batch of 4 is 8. They do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from fastunlearn.backbone import Backbone, Predictor, PromptEmbeds
+
+
+@dataclass
+class Evaluations:
+    """Single-sample U-Net evaluations so far."""
+
+    teacher: int = 0
+    rollout: int = 0
+    student_forward: int = 0
+    student_backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """All four kinds together."""
+        return sum(asdict(self).values())
+
+
+class Predictors:
+    """Student and teacher of one run. Every method returns one fp32 prediction (B, C, H, W) per condition given."""
+
+    def __init__(self, backbone: Backbone, student: Predictor, sampler: Predictor, teacher: Predictor) -> None:
+        self.backbone = backbone
+        self.evaluations = Evaluations()
+        self._student = student
+        self._sampler = sampler
+        self._teacher = teacher
+
+    def train(self, latents_BCHW: Tensor, timestep: int, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """The student, recorded for the backward pass that follows."""
+        self.evaluations.student_forward += len(conditions) * len(latents_BCHW)
+        self.evaluations.student_backward += len(conditions) * len(latents_BCHW)
+        return self._call(self._student, latents_BCHW, timestep, conditions)
+
+    @torch.no_grad()
+    def rollout(self, latents_BCHW: Tensor, timestep: int, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """The student without a gradient, for the sampler."""
+        self.evaluations.rollout += len(conditions) * len(latents_BCHW)
+        return self._call(self._sampler, latents_BCHW, timestep, conditions)
+
+    @torch.no_grad()
+    def frozen(self, latents_BCHW: Tensor, timestep: int, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """The original model."""
+        self.evaluations.teacher += len(conditions) * len(latents_BCHW)
+        return self._call(self._teacher, latents_BCHW, timestep, conditions)
+
+    def _call(
+        self, unet: Predictor, latents: Tensor, timestep: int, conditions: tuple[PromptEmbeds, ...]
+    ) -> tuple[Tensor, ...]:
+        batch = torch.cat([latents] * len(conditions))
+        prediction = self.backbone.predict(unet, batch, timestep, PromptEmbeds.cat(conditions))
+        return prediction.chunk(len(conditions))

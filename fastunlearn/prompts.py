@@ -1,0 +1,101 @@
+"""Prompts of a run: what each trajectory is asked to draw, what its concept is measured against, and augmentations.
+
+What this is: text only. Every prompt that a run can ask for is known before it starts, so that all of them are encoded
+once and the text encoders are freed.
+What this is not: an embedding or a loss.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastunlearn.config import Concept, PromptsConfig
+
+UNCONDITIONAL = ""
+AUGMENT_WORDS = (
+    "a photo of", "detailed", "a picture of", "close-up", "in the scene", "vivid", "high quality", "a view of",
+    "simple", "beautiful", "an image of", "on display", "with care", "centered",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to ask for a concept, and the prompt that asks for the same picture without it.
+
+    The erased direction is ``e(prompt) - e(anchor)``. With the bare name and no anchor this is the published rule,
+    whose anchor is the unconditional prompt.
+    """
+
+    prompt: str
+    anchor: str
+
+
+@dataclass
+class PromptBook:
+    """All prompts of a run with their row in the embedding table; row 0 is the unconditional prompt."""
+
+    variants: list[list[Variant]]
+    augmented: list[list[str]]
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        texts = [UNCONDITIONAL]
+        for variants, augmented in zip(self.variants, self.augmented, strict=True):
+            texts += [text for variant in variants for text in (variant.prompt, variant.anchor)] + augmented
+        self.rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+
+    @property
+    def texts(self) -> list[str]:
+        """Every distinct prompt, in table order."""
+        return list(self.rows)
+
+
+def build_prompt_book(concepts: Sequence[Concept], config: PromptsConfig, seed: int) -> PromptBook:
+    """Expand the templates of every concept and draw its pool of augmented prompts."""
+    draw = random.Random(seed)
+    variants = [concept_variants(concept, config) for concept in concepts]
+    augmented = [
+        [augment(concept.name, options[i % len(options)].prompt, i % 4, draw) for i in range(config.augment_pool)]
+        for concept, options in zip(concepts, variants, strict=True)
+    ]
+    return PromptBook(variants, augmented)
+
+
+def concept_variants(concept: Concept, config: PromptsConfig) -> list[Variant]:
+    """Fill the templates with a concept, once per context where a template asks for one.
+
+    A template with a context would, measured against the unconditional prompt, also erase the context. So its anchor
+    is the same template with the concept replaced by ``concept.anchor``, or ``anchor_templates`` where nothing
+    replaces it.
+    """
+    variants = []
+    anchors = config.anchor_templates or [UNCONDITIONAL] * len(config.templates)
+    for template, removed in zip(config.templates, anchors, strict=True):
+        contexts = config.contexts if "{context}" in template else [""]
+        for context in contexts:
+            prompt = template.format(concept=concept.name, context=context)
+            if concept.anchor:
+                anchor = template.format(concept=concept.anchor, context=context)
+            elif config.contextual_anchor:
+                anchor = removed.format(context=context)
+            else:
+                anchor = UNCONDITIONAL
+            variants.append(Variant(prompt, anchor))
+    return variants
+
+
+def augment(concept: str, prompt: str, operation: int, draw: random.Random) -> str:
+    """Perturb a prompt as KSCU's tail does: shuffle, drop a word that is not the concept's, add a prefix or a suffix."""
+    words = prompt.split()
+    if operation == 0:
+        draw.shuffle(words)
+    elif operation == 1:
+        droppable = [i for i, word in enumerate(words) if word not in concept.split()]
+        if droppable:
+            words.pop(draw.choice(droppable))
+    else:
+        extra = [draw.choice(AUGMENT_WORDS) for _ in range(draw.randint(1, 3))]
+        words = extra + words if operation == 2 else words + extra
+    return " ".join(words)

@@ -1,0 +1,64 @@
+"""A start-up without noise: log levels and thread counts, set before the heavy libraries are imported.
+
+What this is: environment variables and logger levels for messages that the user can do nothing about.
+What this is not: a muffler for errors. Warnings about the run itself are ours, and they are printed.
+
+Import and call ``prepare_environment`` before torch, deepspeed, transformers or diffusers. It imports none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "BITSANDBYTES_NOWELCOME": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "GLOG_minloglevel": "2",
+}
+NOISY_LOGGERS = ("DeepSpeed", "deepspeed", "bitsandbytes", "torch.distributed", "diffusers", "transformers", "kernels")
+
+
+def prepare_environment(cpu_threads: int = 0) -> None:
+    """Silence library start-up, choose the CPU threads of this rank, and make a lone process its own world.
+
+    Two-thread convolution backward on a busy machine can be ten times slower than one thread, so a rank takes its share
+    of the cores, never all of them twice. ``cpu_threads`` overrides the choice.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    threads = cpu_threads or max(1, (os.cpu_count() or 1) // max(1, ranks_here))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["MKL_NUM_THREADS"] = str(threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|deepspeed|diffusers|transformers|bitsandbytes)\b"
+    )
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if "RANK" not in os.environ:
+        _single_process_world()
+
+
+def _single_process_world() -> None:
+    """What a launcher would have set for one rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

@@ -1,0 +1,187 @@
+"""DeepSpeed: the process group, the engine around the U-Net, gathered weights, and its part of a checkpoint.
+
+What this is: the only file that knows DeepSpeed's internals. The trainer sees an engine that can be called, that steps,
+and that hands out full fp32 weights at any ZeRO stage.
+What this is not: the loop, the loss or the file layout of a checkpoint (``checkpoint.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from fastunlearn.config import Config, deepspeed_config, resolved_steps
+from fastunlearn.errors import UserError
+from fastunlearn.optimizers import build_optimizer, keep_small_groups_in_32_bit, parameter_groups
+
+CHECKPOINT_TAG = "deepspeed"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+
+def connect() -> World:
+    """Join the process group that the launcher (or ``quiet.prepare_environment``) described."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    with _library_chatter():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def disconnect() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    torch.distributed.barrier()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a small tensor over all ranks; the input is not changed."""
+    total = values.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
+class Engine:
+    """The student U-Net under DeepSpeed. Call it like the U-Net."""
+
+    def __init__(self, unet: nn.Module, cfg: Config, world: World) -> None:
+        """Shard the parameters of ``unet`` that require a gradient. The frozen ones stay as they are below stage 3."""
+        import deepspeed
+
+        self.stage = cfg.zero.stage
+        self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+        groups = parameter_groups(self.named.items())
+        optimizer = build_optimizer(groups, cfg.optimizer, cfg.train.learning_rate)
+        schedule = get_scheduler(
+            cfg.train.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=cfg.train.lr_warmup_steps,
+            num_training_steps=resolved_steps(cfg),
+        )
+        settings = deepspeed_config(cfg, world.world_size)
+        if self.stage > 0:
+            # The bucket is allocated at its full size, so it should not be larger than what is reduced.
+            total = sum(p.numel() for p in self.named.values())
+            settings["zero_optimization"]["reduce_bucket_size"] = min(cfg.zero.reduce_bucket_size, total)
+        with _library_chatter():
+            self.engine, *_ = deepspeed.initialize(
+                model=unet, optimizer=optimizer, lr_scheduler=schedule, config=settings
+            )
+        if cfg.optimizer.name != "adamw" and self.stage > 0:
+            keep_small_groups_in_32_bit(self._flat_groups(), groups)
+        self._grad_norm: Tensor | float | None = None
+
+    def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
+        """A recorded forward pass."""
+        return self.engine(*args, **kwargs)
+
+    @property
+    def sampler(self) -> nn.Module:
+        """The same weights for calls without a gradient: the module, so that DeepSpeed's counters are left alone."""
+        return self.engine.module
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next update."""
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    @property
+    def grad_norm(self) -> Tensor | float | None:
+        """Global norm of the last update's gradient, before clipping."""
+        return self._grad_norm
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch; DeepSpeed divides by the number of micro-batches and reduces."""
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        """Close a micro-batch; at the end of a window, update the weights."""
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        if boundary and self.stage == 0:
+            gradients = [p.grad for p in self.named.values() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.engine.step()
+        if boundary and self.stage > 0:
+            self._grad_norm = self.engine.get_global_grad_norm()
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The trained parameters in fp32 on the host, from the master weights. Collective: every rank must call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.named.items():
+            full = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            # A clone: at world size one the answer can be a view of the live master weights.
+            weights[name] = full.detach().float().cpu().clone().contiguous()
+        return weights
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the optimizer and the trained weights. Collective."""
+        with _library_chatter():
+            self.engine.save_checkpoint(
+                str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=True
+            )
+
+    def load(self, folder: Path) -> None:
+        """Restore what ``save`` wrote, at the same stage and world size. Collective.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
+        try:
+            with _library_chatter():
+                path, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG, load_module_strict=False)
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError) as error:
+            reason = str(error)[:120]
+            raise UserError(f"resume_from_checkpoint: {folder} cannot be read ({reason}); use another one") from error
+        if path is None:
+            raise UserError(f"resume_from_checkpoint: {folder} holds no DeepSpeed state; use another checkpoint")
+
+    def _flat_groups(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        if self.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+
+def trained_state(base: dict[str, Tensor], trained: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """``base`` with the trained tensors put in, in base's order."""
+    return {name: trained[name] if name in set(names) else tensor for name, tensor in base.items()}
+
+
+@contextlib.contextmanager
+def _library_chatter() -> Iterator[None]:
+    """Drop what DeepSpeed prints with ``print`` while it sets up, saves or loads."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
