@@ -51,7 +51,7 @@ def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None
         "![before and after](samples/before_after.png)",
         "## Use\n\n```python\n" + usage(cfg) + "```",
         "## What was done\n\n" + _table(("", ""), _facts(cfg, metrics)),
-        "## Figures\n\n" + _figures(evaluation),
+        "## Figures\n\n" + _figures(cfg, evaluation),
         "## Limits\n\n" + "\n".join(f"* {line}" for line in _limits(cfg, evaluation)),
     ]
     atomic_write_text(path, "\n\n".join(sections) + "\n")
@@ -120,14 +120,13 @@ def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
     return facts
 
 
-def _figures(evaluation: dict) -> str:
+def _figures(cfg: Config, evaluation: dict) -> str:
     """The table of figures, or why there is none."""
     before, after = evaluation.get("before"), evaluation.get("after")
     if not before or not after:
-        return (
-            "None were measured: no embedded judge knows this model and these concepts. "
-            "Look at `samples/before_after.png`, and measure before relying on it."
-        )
+        switched_off = cfg.evaluation.mode == "off"
+        reason = "it was switched off" if switched_off else "no embedded judge knows this model and these concepts"
+        return f"None were measured: {reason}. Look at `samples/before_after.png`, and measure before relying on it."
     rows = []
     for name in FIGURES:
         if before.get(name) is None or after.get(name) is None:

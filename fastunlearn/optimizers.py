@@ -7,6 +7,7 @@ What this is not: the sharding (``zero.py``) or the learning-rate plan (diffuser
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> li
 
 def build_optimizer(groups: list[dict], config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
     """The client optimizer that is handed to DeepSpeed: torch AdamW, or bitsandbytes' 8-bit (paged) AdamW."""
-    options = {
+    options: dict[str, Any] = {
         "lr": learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,

@@ -87,7 +87,7 @@ def concept_variants(concept: Concept, config: PromptsConfig) -> list[Variant]:
 
 
 def augment(concept: str, prompt: str, operation: int, draw: random.Random) -> str:
-    """Perturb a prompt as KSCU's tail does: shuffle, drop a word that is not the concept's, add a prefix or a suffix."""
+    """Perturb a prompt as KSCU's tail does: shuffle, drop a word (not the concept's), add a prefix or suffix."""
     words = prompt.split()
     if operation == 0:
         draw.shuffle(words)

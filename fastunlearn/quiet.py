@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import warnings
+from pathlib import Path
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -35,6 +37,8 @@ def prepare_environment(cpu_threads: int = 0) -> None:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # DeepSpeed builds a small op with ninja, which lies beside this interpreter even where no environment is activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     threads = cpu_threads or max(1, (os.cpu_count() or 1) // max(1, ranks_here))
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastunlearn.backbone import Pipeline
 from fastunlearn.files import atomic_file
-from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES
+from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES, article
 from fastunlearn.scoring.generation import generate
 from fastunlearn.scoring.protocol import Erased, known_concepts
 
@@ -68,18 +68,19 @@ def choose_validation_rows(cfg: Config) -> list[ValidationRow]:
 
 
 def _minicanvas_rows(concepts: Sequence[Erased]) -> list[ValidationRow]:
-    """Two erased prompts per concept; for each the same picture with another class; two that share nothing with it."""
+    """Per concept two erased prompts (of many: one), the same pictures with a kept class, and unrelated ones."""
+    share = 2 if len(concepts) <= 2 else 1
     objects = [name for name in OBJECTS if Erased(name, "object") not in concepts]
     styles = [name for name in STYLES if Erased(name, "style") not in concepts]
     rows = []
     for i, concept in enumerate(concepts):
-        for turn in (2 * i, 2 * i + 1):
+        for turn in range(share * i, share * (i + 1)):
             thing, style = objects[turn % len(objects)], styles[turn % len(styles)]
             far_thing, far_style = objects[(turn + 3) % len(objects)], styles[(turn + 3) % len(styles)]
             erased = (thing, concept.name) if concept.kind == "style" else (concept.name, style)
             pairs = {"erased": erased, "neighbouring": (thing, style), "unrelated": (far_thing, far_style)}
             rows += [
-                ValidationRow(group, EVALUATION_TEMPLATE.format(object=pair[0], style=pair[1]))
+                ValidationRow(group, article(EVALUATION_TEMPLATE.format(object=pair[0], style=pair[1])))
                 for group, pair in pairs.items()
             ]
     return rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastunlearn.errors import UserError
 from fastunlearn.optimizers import build_optimizer, keep_small_groups_in_32_bit, parameter_groups
 
 CHECKPOINT_TAG = "deepspeed"
+BUILD_LOCK_SECONDS = 300  # the build takes well under a minute
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def connect() -> World:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
+    _remove_stale_build_lock()
     with _library_chatter():
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -52,6 +55,16 @@ def connect() -> World:
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _remove_stale_build_lock() -> None:
+    """A start-up that was killed while DeepSpeed built its op leaves a lock on which every later one would wait forever."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    with contextlib.suppress(OSError):
+        if time.time() - lock.stat().st_mtime > BUILD_LOCK_SECONDS:
+            lock.unlink()
 
 
 def disconnect() -> None:

@@ -40,9 +40,8 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def a_run(**changes: object) -> Config:
-    return Config.model_validate(
-        {"concepts": ["neon style"], "keep": ["ink style"], "output_dir": "out/neon"} | changes
-    )
+    base: dict[str, object] = {"concepts": ["neon style"], "keep": ["ink style"], "output_dir": "out/neon"}
+    return Config.model_validate(base | changes)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -103,7 +103,9 @@ def test_size_and_format():
 def test_attribution_covers_every_set():
     text = (pictures.FOLDER / "ATTRIBUTION.md").read_text()
     folders = {path.name for path in pictures.FOLDER.iterdir() if path.is_dir()}
-    assert folders == set(pictures.JUDGE_SETS) | set(pictures.HELD_OUT_SETS)
+    assert folders == {*pictures.JUDGE_SETS, *pictures.HELD_OUT_SETS, "extra"}
+    extra_sets = {path.name.split("-")[1] for path in (pictures.FOLDER / "extra").iterdir()}
+    assert all(f"`{name}`" in text or f"extra/*-{name}-*" in text for name in extra_sets)
     assert all(f"`{folder}`" in text for folder in folders)
     for licence in ("Apache-2.0", "MIT License", "CC-BY 4.0"):
         assert licence in text
@@ -112,21 +114,24 @@ def test_attribution_covers_every_set():
 def test_held_out_drawings_stay_out(monkeypatch):
     from fastunlearn.minicanvas import rebuild
 
-    opened = set()
-    monkeypatch.setattr(pictures, "load_object", lambda picture_set, name: opened.add(picture_set) or _disc())
-    monkeypatch.setattr(pictures, "load_others", lambda picture_set: opened.add(picture_set) or (_disc(),))
-    pictures.load_objects.cache_clear()
-    for recipe in rebuild.RECIPES.values():
+    opened: set[str] = set()
+
+    def note(picture_set: str, *_: str) -> tuple[np.ndarray, ...]:
+        opened.add(picture_set)
+        return (np.ones((128, 128, 4), np.float32),) * len(minicanvas.OBJECTS)
+
+    monkeypatch.setattr(pictures, "load_objects", note)
+    monkeypatch.setattr(pictures, "load_others", note)
+    read_by = {}
+    for name, recipe in rebuild.RECIPES.items():
+        opened.clear()
         for i in range(40):
             dataset.render_sample(recipe, i)
-    pictures.load_objects.cache_clear()
-    assert opened == set(pictures.JUDGE_SETS)
-    assert not set(rebuild.RECIPES["pictures_unet"].sets) & (set(pictures.HELD_OUT_SETS) | {"emojione"})
-
-
-def _disc() -> np.ndarray:
-    y, x = np.mgrid[-1:1:128j, -1:1:128j]
-    return np.repeat((np.hypot(x, y) < 0.8).astype(np.float32)[..., None], 4, axis=-1)
+        read_by[name] = set(opened)
+    assert read_by["pictures_unet"] == read_by["pictures_vae"] == set(pictures.GENERATOR_SETS)
+    assert read_by["pictures_judge"] == set(pictures.JUDGE_SETS)
+    assert not set(pictures.JUDGE_SETS) & set(pictures.HELD_OUT_SETS)
+    assert not [path for path in (pictures.FOLDER / "extra").iterdir() if "noto-v1" in path.name]
 
 
 def test_dataset_is_deterministic():

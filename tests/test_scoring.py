@@ -244,9 +244,12 @@ def test_an_image_depends_on_its_prompt_and_seed_only(folder: Path) -> None:
 def test_prompts_are_embedded_once_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     encode = generation.encode_prompts
-    monkeypatch.setattr(
-        generation, "encode_prompts", lambda pipe, texts: asked.append(list(texts)) or encode(pipe, texts)
-    )
+
+    def record(pipe: StableDiffusionXLPipeline, texts: list[str]) -> PromptEmbeds:
+        asked.append(texts)
+        return encode(pipe, texts)
+
+    monkeypatch.setattr(generation, "encode_prompts", record)
     pipe = make_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     generate(pipe, ["a cat"] * 3 + ["a fish"], [1, 2, 3, 4], steps=1, batch_size=2)

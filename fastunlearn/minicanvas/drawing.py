@@ -85,12 +85,17 @@ def grid_cells() -> list[tuple[int, int]]:
 
 
 def read_grid(
-    pipe: StableDiffusionXLPipeline, judge: Judge, cells: list[tuple[int, int]], seeds: list[int], **options
+    pipe: StableDiffusionXLPipeline,
+    judge: Judge,
+    cells: list[tuple[int, int]],
+    seeds: list[int],
+    steps: int = STEPS,
+    progress: str = "",
 ) -> tuple[Reading, Tensor]:
-    """Draw every cell once with each seed (`options` go to `draw`) and let the judge read the pictures."""
+    """Draw every cell once with each seed and let the judge read the pictures (N, 3, 64, 64)."""
     jobs = [(cell, seed) for seed in seeds for cell in cells]
     prompts = [EVALUATION_TEMPLATE.format(object=OBJECTS[o], style=STYLES[s]) for (o, s), _ in jobs]
-    images = draw(pipe, prompts, [seed for _, seed in jobs], **options)
+    images = draw(pipe, prompts, [seed for _, seed in jobs], steps, progress=progress)
     object_logits, style_logits = judge.classify(images)
     read = torch.stack([object_logits.argmax(1), style_logits.argmax(1)], dim=1)
     return Reading(torch.tensor([cell for cell, _ in jobs]), read), images

@@ -88,7 +88,7 @@ class Fit:
 
     def __init__(self, model: nn.Module, plan: Plan, worker: Worker, checkpoint: Path) -> None:
         self.model, self.plan, self.worker, self.checkpoint = model.to(worker.device), plan, worker, checkpoint
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.averages = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, foreach=True

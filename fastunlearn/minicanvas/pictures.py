@@ -34,6 +34,16 @@ def load_objects(picture_set: str) -> tuple[np.ndarray, ...]:
 
 
 @cache
+def load_extra(name: str) -> tuple[np.ndarray, ...]:
+    """Further drawings of one object, other designs and near relatives, which only the judge is trained on."""
+    drawings = []
+    for path in sorted((FOLDER / "extra").glob(f"{name}-*.png")):
+        with Image.open(path) as picture:
+            drawings.append(_premultiplied(picture))
+    return tuple(drawings)
+
+
+@cache
 def load_others(picture_set: str) -> tuple[np.ndarray, ...]:
     """The emoji of a set that are none of the objects (the judge's class "other"); same format as the objects."""
     with Image.open(FOLDER / picture_set / "others.png") as sheet:

@@ -44,7 +44,7 @@ EXTRA_PACKAGES = {
 }  # fmt: skip
 OTHERS = """
     umbrella rocket frog guitar key crown banana cactus bicycle owl penguin anchor alarm-clock balloon basketball
-    bell birthday-cake books bread broccoli camera candle carrot cherries cheese-wedge chess-pawn 
+    bell birthday-cake books bread broccoli camera candle carrot cherries cheese-wedge chess-pawn
     closed-umbrella cloud coconut compass corn cow-face crab dog-face dolphin doughnut egg elephant envelope eye
     fire four-leaf-clover french-fries gem-stone ghost grapes hammer hamburger helicopter honeybee hourglass-done
     ice-cream jack-o-lantern kiwi-fruit ladder lemon light-bulb lion locomotive magnet microphone money-bag monkey-

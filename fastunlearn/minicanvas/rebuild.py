@@ -35,7 +35,7 @@ from fastunlearn.minicanvas.judge import load_judge
 
 RECIPES = {
     "pictures_vae": Recipe(count=12_000, seed=1, others=0.35),
-    "pictures_judge": Recipe(count=24_000, seed=2, sets=pictures.JUDGE_SETS, others=0.25),
+    "pictures_judge": Recipe(count=24_000, seed=2, sets=pictures.JUDGE_SETS, others=0.18, wide=True),
     "pictures_unet": Recipe(count=32_000, seed=3),
 }
 CHECK_SEEDS = tuple(range(10))  # with 80 cells: 800 pictures

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fastunlearn.minicanvas.fitting import Fit, Plan, Worker, autocast
 from fastunlearn.minicanvas.judge import Judge
 
-PLAN = Plan("judge", steps=2200, batch=32, learning_rate=2e-3, ema=0.998, weight_decay=0.02, seed=11)
+PLAN = Plan("judge", steps=2400, batch=32, learning_rate=2e-3, ema=0.998, weight_decay=0.02, seed=11)
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -31,7 +31,7 @@ from fastunlearn.minicanvas.train_text import tokenize
 from fastunlearn.minicanvas.train_vae import encode as encode_pictures
 from fastunlearn.minicanvas.train_vae import to_model_range
 
-PLAN = Plan("unet", steps=6500, batch=24, learning_rate=1.2e-3, ema=0.999, warmup=200, seed=41)
+PLAN = Plan("unet", steps=4500, batch=24, learning_rate=1.2e-3, ema=0.999, warmup=200, seed=41)
 LOOK_EVERY = 600
 SNR_CAP = 5.0
 CAPTIONS_PER_CELL = 500

@@ -44,6 +44,10 @@ def why_not_judged(cfg: Config) -> str | None:
         return f"the embedded judge knows the objects {', '.join(OBJECTS)} and the styles {', '.join(STYLES)} only"
     if not _draws_minicanvas(resolve_model(cfg.model.pretrained_model_name_or_path)):
         return "the embedded judge looks at pictures of MiniCanvas models only"
+    try:
+        protocol_of(cfg)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -104,24 +108,20 @@ def evaluate_model(
 
 
 def protocol_of(cfg: Config, quick: bool = False) -> Protocol:
-    """The grid of a run that `why_not_judged` has nothing against.
+    """The grid of a run whose concepts the judge knows.
 
     Raises:
-        UserError: nothing is left to compare.
+        ValueError: nothing is left to compare.
     """
-    concepts = known_concepts([concept.name for concept in cfg.concepts]) or ()
-    try:
-        return build_protocol(
-            concepts,
-            num_inference_steps=cfg.evaluation.num_inference_steps,
-            guidance_scale=cfg.evaluation.guidance_scale,
-            seeds=cfg.evaluation.seeds,
-            target_seeds=cfg.evaluation.target_seeds,
-            retain_seeds=cfg.evaluation.retain_seeds,
-            quick=quick,
-        )
-    except ValueError as error:
-        raise UserError(f"concepts: {error}") from error
+    return build_protocol(
+        known_concepts([concept.name for concept in cfg.concepts]) or (),
+        num_inference_steps=cfg.evaluation.num_inference_steps,
+        guidance_scale=cfg.evaluation.guidance_scale,
+        seeds=cfg.evaluation.seeds,
+        target_seeds=cfg.evaluation.target_seeds,
+        retain_seeds=cfg.evaluation.retain_seeds,
+        quick=quick,
+    )
 
 
 def judge_cells(pipe: Pipeline, judge: Judge, protocol: Protocol, cfg: Config, progress: bool | str) -> list[Verdict]:
