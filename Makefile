@@ -47,7 +47,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "$(VENV) is ready."
 
 define ERASE
-$(VENV)/bin/deepspeed --num_gpus 1 fastunlearn/train.py --config configs/minicanvas_$(1).toml \
+$(VENV)/bin/deepspeed --quiet --num_gpus 1 fastunlearn/train.py --config configs/minicanvas_$(1).toml \
 	--output_dir output/demo_$(1) --overwrite_output_dir true
 endef
 

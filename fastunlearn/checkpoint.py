@@ -80,7 +80,7 @@ def find_checkpoint(cfg: Config) -> Path | None:
 
 def fingerprint(cfg: Config) -> dict:
     """The fields that decide the result of a run."""
-    data = cfg.model_dump(mode="json")
+    data = cfg.resolved().model_dump(mode="json")
     return {name: value for name, value in data.items() if name not in FREE_FIELDS}
 
 

@@ -102,7 +102,7 @@ def train(argv: list[str]) -> int:
 def launch_command(ranks: int, argv: list[str]) -> list[str]:
     """DeepSpeed's launcher on ``train.py``, by the interpreter that runs now, whatever is first on the PATH."""
     script = Path(__file__).with_name("train.py")
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), str(script), *argv]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks), str(script), *argv]
 
 
 def _rank_count(text: str | None) -> int:

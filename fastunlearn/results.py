@@ -66,6 +66,7 @@ def start_output(cfg: Config, *, resumed: bool) -> None:
 
 def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigures) -> None:
     """Write everything that remains of a run. ``weights``: the trained tensors, fp32, on the host."""
+    cfg = cfg.resolved()  # the card and the delta name the kept concepts also where they were left to the default
     folder = Path(cfg.output_dir)
     base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
     dtype = DTYPES.get(cfg.export.dtype) or stored_dtype(cfg.model)

@@ -102,8 +102,9 @@ def test_several_ranks_go_through_the_launcher(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit):
         cli.main(["train", "--concepts=cat", "--num_gpus=2"])
     (command,) = seen
-    assert command[0] == sys.executable and command[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    assert Path(command[5]).name == "train.py" and command[6:] == ["--concepts=cat"]
+    launcher = ["-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2"]
+    assert command[0] == sys.executable and command[1:6] == launcher
+    assert Path(command[6]).name == "train.py" and command[7:] == ["--concepts=cat"]
 
 
 @pytest.mark.parametrize(("gpus", "words"), [(0, "CPU cores"), (2, "2 GPUs")])

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from fastunlearn import minicanvas, quiet
+from fastunlearn.backbone import PromptEmbeds
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.minicanvas import networks

@@ -66,9 +66,12 @@ def place(drawing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def bend(drawing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Move the corners of a premultiplied drawing by up to 14 of 128 pixels, turn its hues by up to 70 degrees."""
+    """Turn a premultiplied drawing by up to 30 degrees, move its corners by up to 14 of 128 pixels, turn its hues."""
     size = pictures.SIZE
-    corners = np.array([[0, 0], [0, size], [size, size], [size, 0]]) + rng.uniform(-14, 14, (4, 2))
+    angle = np.deg2rad(rng.uniform(-30, 30)) if rng.random() < 0.5 else 0.0
+    turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * (1 + 0.25 * abs(angle))
+    corners = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]]) @ turned * size / 2 + size / 2
+    corners += rng.uniform(-14, 14, (4, 2))
     picture = Image.fromarray((drawing * 255 + 0.5).astype(np.uint8), "RGBA")
     quad = tuple(corners.ravel())
     bent = picture.transform(picture.size, Image.Transform.QUAD, quad, Image.Resampling.BILINEAR)

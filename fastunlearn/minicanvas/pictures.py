@@ -16,7 +16,7 @@ from fastunlearn.minicanvas.vocabulary import OBJECTS
 FOLDER = Path(__file__).parent / "pictures"
 SIZE = 128
 GENERATOR_SETS = ("noto", "fluent", "twemoji")
-JUDGE_SETS = (*GENERATOR_SETS, "emojione")  # the judge knows more drawings than the generator
+JUDGE_SETS = (*GENERATOR_SETS, "emojione")  # the judge knows more drawings
 HELD_OUT_SETS = ("noto-v1",)  # read by tests and reports only
 
 

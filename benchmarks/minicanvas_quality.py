@@ -1,0 +1,128 @@
+"""The quality table of the README: erase concepts from MiniCanvas with several methods and seeds; measure them all.
+
+What this is: `train.py` once per (method, concept, seed), each as a user would start it, and one row of figures
+per run. Finished runs are kept in the output folder, so it can be interrupted and started again.
+What this is not: tuning. Every run uses the shipped configuration of its concept's kind.
+
+    python benchmarks/minicanvas_quality.py --output outputs/quality --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {"style": "configs/minicanvas_style.toml", "object": "configs/minicanvas_object.toml"}
+CONCEPTS = {"style": ("neon style", "ink style", "popart style"), "object": ("cat", "car", "tree")}
+SCORES = ("UA", "IRA", "CRA", "CRA_target", "UA_paraphrase", "UA_synonym")
+# Overrides on top of the shipped configuration. ESD-x trains the cross-attentions on the same prompts.
+METHODS = {
+    "kscu": [],
+    "esd-x": ["--method", "esd", "--esd.variant", "x", "--train.scope", "auto"],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of the table."""
+
+    method: str
+    kind: str
+    concept: str
+    seed: int
+    updates: int | None
+
+    @property
+    def name(self) -> str:
+        """Folder of the run."""
+        suffix = "" if self.updates is None else f"-{self.updates}"
+        return f"{self.method}{suffix}-{self.concept.replace(' ', '_')}-{self.seed}"
+
+
+def run_job(job: Job, output: Path, extra: Sequence[str]) -> dict:
+    """Train unless it is done, and return the run's row."""
+    folder = output / job.name
+    if not (folder / "metrics.json").is_file():
+        command = [sys.executable, str(ROOT / "fastunlearn" / "train.py"), "--config", str(ROOT / CONFIGS[job.kind])]
+        command += ["--concepts", job.concept, "--seed", str(job.seed), "--output_dir", str(folder)]
+        command += ["--overwrite_output_dir", "true", *METHODS[job.method], *extra]
+        if job.updates is not None:
+            command += ["--max_train_steps", str(job.updates)]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (output / f"{job.name}.log").open("w") as log:
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, cwd=ROOT)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    row = {"method": job.method, "kind": job.kind, "concept": job.concept, "seed": job.seed}
+    row |= {"updates": metrics["updates"], "unet_evaluations": metrics["unet_evaluations"]["total"]}
+    row |= {"seconds": metrics["seconds"]["total"]}
+    after = metrics["evaluation"]["after"]
+    return row | {name: after[name] for name in SCORES} | {"intervals": after["intervals"]}
+
+
+def table(rows: Iterable[dict]) -> str:
+    """Markdown: one line per run, then the mean of each method and kind."""
+    columns = ("updates", "unet_evaluations", "seconds")
+    lines = ["| method | concept | seed | updates | U-Net evaluations | s | " + " | ".join(SCORES) + " |"]
+    lines.append("|" + "---|" * (6 + len(SCORES)))
+    groups: dict[tuple[str, str, int], list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (row["kind"], row["method"], row["updates"], row["concept"], row["seed"])):
+        groups.setdefault((row["kind"], row["method"], row["updates"]), []).append(row)
+    for (kind, method, _), group in groups.items():
+        for row in group:
+            cells = [method, row["concept"], row["seed"], *(f"{row[name]:.0f}" for name in columns)]
+            lines.append("| " + " | ".join(map(str, [*cells, *(_cell(row[name]) for name in SCORES)])) + " |")
+        means = [mean(row[name] for row in group) for name in columns]
+        scores = [_mean_cell([row[name] for row in group if row[name] is not None]) for name in SCORES]
+        cells = [method, f"**{kind}s, mean of {len(group)}**", "", *(f"{value:.0f}" for value in means), *scores]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _mean_cell(values: list[float]) -> str:
+    return f"**{mean(values):.3f}**" if values else ""
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--styles", nargs="*", default=list(CONCEPTS["style"]))
+    parser.add_argument("--objects", nargs="*", default=list(CONCEPTS["object"]))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43])
+    parser.add_argument("--updates", type=int, help="instead of the configuration's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; one core each")
+    parser.add_argument("--rows", type=Path, help="also write the rows to this JSON file")
+    args, extra = parser.parse_known_args()
+    kinds = [("style", args.styles), ("object", args.objects)]
+    jobs = [
+        Job(method, kind, concept, seed, args.updates)
+        for method in args.methods
+        for kind, concepts in kinds
+        for seed in args.seeds
+        for concept in concepts
+    ]
+    args.output.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(tqdm(pool.map(lambda job: run_job(job, args.output, extra), jobs), total=len(jobs), unit="run"))
+    if args.rows:
+        args.rows.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
