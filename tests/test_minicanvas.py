@@ -223,3 +223,18 @@ def test_path_command_prints_only_the_folder(capsys):
 
     assert main(["minicanvas", "path"]) == 0
     assert Path(capsys.readouterr().out.strip()) == minicanvas.pipeline_path()
+
+
+def test_rebuild_goes_through_every_stage_and_resumes(tmp_path):
+    """A smoke test of the real stages with a few steps each; a second call finds everything done."""
+    from fastunlearn.minicanvas import rebuild
+
+    build = rebuild.Build(tmp_path, processes=1, quick=True)
+    lines: list[str] = []
+    report = rebuild.rebuild(build, say=lines.append)
+    assert report["images"] == 80 and 0 <= report["object"] <= 1
+    assert (tmp_path / "model" / "model_index.json").exists() and (tmp_path / "judge.safetensors").exists()
+    assert len(lines) == len(rebuild.STAGES) + 1
+    lines.clear()
+    assert rebuild.rebuild(build, say=lines.append) == report
+    assert len(lines) == 1

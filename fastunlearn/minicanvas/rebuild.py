@@ -122,16 +122,16 @@ def run_check(build: Build) -> None:
 
 
 STAGES = (
-    Stage("pictures for the autoencoder", lambda b: render_pictures(b, "pictures_vae"), "pictures_vae.npy", 50),
-    Stage("pictures for the judge", lambda b: render_pictures(b, "pictures_judge"), "pictures_judge.npy", 100),
-    Stage("pictures for the U-Net", lambda b: render_pictures(b, "pictures_unet"), "pictures_unet.npy", 130),
-    Stage("judge", run_judge, "judge.safetensors", 500),
-    Stage("autoencoder", run_vae, "vae", 2300),
+    Stage("pictures for the autoencoder", lambda b: render_pictures(b, "pictures_vae"), "pictures_vae.npy", 60),
+    Stage("pictures for the judge", lambda b: render_pictures(b, "pictures_judge"), "pictures_judge.npy", 140),
+    Stage("pictures for the U-Net", lambda b: render_pictures(b, "pictures_unet"), "pictures_unet.npy", 150),
+    Stage("judge", run_judge, "judge.safetensors", 480),
+    Stage("autoencoder", run_vae, "vae", 1400),
     Stage("text encoders", run_text, "text_encoder_2", 60),
-    Stage("latents and caption states", run_material, "unet_material.pt", 250),
-    Stage("U-Net", run_unet, "unet", 6000),
+    Stage("latents and caption states", run_material, "unet_material.pt", 220),
+    Stage("U-Net", run_unet, "unet", 4000),
     Stage("pipeline", run_assemble, "model", 5),
-    Stage("check", run_check, "check.json", 150),
+    Stage("check", run_check, "check.json", 240),
 )
 
 
