@@ -20,7 +20,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastunlearn.config import ModelConfig
@@ -111,11 +111,11 @@ def load_pipeline(
     if options is not None:
         kwargs |= {"revision": options.revision, "variant": options.variant}
     kwargs["local_files_only"] = Path(source).exists() or bool(options and options.local_files_only)
+    if unet_path is not None:
+        kwargs["unet"] = load_unet(unet_path, dtype)
     try:
-        if unet_path is not None:
-            kwargs["unet"] = UNet2DConditionModel.from_pretrained(str(unet_path), torch_dtype=dtype)
         pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.pretrained_model_name_or_path: cannot load {source!r}: {first_line(error)}") from error
     # Exact classes: inpainting, refiner and other pipelines subclass or imitate these and need other inputs.
     if type(pipeline) not in (StableDiffusionPipeline, StableDiffusionXLPipeline):
@@ -125,6 +125,18 @@ def load_pipeline(
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_unet(folder: str | os.PathLike[str], dtype: torch.dtype) -> UNet2DConditionModel:
+    """A U-Net from a folder in diffusers format.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return UNet2DConditionModel.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"unet: cannot load {str(folder)!r}: {first_line(error)}") from error
 
 
 def resolve_model(name: str) -> str:

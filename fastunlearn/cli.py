@@ -126,6 +126,9 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--quick", action="store_true", help="fewer images, wider intervals")
     args = parser.parse_args(argv)
+    from fastunlearn.preflight import check_results
+
+    check_results(Path(args.model))  # before torch is loaded
     from fastunlearn.scoring.command import run as run_evaluation
 
     return run_evaluation(args)

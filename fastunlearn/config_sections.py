@@ -195,9 +195,9 @@ class EvaluationConfig(Section):
     """Sampler steps per evaluation image."""
     guidance_scale: Annotated[float, Field(ge=0)] = 4.0
     """Classifier-free guidance of the evaluation images."""
-    seeds: Annotated[list[NotNegative], Field(min_length=1)] = [188, 288, 588, 688, 888]
+    seeds: Annotated[list[NotNegative], Field(min_length=1)] = [188, 288, 588, 688, 888, 1188, 1288, 1588]
     """Seeds of the initial noise, the same before and after."""
-    target_seeds: Positive = 5
+    target_seeds: Positive = 8
     """How many of the seeds are drawn for prompts with an erased concept."""
     retain_seeds: Positive = 2
     """How many of the seeds are drawn for prompts without one."""

@@ -168,6 +168,19 @@ def check_output_dir(cfg: Config) -> None:
             )
 
 
+def check_results(folder: Path) -> None:
+    """Refuse a folder in which no run has finished.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    for needed in ("config.toml", "unet/config.json"):
+        if not (folder / needed).is_file():
+            raise UserError(
+                f"--model: {str(folder)!r} has no {needed}; expected the output_dir of a finished `fastunlearn train`"
+            )
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The ``checkpoint-N`` folders of a run, oldest first."""
     found = [(int(match[1]), entry) for entry in folder.glob("*") if (match := CHECKPOINT.fullmatch(entry.name))]

@@ -58,7 +58,7 @@ def connect() -> World:
 
 
 def _remove_stale_build_lock() -> None:
-    """A start-up that was killed while DeepSpeed built its op leaves a lock on which every later one would wait forever."""
+    """A start-up that was killed while it built DeepSpeed's op leaves a lock on which all later ones would wait."""
     from torch.utils.cpp_extension import _get_build_directory
 
     lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"

@@ -128,4 +128,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")][0]))
+    main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))))

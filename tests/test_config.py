@@ -102,7 +102,7 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ("overwrite_output_dir", "contradicts")),
     (["--evaluation.seeds", "[]"], ("evaluation.seeds", "at least 1")),
     (["--evaluation.seeds", "1;1"], ("evaluation.seeds", "repeats")),
-    (["--evaluation.target_seeds", "6"], ("evaluation.target_seeds", "6", "5 entries")),
+    (["--evaluation.target_seeds", "9"], ("evaluation.target_seeds", "9", "8 entries")),
     (["--train.max_steps", "3"], ("--train.max_steps", "unknown option", "--train.max_train_steps")),
     (["--esd.start", "3"], ("--esd.start", "unknown option", "nearest: --kscu.start")),
     (["--learning_rte", "3"], ("--learning_rte", "unknown option", "--learning_rate")),

@@ -1,8 +1,8 @@
 """Every ZeRO stage on two ranks gives the weights of one plain process with the same global batch.
 
 One launch trains all cases of ``distributed_worker.py``; the reference below uses no DeepSpeed.
-Stated tolerances, as |w - reference| / |reference - start| over all trained weights: 1e-3 in fp32; 0.2 in bf16 (8 bits of
-mantissa in every activation) and with 8-bit optimizer state (Adam's first steps divide by a quantised moment).
+Stated tolerances, as |w - reference| / |reference - start| over all trained weights: 1e-3 in fp32; 0.2 in bf16 (8 bits
+of mantissa in every activation) and with 8-bit optimizer state (Adam's first steps divide by a quantised moment).
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def test_trajectories_do_not_depend_on_how_they_are_spread() -> None:
 
     def latents(*layouts: Layout) -> Tensor:
         unet = tiny_unet()
-        parts = {}
+        parts: dict[int, Tensor] = {}
         for layout in layouts:
             backbone = tiny_backbone(book, unet=unet)
             rollout = tiny_rollout(Predictors(backbone, unet, unet, unet), book, layout, steps=10)

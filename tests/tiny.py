@@ -45,7 +45,7 @@ def tiny_backbone(book: PromptBook, prediction_type: str = "epsilon", unet: obje
     hidden = torch.randn(len(book.texts), TOKENS, TEXT_WIDTH, generator=draw)
     pooled = torch.randn(len(book.texts), POOLED_WIDTH, generator=draw)
     return Backbone(
-        unet=tiny_unet() if unet is None else unet,  # type: ignore[arg-type]
+        unet=tiny_unet() if unet is None else unet,
         scheduler=tiny_scheduler(prediction_type),
         embeds=PromptEmbeds(hidden, pooled),
         time_ids=torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]),

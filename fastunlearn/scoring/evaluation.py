@@ -26,6 +26,7 @@ from fastunlearn.backbone import Pipeline, load_pipeline, resolve_model
 from fastunlearn.errors import UserError
 from fastunlearn.files import atomic_write_text
 from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
+from fastunlearn.preflight import check_results
 from fastunlearn.scoring.generation import generate
 from fastunlearn.scoring.metrics import Verdict, score
 from fastunlearn.scoring.protocol import Protocol, build_protocol, known_concepts
@@ -97,11 +98,7 @@ def evaluate_model(
     from fastunlearn.config import load_config
 
     folder = Path(output_dir)
-    for needed in ("config.toml", "unet/config.json"):
-        if not (folder / needed).is_file():
-            raise UserError(
-                f"--model: {str(folder)!r} has no {needed}; expected the output_dir of a finished `fastunlearn train`"
-            )
+    check_results(folder)
     cfg = load_config(str(folder / "config.toml"), [])
     base = cfg.model.pretrained_model_name_or_path
     return cfg, evaluate_pair(cfg, base, folder / "unet", progress=progress, quick=quick)
