@@ -142,7 +142,7 @@ def count_run(cfg: Config, batch: int = 1) -> dict[str, int]:
     def free(sample: Tensor, *_: object, **__: object) -> tuple[Tensor]:
         return (sample * 0.1,)
 
-    models = Predictors(backbone, free, free, free)  # type: ignore[arg-type]
+    models = Predictors(backbone, free, free, free)
     rollout: Rollout = tiny_rollout(models, book, Layout(0, 1, batch, 1))
     method = build_method(cfg)
     for step in method.table():
