@@ -218,14 +218,14 @@ def _check_prompts(prompts: PromptsConfig) -> None:
         raise UserError(f"prompts.contexts: {text!r} is empty; every context needs words")
     for template in prompts.templates:
         names = _placeholders("prompts.templates", template)
-        _refuse_unknown("prompts.templates", template, names, {"concept", "context"})
-        if "concept" not in names:
+        _refuse_unknown("prompts.templates", template, names, {"concept", "word", "context"})
+        if not names & {"concept", "word"}:
             raise UserError(f"prompts.templates: {template!r} lacks {{concept}}; every template must name the concept")
         if "context" in names and not prompts.contexts:
             raise UserError(f"prompts.contexts: empty, but {template!r} needs it; list contexts or drop {{context}}")
     for template, removed in zip(prompts.templates, prompts.anchor_templates, strict=False):
         names = _placeholders("prompts.anchor_templates", removed)
-        allowed = _placeholders("prompts.templates", template) - {"concept"}
+        allowed = _placeholders("prompts.templates", template) - {"concept", "word"}
         _refuse_unknown("prompts.anchor_templates", removed, names, allowed)
 
 

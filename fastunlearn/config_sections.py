@@ -61,7 +61,7 @@ class PromptsConfig(Section):
     """Which prompts the training trajectories follow."""
 
     templates: list[str] = ["{concept}"]
-    """Prompts of the trajectories; each holds {concept} and may hold {context}."""
+    """Prompts of the trajectories; each holds {concept} or {word} (it without " style"), and may hold {context}."""
     contexts: list[str] = []
     """Filled into {context}: kept styles for an object concept, kept objects for a style concept."""
     contextual_anchor: bool = True

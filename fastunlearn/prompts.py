@@ -75,15 +75,19 @@ def concept_variants(concept: Concept, config: PromptsConfig) -> list[Variant]:
     for template, removed in zip(config.templates, anchors, strict=True):
         contexts = config.contexts if "{context}" in template else [""]
         for context in contexts:
-            prompt = template.format(concept=concept.name, context=context)
+            prompt = _fill(template, concept.name, context)
             if concept.anchor:
-                anchor = template.format(concept=concept.anchor, context=context)
+                anchor = _fill(template, concept.anchor, context)
             elif config.contextual_anchor:
                 anchor = removed.format(context=context)
             else:
                 anchor = UNCONDITIONAL
             variants.append(Variant(prompt, anchor))
     return variants
+
+
+def _fill(template: str, name: str, context: str) -> str:
+    return template.format(concept=name, word=name.removesuffix(" style"), context=context)
 
 
 def augment(concept: str, prompt: str, operation: int, draw: random.Random) -> str:

@@ -26,6 +26,12 @@ def test_a_context_stays_in_the_anchor() -> None:
     ]
 
 
+def test_the_word_of_a_style_goes_without_style() -> None:
+    config = PromptsConfig(templates=["{word} {context}"], contexts=["cat"], anchor_templates=["{context}"])
+    assert concept_variants(Concept(name="neon style"), config) == [Variant("neon cat", "cat")]
+    assert concept_variants(Concept(name="neon style", anchor="ink style"), config) == [Variant("neon cat", "ink cat")]
+
+
 def test_an_anchor_concept_replaces_the_concept_everywhere() -> None:
     variants = concept_variants(Concept(name="cat", anchor="dog"), CONTEXTUAL)
     assert variants[0] == Variant("cat", "dog")

@@ -20,7 +20,7 @@ from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
 
 SIZE = 64
 OTHER = len(OBJECTS)
-CHUNK = 500
+CHUNK = 200
 
 
 @dataclass(frozen=True)

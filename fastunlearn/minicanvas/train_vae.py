@@ -22,7 +22,7 @@ PLAN = Plan("vae", steps=2400, batch=10, learning_rate=1.5e-3, ema=0.998, weight
 
 def to_model_range(images: np.ndarray) -> Tensor:
     """(N, 64, 64, 3) uint8 -> (N, 3, 64, 64) float32 in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def train(worker: Worker, plan: Plan, data: Path, output: Path) -> None:
