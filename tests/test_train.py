@@ -187,3 +187,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_exports_nothing(tmp_path: P
     assert done.returncode == 2, done.stderr
     assert "not finite" in done.stderr and "Traceback" not in done.stderr
     assert not (out / "unet").exists()
+
+
+def test_evaluate_measures_what_the_run_left(finished: Path, tmp_path: Path) -> None:
+    evaluate = [sys.executable, "-m", "fastunlearn.cli", "evaluate", "--model", str(finished), "--quick"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*evaluate, "--json"], capture_output=True, text=True, timeout=600, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    for when in ("before", "after"):
+        figures = result[when]
+        low, high = figures["intervals"]["UA"]
+        assert 0 <= low <= figures["UA"] <= high <= 1
+        assert figures["protocol"]["num_inference_steps"] == 2 and figures["protocol"]["quick"]
+    assert (finished / "evaluation.json").is_file()
+    one_line_refusal(
+        subprocess.run(
+            [*evaluate[:4], "--model", str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+        ),
+        "config.toml",
+    )
