@@ -17,6 +17,8 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrai
 # DeepSpeed's launcher and the small helper that it compiles look for python and ninja on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export CXX
+# What DeepSpeed would find out by itself, with a warning in every process.
+export DS_ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-style demo-object test lint bench clean

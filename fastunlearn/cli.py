@@ -92,6 +92,7 @@ def train(argv: list[str]) -> int:
             raise UserError(f"--num_gpus: {ranks} ranks, but there are {gpus} GPUs; allowed are 1 to {gpus}")
         config.validate_runtime(ranks, has_gpu=gpus > 0)
         command = launch_command(ranks, rest)
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus else "cpu")  # found out by itself, it warns
         sys.stdout.flush()
         os.execv(command[0], command)
     from fastunlearn.train import main as train_main

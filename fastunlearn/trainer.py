@@ -59,7 +59,8 @@ def train(cfg: Config, world: World) -> None:
                 "rollout": done.rollout_seconds,
                 "train": done.seconds - done.rollout_seconds,
             },
-            unet_evaluations=done.evaluations,
+            # Every rank evaluates as much as this one.
+            unet_evaluations={name: count * world.world_size for name, count in done.evaluations.items()},
             world_size=world.world_size,
             device=world.device,
         )

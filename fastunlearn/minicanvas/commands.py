@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,9 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"--steps: {args.steps} is not allowed; 1 to 1000 are, 25 are enough")
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"--output: {args.output}: its folder does not exist; create it first")
-    from diffusers import StableDiffusionXLPipeline
-
     from fastunlearn.minicanvas import drawing
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(pipeline_path(), local_files_only=True)
+    pipe = drawing.load_pipeline(pipeline_path())
     prompts, columns, titles = args.prompt, max(1, min(8, len(args.prompt))), list(args.prompt)
     if not prompts:
         cells = drawing.grid_cells()
@@ -88,10 +85,7 @@ def _rebuild(args: argparse.Namespace) -> int:
 
 
 def _quiet() -> None:
-    """Keep the libraries' loading bars and notices out of the output; set before they are imported."""
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little at this size, and cost much on a busy machine
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    from fastunlearn.minicanvas.fitting import hush
+
+    hush()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
@@ -17,6 +18,12 @@ from fastunlearn.minicanvas.judge import Judge
 from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES
 
 STEPS, GUIDANCE = 25, 4.0
+
+
+def load_pipeline(folder: Path) -> StableDiffusionXLPipeline:
+    """The pipeline of `folder` in float32, without the loading bar."""
+    diffusers_logging.disable_progress_bar()
+    return StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
 
 
 @torch.no_grad()

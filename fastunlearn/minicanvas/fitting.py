@@ -9,10 +9,13 @@ It is not the trainer of the erasure methods (`fastunlearn/trainer.py`).
 from __future__ import annotations
 
 import contextlib
+import importlib
+import logging
 import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from fastunlearn.quiet import NOISY_LOGGERS, QUIET
 
 # Without these the C library hands large buffers back to the kernel after every operation (measured: 10 to 20 %).
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "2000000000")
@@ -57,6 +62,14 @@ class Worker:
         return torch.Generator().manual_seed((plan.seed * 1_000_003 + step) * 64 + self.rank)
 
 
+def hush() -> None:
+    """Keep the notices of libraries that nobody can act on off the terminal; call it before they are imported."""
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """bfloat16 where the matrix units make it faster (CUDA, AMX), else full precision."""
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
@@ -71,10 +84,13 @@ def launch(function: Callable[..., None], arguments: tuple, processes: int) -> N
         function(Worker(0, 1, torch.device("cpu")), *arguments)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_enter, (function, arguments, processes, f"file://{folder}/meet"), nprocs=processes)
+            name = (function.__module__, function.__qualname__)
+            mp.spawn(_enter, (name, arguments, processes, f"file://{folder}/meet"), nprocs=processes)
 
 
-def _enter(rank: int, function: Callable[..., None], arguments: tuple, world: int, meeting: str) -> None:
+def _enter(rank: int, name: tuple[str, str], arguments: tuple, world: int, meeting: str) -> None:
+    hush()
+    function = getattr(importlib.import_module(name[0]), name[1])  # only now: it imports the noisy libraries
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     try:

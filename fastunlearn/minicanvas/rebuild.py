@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 
 from fastunlearn.minicanvas import (
     assemble,
@@ -169,7 +169,7 @@ def check(
     model: Path, judge_weights: Path, device: str = "cpu", quick: bool = False, pictures_to: Path | None = None
 ) -> dict[str, Any]:
     """Measure a finished model: accuracy on the drawn grid, the judge on held-out drawings, the autoencoder's PSNR."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(model, local_files_only=True).to(device)
+    pipe = drawing.load_pipeline(model).to(device)
     judge = load_judge(device, judge_weights)
     cells = drawing.grid_cells()
     steps = 2 if quick else drawing.STEPS
