@@ -116,11 +116,15 @@ def test_too_many_ranks_are_not_launched(
     assert words in capsys.readouterr().err
 
 
-def test_evaluate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    for name in ("config.toml", "unet/config.json"):
+        (tmp_path / name).touch()
     seen: list[Namespace] = []
     replace_module(monkeypatch, "fastunlearn.scoring.command", run=recorder(seen, 0))
-    assert cli.main(["evaluate", "--model", "out", "--json"]) == 0
-    assert seen == [Namespace(model="out", json=True, quick=False)]
+    assert cli.main(["evaluate", "--model", str(tmp_path), "--json"]) == 0
+    assert seen == [Namespace(model=str(tmp_path), json=True, quick=False)]
+    assert cli.main(["evaluate", "--model", str(tmp_path / "other")]) == 2 and len(seen) == 1
 
 
 def test_interruption_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
