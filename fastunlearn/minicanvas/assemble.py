@@ -41,9 +41,11 @@ def write_pipeline(pipe: StableDiffusionXLPipeline, output: Path) -> None:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(partial, safe_serialization=True)
-    for part in ("text_encoder", "text_encoder_2"):
+    for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
         path = partial / part / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        settings = json.loads(path.read_text()) | ({"dtype": "float32"} if part.startswith("text") else {})
+        settings.pop("_name_or_path", None)  # the folder of this build means nothing elsewhere
+        path.write_text(json.dumps(settings, indent=2) + "\n")
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)

@@ -65,6 +65,7 @@ class Worker:
 def hush() -> None:
     """Keep the notices of libraries that nobody can act on off the terminal; call it before they are imported."""
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # found by itself, it warns
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -157,7 +157,9 @@ def estimate(build: Build, stages: list[Stage]) -> str:
     if build.quick:
         return "a smoke test of every stage: about two minutes; the model will draw noise"
     if torch.cuda.is_available():
-        return f"{len(stages)} stages on the GPU: not measured yet; about 55 minutes on two CPU cores, so less than that"
+        return (
+            f"{len(stages)} stages on the GPU: not measured yet; about 55 minutes on two CPU cores, so less than that"
+        )
     minutes = sum(stage.cpu_seconds for stage in stages) / build.processes / 60
     return (
         f"{len(stages)} stages in {build.processes} processes: about {minutes:.0f} minutes if each has a core to itself"
