@@ -67,7 +67,7 @@ demo: $(READY)
 	@echo "  output/demo_X/samples/before_after.png   the same seeds before and after"
 	@echo "  output/demo_X/README.md                  what was erased, and the figures"
 	@echo "  output/demo_X/unet                       the edited U-Net, in diffusers' format"
-	@echo "Measure again, with more images:  $(VENV)/bin/fastunlearn evaluate --model output/demo_style"
+	@echo "Measure again:  $(VENV)/bin/fastunlearn evaluate --model output/demo_style"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -327,7 +327,7 @@ def drawn(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     monkeypatch.setattr(evaluation, "load_pipeline", lambda path, unet_path=None: FakePipe(unet_path is not None))
     monkeypatch.setattr(minicanvas, "load_judge", lambda device="cpu": FakeJudge(), raising=False)
     monkeypatch.setattr(minicanvas, "pipeline_path", lambda: folder, raising=False)
-    monkeypatch.setattr(quiet, "prepare_environment", lambda: None)  # it would set up this process for good
+    monkeypatch.setattr(quiet, "prepare_environment", lambda threads=0: None)  # it would set up this process for good
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return calls
 

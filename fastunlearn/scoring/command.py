@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastunlearn.files import atomic_write_text
+from fastunlearn.preflight import check_results
 from fastunlearn.scoring.metrics import FIGURES, clear_difference
 
 if TYPE_CHECKING:
@@ -36,9 +37,12 @@ def run(args: Namespace) -> int:
     Raises:
         UserError: the folder is not what a finished run leaves, or the judge does not know its concepts.
     """
+    from fastunlearn.config import load_config
     from fastunlearn.quiet import prepare_environment
 
-    prepare_environment()
+    check_results(Path(args.model))
+    # As many threads as the run had: on a busy machine a second one can make the drawing many times slower.
+    prepare_environment(load_config(str(Path(args.model) / "config.toml"), []).train.cpu_threads)
     from fastunlearn.scoring.evaluation import evaluate_model
 
     config, result = evaluate_model(args.model, quick=args.quick)
