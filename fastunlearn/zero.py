@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,11 +186,6 @@ class Engine:
         if self.stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
-
-
-def trained_state(base: dict[str, Tensor], trained: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """``base`` with the trained tensors put in, in base's order."""
-    return {name: trained[name] if name in set(names) else tensor for name, tensor in base.items()}
 
 
 @contextlib.contextmanager
