@@ -20,6 +20,7 @@ from fastunlearn.backbone import PromptEmbeds
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.predictors import Predictors
 from fastunlearn.prompts import UNCONDITIONAL, PromptBook, Variant
+from fastunlearn_kernels import guided_step
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,25 @@ class Rollout:
         self.variants = [Variant(p, a) for p, a in zip(state["prompts"], state["anchors"], strict=True)]
 
     def _advance(self, index: int, pairs: list[GuidedPair]) -> None:
-        guided = torch.cat([pair.uncond + self.guidance_scale * (pair.cond - pair.uncond) for pair in pairs])
-        self.latents = self.scheduler.step(guided.detach(), self.timesteps[index], self.latents).prev_sample
+        """One DDIM step from timestep t to t - T / steps, with the guided prediction."""
+        alphas, timestep = self.scheduler.alphas_cumprod, self.timesteps[index]
+        after = timestep - self.scheduler.config["num_train_timesteps"] // len(self.timesteps)
+        alpha_after = alphas[after] if after >= 0 else self.scheduler.final_alpha_cumprod
+        groups = zip(self.latents.split(self.layout.batch), pairs, strict=True)
+        self.latents = torch.cat(
+            [
+                guided_step(
+                    pair.cond.detach(),
+                    pair.uncond.detach(),
+                    latents,
+                    alphas[timestep],
+                    alpha_after,
+                    guidance=self.guidance_scale,
+                    prediction_type=self.models.backbone.prediction_type,
+                )
+                for latents, pair in groups
+            ]
+        )
 
     def _augment(self, step: KeyStep, augmentation: Augmentation, numbers: list[int]) -> PromptEmbeds:
         pool = self.book.augmented[step.concept]

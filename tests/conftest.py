@@ -1,4 +1,7 @@
-"""Settings for every test: one CPU thread, no network, no chatter. Set before torch or transformers is imported."""
+"""Settings for every test: one CPU thread, no network, no chatter. Set before torch or transformers is imported.
+
+Without a GPU the Triton kernels are interpreted; that must be known before the first of them is imported.
+"""
 
 import os
 
@@ -15,6 +18,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,9 +43,10 @@ def loss_by_hand(tensors: list[Tensor], slope_B: Tensor, weight_B: Tensor) -> Te
 
 
 def parts_of(tensors: list[Tensor], slope_B: Tensor, weight_B: Tensor) -> tuple[Tensor, Tensor]:
-    return guided_noise_loss(
+    loss, per_sample_B, _ = guided_noise_loss(
         *tensors, guidance=GUIDANCE, lambda1_B=slope_B, uncond_weight=UNCOND_WEIGHT, weight_B=weight_B
     )
+    return loss, per_sample_B
 
 
 def loss_of(tensors: list[Tensor], slope_B: Tensor, weight_B: Tensor) -> Tensor:
@@ -136,14 +137,14 @@ def test_layout_in_memory_does_not_matter() -> None:
 
 def test_without_the_unconditional_branch_only_the_conditional_term_is_left() -> None:
     s_c, _, e_c, e_a, _ = predictions((2, 4, 5, 5))
-    loss, _ = guided_noise_loss(s_c, None, e_c, e_a, None, guidance=1.0, uncond_weight=7.0)
+    loss, *_ = guided_noise_loss(s_c, None, e_c, e_a, None, guidance=1.0, uncond_weight=7.0)
     torch.testing.assert_close(loss, ((s_c - 2 * e_a + e_c) ** 2).mean())
 
 
 def test_loss_is_zero_on_target() -> None:
     _, _, e_c, e_a, e_0 = predictions((2, 4, 5, 5))
     direction = e_c - e_a
-    loss, _ = guided_noise_loss(
+    loss, *_ = guided_noise_loss(
         e_a - 2 * direction, e_0 - 0.01 * direction, e_c, e_a, e_0, guidance=2.0, lambda1_B=0.01, uncond_weight=1.0
     )
     assert loss < 1e-30

@@ -13,7 +13,7 @@ from fastunlearn.keysteps import KeyStep, uniform_table
 from fastunlearn.methods.base import Method, Outcome, sampler_pair
 from fastunlearn.predictors import Predictors
 from fastunlearn.rollout import Window
-from fastunlearn_kernels import guided_noise_loss, to_epsilon
+from fastunlearn_kernels import guided_noise_loss
 
 
 class ESD(Method):
@@ -30,20 +30,14 @@ class ESD(Method):
         teacher_cond, teacher_anchor = models.frozen(x, t, window.cond, window.anchor)
         (student_cond,) = models.train(x, t, window.trained)
         pair = sampler_pair(models, window, student_cond, None)
-        alpha = models.backbone.scheduler.alphas_cumprod[t]
-        student, cond, anchor = (
-            to_epsilon(prediction, x, alpha, models.backbone.prediction_type)
-            for prediction in (student_cond, teacher_cond, teacher_anchor)
-        )
-        loss, _ = guided_noise_loss(
-            student,
+        loss, *_ = guided_noise_loss(
+            student_cond,
             None,
-            cond,
-            anchor,
+            teacher_cond,
+            teacher_anchor,
             None,
             guidance=self.cfg.esd.negative_guidance,
-            lambda1_B=x.new_zeros(len(x)),
-            uncond_weight=0.0,
-            weight_B=x.new_ones(len(x)),
+            alpha_t=models.backbone.scheduler.alphas_cumprod[t],
+            prediction_type=models.backbone.prediction_type,
         )
         return Outcome(loss, pair)

@@ -13,14 +13,12 @@ prompt~ is the prompt itself, in the tail of the run an augmented one with a lit
 
 from __future__ import annotations
 
-import torch
-
 from fastunlearn.config import resolved_start, resolved_steps
 from fastunlearn.keysteps import KeyStep, key_step_table
 from fastunlearn.methods.base import Method, Outcome, sampler_pair
 from fastunlearn.predictors import Predictors
 from fastunlearn.rollout import Augmentation, Window
-from fastunlearn_kernels import guided_noise_loss, to_epsilon
+from fastunlearn_kernels import guided_noise_loss
 
 # With the published weight of 1e-4 the unconditional term has about a millionth of the conditional gradient at the
 # start, and its backward costs as much as the conditional one. "auto" evaluates it from this weight on.
@@ -64,21 +62,16 @@ class KSCU(Method):
             (student_cond,) = models.train(x, t, window.trained)
         pair = sampler_pair(models, window, None if window.augmented else student_cond, student_uncond)
 
-        scheduler = models.backbone.scheduler
-        alpha = scheduler.alphas_cumprod[t]
-
-        def noise(prediction: torch.Tensor) -> torch.Tensor:
-            return to_epsilon(prediction, x, alpha, models.backbone.prediction_type)
-
-        loss, _ = guided_noise_loss(
-            noise(student_cond),
-            None if student_uncond is None else noise(student_uncond),
-            noise(teacher_cond),
-            noise(teacher_anchor),
-            None if teacher_uncond is None else noise(teacher_uncond),
+        loss, *_ = guided_noise_loss(
+            student_cond,
+            student_uncond,
+            teacher_cond,
+            teacher_anchor,
+            teacher_uncond,
             guidance=self.cfg.kscu.negative_guidance,
-            lambda1_B=x.new_full((len(x),), (1000 - t) * self.cfg.kscu.uncond_slope),
+            lambda1_B=(1000 - t) * self.cfg.kscu.uncond_slope,
             uncond_weight=self.cfg.kscu.uncond_weight,
-            weight_B=x.new_ones(len(x)),
+            alpha_t=models.backbone.scheduler.alphas_cumprod[t],
+            prediction_type=models.backbone.prediction_type,
         )
         return Outcome(loss, pair)

@@ -30,6 +30,7 @@ from fastunlearn.minicanvas.train_text import encode as encode_ids
 from fastunlearn.minicanvas.train_text import tokenize
 from fastunlearn.minicanvas.train_vae import encode as encode_pictures
 from fastunlearn.minicanvas.train_vae import to_model_range
+from fastunlearn_kernels import add_noise
 
 PLAN = Plan("unet", steps=4500, batch=24, learning_rate=1.2e-3, ema=0.999, warmup=200, seed=41)
 LOOK_EVERY = 600
@@ -120,8 +121,7 @@ def train(worker: Worker, plan: Plan, folder: Path, look_every: int = LOOK_EVERY
     material = Material(**{name: tensor.to(worker.device) for name, tensor in stored.items()})
     unet = networks.new_unet()
     fit = Fit(unet, plan, worker, folder / "unet.checkpoint")
-    scheduler = networks.new_scheduler()
-    alphas = scheduler.alphas_cumprod.to(worker.device)
+    alphas = networks.new_scheduler().alphas_cumprod.to(worker.device)
     weights = noise_weights(alphas)
     time_ids = torch.tensor([networks.TIME_IDS], device=worker.device).expand(plan.batch, -1)
 
@@ -134,7 +134,7 @@ def train(worker: Worker, plan: Plan, folder: Path, look_every: int = LOOK_EVERY
         latents = material.latents[rows]
         noise = torch.randn(latents.shape, generator=generator).to(worker.device)
         captions = material.choices[material.cells[rows], which]
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        noisy = add_noise(latents, noise, timesteps, alphas)
         conditions = {"text_embeds": material.pooled[captions], "time_ids": time_ids}
         guess = unet(noisy, timesteps, material.states[captions], added_cond_kwargs=conditions).sample
         errors = functional.mse_loss(guess, noise, reduction="none").mean((1, 2, 3))

@@ -17,8 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastunlearn_kernels.precision import Coefficient, compute_dtype, per_sample
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from fastunlearn_kernels.prediction import PREDICTION_TYPES
 
 
 def apply_guidance(cond: Tensor, uncond: Tensor, guidance: Coefficient) -> Tensor:
