@@ -1,21 +1,45 @@
-"""The arithmetic of concept unlearning as small tensor functions, usable without the trainer.
+"""The arithmetic of concept unlearning as fused Triton kernels and plain PyTorch, usable without the trainer.
 
-One module per op. Today each holds the plain PyTorch reference, readable beside its formula; it runs on every device.
-Not here: models, schedulers, optimizers, anything that knows about prompts. Imports torch only.
+One module per op, always in this order: public function, reference, kernels, launcher, registered op, and a spec that
+tests, ahead-of-time checks and benchmarks iterate over. On CUDA and ROCm tensors the kernels run, elsewhere the reference;
+`backend.py` says how to choose. Not here: models, schedulers, anything that knows about prompts. Imports torch and triton.
 
 Usage: `from fastunlearn_kernels import guided_noise_loss`
 """
 
+from fastunlearn_kernels.adamw8bit import AdamW8bit
+from fastunlearn_kernels.adamw8bit_step import adamw8bit_step
 from fastunlearn_kernels.add_noise import add_noise
-from fastunlearn_kernels.guided_noise_loss import guided_noise_loss
-from fastunlearn_kernels.guided_step import PREDICTION_TYPES, apply_guidance, ddim_step, guided_step, to_epsilon
+from fastunlearn_kernels.blockwise_quantize import Quantized, blockwise_dequantize, blockwise_quantize
+from fastunlearn_kernels.guided_noise_loss import NoiseLoss, guided_noise_loss
+from fastunlearn_kernels.guided_step import apply_guidance, ddim_step, guided_euler_step, guided_step, to_epsilon
+from fastunlearn_kernels.prediction import PREDICTION_TYPES
+from fastunlearn_kernels.segments import Segments
+from fastunlearn_kernels.surgery_apply import surgery_apply
+from fastunlearn_kernels.surgery_coefficients import Plan, surgery_coefficients
+from fastunlearn_kernels.surgery_dots import surgery_dots
+from fastunlearn_kernels.weighted_noise_loss import WeightedLoss, weighted_noise_loss
 
 __all__ = [
     "PREDICTION_TYPES",
+    "AdamW8bit",
+    "NoiseLoss",
+    "Plan",
+    "Quantized",
+    "Segments",
+    "WeightedLoss",
+    "adamw8bit_step",
     "add_noise",
     "apply_guidance",
+    "blockwise_dequantize",
+    "blockwise_quantize",
     "ddim_step",
+    "guided_euler_step",
     "guided_noise_loss",
     "guided_step",
+    "surgery_apply",
+    "surgery_coefficients",
+    "surgery_dots",
     "to_epsilon",
+    "weighted_noise_loss",
 ]

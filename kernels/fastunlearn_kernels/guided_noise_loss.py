@@ -31,22 +31,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.precision import (
+from fastunlearn_kernels.coefficients import (
     Coefficient,
     broadcast,
-    check_shapes,
     coefficient,
     coefficients,
-    compute_dtype,
-    gradient_dtype,
     kernel_arguments,
-    ordered_sum,
+    no_gradient,
 )
+from fastunlearn_kernels.guided_noise_loss_cases import PREDICTIONS, broken, bytes_moved, eager, inputs_of, masked
+from fastunlearn_kernels.precision import check_shapes, compute_dtype, ordered_sum
 from fastunlearn_kernels.prediction import prediction_number, residual_factor, residual_factor_scalar
-from fastunlearn_kernels.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs
 
 BLOCK = 1024
-PREDICTIONS = ("cond", "uncond", "teacher_cond", "teacher_anchor", "teacher_uncond")
 
 
 class NoiseLoss(NamedTuple):
@@ -136,7 +134,7 @@ def guided_noise_loss_reference(
         loss_B, grad_uncond = loss_B + uncond_weight * uncond_B, uncond_weight * gradient
     loss = (weight.flatten() * loss_B).sum() / max(cond.shape[0], 1)
     found_inf = (~loss.detach().isfinite()).to(torch.float32)
-    stored = gradient_dtype(cond)
+    stored = compute_dtype(cond)
     return loss, loss_B.detach(), found_inf, grad_cond.to(stored), grad_uncond.to(stored)
 
 
@@ -160,7 +158,7 @@ def guided_noise_loss_kernel(
     total = 0.0
     if w != 0:
         k = residual_factor_scalar(coefficient(alpha, i_b, KIND_A), PREDICTION)
-        step = 2.0 * w * k / (batch.to(tl.float32) * n.to(tl.float32))
+        step = 2.0 * w * k / (1.0 * batch * n)
         anchor = tl.load(teacher_anchor_ptr + o, mask=mask, other=0.0).to(tl.float32)
         direction = tl.load(teacher_cond_ptr + o, mask=mask, other=0.0).to(tl.float32) - anchor
         student = tl.load(cond_ptr + o, mask=mask, other=0.0).to(tl.float32)
@@ -242,7 +240,7 @@ def guided_noise_loss_op(
 
 @guided_noise_loss_op.register_fake
 def _fake(cond, uncond, teacher_cond, teacher_anchor, teacher_uncond, *_):
-    dtype, stored = compute_dtype(cond, uncond, teacher_cond, teacher_anchor, teacher_uncond), gradient_dtype(cond)
+    dtype, stored = compute_dtype(cond, uncond, teacher_cond, teacher_anchor, teacher_uncond), compute_dtype(cond)
     grad_cond = cond.new_empty(cond.shape, dtype=stored)
     grad_uncond = cond.new_empty((0,) if uncond is None else uncond.shape, dtype=stored)
     flag = cond.new_empty((), dtype=torch.float32)
@@ -252,12 +250,13 @@ def _fake(cond, uncond, teacher_cond, teacher_anchor, teacher_uncond, *_):
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.dtype, ctx.has_uncond = inputs[0].dtype, inputs[1] is not None
+    ctx.dtype, ctx.has_uncond, ctx.tables = inputs[0].dtype, inputs[1] is not None, no_gradient(inputs[6])
 
 
 def _backward(ctx, grad_loss, *_):
     grad_cond, grad_uncond = (grad_loss * grad for grad in ctx.saved_tensors)
-    return grad_cond.to(ctx.dtype), grad_uncond.to(ctx.dtype) if ctx.has_uncond else None, *[None] * 8
+    grad_uncond = grad_uncond.to(ctx.dtype) if ctx.has_uncond else None
+    return grad_cond.to(ctx.dtype), grad_uncond, None, None, None, None, ctx.tables, None, None, None
 
 
 guided_noise_loss_op.register_autograd(_backward, setup_context=_save)
@@ -266,52 +265,6 @@ guided_noise_loss_op.register_autograd(_backward, setup_context=_save)
 def _run(inputs: Inputs) -> Outputs:
     out = guided_noise_loss(**inputs)
     return {"loss": out.loss, "per_sample_B": out.per_sample_B, "found_inf": out.found_inf}
-
-
-def _eager(inputs: Inputs) -> Outputs:
-    """As one writes it for epsilon and the squared error, in the dtype of the predictions; nothing for the rest."""
-    if inputs.keys() & {"prediction_type", "huber_delta"}:
-        return {}
-    s_c, e_c, e_a = (inputs[name] for name in ("cond", "teacher_cond", "teacher_anchor"))
-    guidance, lambda1, weight = (
-        torch.as_tensor(inputs[name], dtype=s_c.dtype, device=s_c.device).reshape(-1, *[1] * (s_c.dim() - 1))
-        for name in ("guidance", "lambda1_B", "weight_B")
-    )
-    loss_B = ((s_c - (e_a - guidance * (e_c - e_a))) ** 2).flatten(1).mean(1)
-    if inputs["uncond"] is not None:
-        residual = inputs["uncond"] - (inputs["teacher_uncond"] - lambda1 * (e_c - e_a))
-        loss_B = loss_B + inputs["uncond_weight"] * (residual**2).flatten(1).mean(1)
-    return {"loss": (weight.flatten() * loss_B).mean(), "per_sample_B": loss_B.detach()}
-
-
-def _bytes_moved(inputs: Inputs) -> int:
-    students, teachers = nbytes(inputs["cond"], inputs["uncond"]), [inputs["teacher_cond"], inputs["teacher_anchor"]]
-    if inputs["uncond"] is not None and inputs["teacher_uncond"] is not inputs["teacher_anchor"]:
-        teachers.append(inputs["teacher_uncond"])
-    gradients = 4 * sum(inputs[name].numel() for name in ("cond", "uncond") if inputs[name] is not None)
-    return students + gradients + nbytes(teachers)
-
-
-def _inputs(shape: Sequence[int], layout: str = "plain", uncond: bool = True, scale: float = 1.0, **options):
-    """A factory of inputs: random predictions, per-sample coefficients, and `options` on top."""
-
-    def make(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
-        tensors: Inputs = {name: normal(draw, shape, dtype, device, layout, scale) for name in PREDICTIONS}
-        if not uncond:
-            tensors |= {"uncond": None, "teacher_uncond": None}
-        lambda1_B, weight_B = (low + torch.rand(shape[0], generator=draw).to(device) for low in (0.0, 0.5))
-        numbers = {"guidance": 1.5, "uncond_weight": 0.3, "lambda1_B": lambda1_B, "weight_B": weight_B}
-        return tensors | numbers | options
-
-    return make
-
-
-def _masked(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Two of three samples have weight 0; one of them holds nothing but NaN and Inf."""
-    inputs = _inputs((3, 4, 8, 8))(draw, dtype, device)
-    for name in PREDICTIONS:
-        inputs[name][1] = torch.tensor([float("nan"), float("inf")], device=device).repeat(4)
-    return inputs | {"weight_B": torch.tensor([1.5, 0.0, 0.0], device=device)}
 
 
 def _kernel(name: str, dtype: str, **options: Any) -> AotKernel:
@@ -330,31 +283,32 @@ def _kernel(name: str, dtype: str, **options: Any) -> AotKernel:
 SPEC = OpSpec(
     name="guided_noise_loss",
     run=_run,
-    eager=_eager,
+    eager=eager,
     cases=(
-        Case("0 elements", _inputs((0, 4, 8, 8))),
-        Case("1 element", _inputs((1, 1, 1, 1))),
-        Case("63 elements", _inputs((3, 1, 7, 9))),
-        Case("1000 elements", _inputs((2, 1000), guidance=torch.tensor([1.0, 3.0]))),
-        Case("several chunks", _inputs((2, 4, 33, 31))),
-        Case("unaligned", _inputs((2, 4, 16, 16), "unaligned")),
-        Case("transposed", _inputs((2, 4, 6, 10), "transposed")),
-        Case("strided", _inputs((2, 4, 6, 10), "strided")),
-        Case("conditional only", _inputs((2, 4, 8, 8), uncond=False)),
-        Case("v prediction", _inputs((2, 4, 8, 8), prediction_type="v_prediction", alpha_t=torch.tensor([0.1, 0.9]))),
-        Case("x0 prediction", _inputs((2, 4, 8, 8), prediction_type="sample", alpha_t=0.4)),
-        Case("huber", _inputs((2, 4, 8, 8), huber_delta=0.7)),
-        Case("masked samples", _masked),
-        Case("large values", _inputs((2, 4, 8, 8), scale=1e4), (torch.float32, torch.bfloat16)),
+        Case("0 elements", inputs_of((0, 4, 8, 8))),
+        Case("1 element", inputs_of((1, 1, 1, 1))),
+        Case("63 elements", inputs_of((3, 1, 7, 9))),
+        Case("1000 elements", inputs_of((2, 1000), guidance=torch.tensor([1.0, 3.0]))),
+        Case("several chunks", inputs_of((2, 4, 33, 31))),
+        Case("unaligned", inputs_of((2, 4, 16, 16), "unaligned")),
+        Case("transposed", inputs_of((2, 4, 6, 10), "transposed")),
+        Case("strided", inputs_of((2, 4, 6, 10), "strided")),
+        Case("conditional only", inputs_of((2, 4, 8, 8), uncond=False)),
+        Case("v prediction", inputs_of((2, 4, 8, 8), prediction_type="v_prediction", alpha_t=torch.tensor([0.1, 0.9]))),
+        Case("x0 prediction", inputs_of((2, 4, 8, 8), prediction_type="sample", alpha_t=0.4)),
+        Case("huber", inputs_of((2, 4, 8, 8), huber_delta=0.7)),
+        Case("masked samples", masked),
+        Case("NaN in a sample that counts", broken),
+        Case("large values", inputs_of((2, 4, 8, 8), scale=1e4), (torch.float32, torch.bfloat16)),
     ),
     gradients=("cond", "uncond"),
     of_gradient="loss",
-    bytes_moved=_bytes_moved,
+    bytes_moved=bytes_moved,
     launches=1,
     latent=True,
     kernels=(
         *[_kernel(dtype, dtype) for dtype in SHORT.values()],
         _kernel("bf16 conditional only, huber", "bf16", HAS_UNCOND=False, HAS_TEACHER_UNCOND=False, HUBER=True),
     ),
-    bench=lambda numel, dtype, device: _inputs((1, 4, numel // 4))(torch.Generator().manual_seed(0), dtype, device),
+    bench=lambda numel, dtype, device: inputs_of((1, 4, numel // 4))(torch.Generator().manual_seed(0), dtype, device),
 )

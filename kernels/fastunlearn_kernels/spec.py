@@ -5,6 +5,7 @@ Not here: any op, and any list of them; `fastunlearn_kernels.ALL_SPECS` has that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +34,9 @@ class AotKernel:
 
     `signature` maps argument names to Triton types ("*bf16", "i64", "fp32"), constexprs among them as "constexpr";
     `aligned` names the arguments that a launch on ordinary tensors finds divisible by 16. `vector_loads`: the PTX must
-    hold `ld.global.v4` or wider (AMD: dwordx4). `elements`: elements that one program handles, for the count of
-    instructions an element. `max_registers` holds for every NVIDIA target, AMD's file is larger and is only reported.
+    hold `ld.global.v4` or wider (AMD: dwordx2, since a warp is twice as wide). `elements`: elements of one pass of the
+    program's loop, or of the whole program if it has none, for the count of instructions an element. `max_registers`
+    holds for every NVIDIA target, AMD's file is larger and is only reported.
     """
 
     name: str
@@ -120,6 +122,7 @@ def nbytes(*tensors: Tensor | list[Tensor] | None) -> int:
     return sum(t.numel() * t.element_size() for t in flat)
 
 
+LARGE = 2**22
 LAYOUTS = ("plain", "unaligned", "transposed", "strided")
 
 
@@ -136,6 +139,8 @@ def normal(
     plain: contiguous. unaligned: contiguous, but one element past an address divisible by 16. transposed: dense, the
     last two dimensions swapped in memory. strided: every second element of a buffer.
     """
+    if device.type == "cuda" and math.prod(shape) > LARGE:  # for benchmarks: the host would take minutes
+        return torch.randn(tuple(shape), dtype=dtype, device=device) * scale
     values = (torch.randn(tuple(shape), generator=draw) * scale).to(dtype).to(device)
     if layout == "plain" or values.numel() == 0:
         return values

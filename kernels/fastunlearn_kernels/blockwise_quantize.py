@@ -1,0 +1,323 @@
+"""8-bit linear codes with one scale per 256 elements: how the retain gradient is kept between two backward passes.
+
+For each block of 256 elements of a tensor, in logical order, with absmax = max |x|:
+
+    code = round(127 x / absmax), int8           x' = code absmax / 127
+
+Error: |x' - x| <= absmax / 254 when rounding to nearest (ties to even), < absmax / 127 when rounding stochastically,
+which is unbiased: y is rounded up with the probability y - floor(y), to within 2^-17. To that comes fp32's own rounding: a few units in
+the last place of x', at least one denormal number. A block of zeros has absmax 0; one with NaN or Inf has absmax NaN and
+codes 0, so that it comes back as NaN.
+
+Memory: 1 + 4/256 bytes an element instead of 4. Codes and scales of a list lie in one allocation each, the codes of every
+tensor at a multiple of 256, so that vector loads stay possible. Non-contiguous tensors are quantised in logical order;
+their codes are contiguous. One launch a list, each element read once and written once. Not here: the dynamic map of the
+optimizer's moments (`dynamic_code`).
+
+Usage: `kept = blockwise_quantize(grads)`; `grads = blockwise_dequantize(kept, torch.bfloat16)`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunlearn_kernels import backend, scratch
+from fastunlearn_kernels.block_chunks import block_chunks, first_numbers, views
+from fastunlearn_kernels.dynamic_code import BLOCK
+from fastunlearn_kernels.eight_bit_cases import (
+    bench_list,
+    check_linear_codes,
+    dequantize_cases,
+    eager_linear,
+    quantize_cases,
+)
+from fastunlearn_kernels.precision import compute_dtype
+from fastunlearn_kernels.rounding import rounding_halves, rounding_halves_tile
+from fastunlearn_kernels.segments import addresses
+from fastunlearn_kernels.spec import SHORT, AotKernel, Inputs, OpSpec, Outputs, nbytes
+from fastunlearn_kernels.tiles import TYPES, chunk_length, chunk_row, is_aligned, typed_pointer
+
+ROWS = 8  # blocks of one tile: 16 elements a thread, one 16-byte load of bf16 or two
+# Rounds a number below 2^22 to an integer whose two's complement is in the low byte of the sum's bits.
+_ROUND = tl.constexpr(1.5 * 2.0**23)
+_PER_CODE = tl.constexpr(1.0 / 127.0)
+# 16 random bits become a number between -1/2 and 1/2, both excluded.
+_UNIT, _HALF_DOWN = tl.constexpr(2.0**-16), tl.constexpr(2.0**-17 - 0.5)
+# Blocks below the first number are scaled up by the second, or 127 / absmax would overflow.
+SMALL, UP = 2.0**-100, 2.0**100
+_SMALL, _UP = tl.constexpr(SMALL), tl.constexpr(UP)
+_INFINITY = tl.constexpr(0x7F800000)  # the bits
+
+
+class Quantized(NamedTuple):
+    """codes: int8, in the shapes of the tensors. absmax: fp32, (ceil(numel / 256),) each."""
+
+    codes: list[Tensor]
+    absmax: list[Tensor]
+
+
+def blockwise_quantize(tensors: Sequence[Tensor], *, stochastic: bool = False, seed: int = 0) -> Quantized:
+    """Quantise a list of tensors of one dtype. `seed` counts only if `stochastic`; take another one each time.
+
+    Raises ValueError for mixed or integer dtypes.
+    """
+    tensors = list(tensors)
+    if not tensors:
+        return Quantized([], [])
+    if len({t.dtype for t in tensors}) > 1 or not tensors[0].is_floating_point():
+        raise ValueError(f"expected tensors of one float dtype, got {sorted({str(t.dtype) for t in tensors})}")
+    codes, absmax = blockwise_quantize_op(tensors, stochastic, seed)
+    shapes, numels = [t.shape for t in tensors], [t.numel() for t in tensors]
+    return Quantized(views(codes, shapes, numels), _scales(absmax, numels))
+
+
+def blockwise_dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The tensors in `dtype`, contiguous, in one allocation. Raises ValueError where codes and scales do not pair up."""
+    codes, absmax = list(quantized.codes), list(quantized.absmax)
+    if not codes:
+        return []
+    numels = [t.numel() for t in codes]
+    wanted = [-(-numel // BLOCK) for numel in numels]
+    if [t.numel() for t in absmax] != wanted or any(t.dtype != torch.int8 for t in codes):
+        raise ValueError("codes must be int8, with one absmax for each 256 elements of each tensor")
+    return views(blockwise_dequantize_op(codes, absmax, dtype), [t.shape for t in codes], numels)
+
+
+def _scales(absmax: Tensor, numels: Sequence[int]) -> list[Tensor]:
+    return list(absmax.split([-(-numel // BLOCK) for numel in numels]))
+
+
+def blockwise_quantize_reference(tensors: Sequence[Tensor], stochastic: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """(codes, absmax) of the whole list, flat, in plain PyTorch; between tensors, codes are 0."""
+    numbers = first_numbers([t.numel() for t in tensors])
+    flat = tensors[0].new_zeros(numbers[-1], dtype=compute_dtype(*tensors))
+    for first, tensor in zip(numbers, tensors):
+        flat[first : first + tensor.numel()] = tensor.reshape(-1)
+    blocks = flat.view(-1, BLOCK)
+    absmax = blocks.abs().amax(1) if len(blocks) else flat
+    absmax = torch.where(absmax.isfinite(), absmax, torch.nan)
+    up = torch.where(absmax < SMALL, UP, 1.0)
+    inverse = torch.where(absmax > 0, 127 / (absmax * up), 0.0)
+    y = torch.where(absmax[:, None].isfinite(), blocks, 0.0) * up[:, None] * inverse[:, None]
+    if stochastic:
+        halves = rounding_halves(seed, torch.arange(numbers[-1], device=flat.device)).view(-1, BLOCK)
+        y = y + (halves.to(y.dtype) * 2.0**-16 + (2.0**-17 - 0.5))
+    codes = y.round()
+    return codes.to(torch.int8).reshape(-1), absmax.float()
+
+
+def blockwise_dequantize_reference(codes: Sequence[Tensor], absmax: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The list, flat, in plain PyTorch; between tensors there are zeros."""
+    numbers = first_numbers([t.numel() for t in codes])
+    flat = codes[0].new_zeros(numbers[-1], dtype=dtype)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for first, tensor, scales in zip(numbers, codes, absmax):
+        spread = scales.to(compute).repeat_interleave(BLOCK)[: tensor.numel()]
+        flat[first : first + tensor.numel()] = (tensor.reshape(-1).to(compute) / 127 * spread).to(dtype)
+    return flat
+
+
+@triton.jit
+def blockwise_quantize_chunk_kernel(
+    chunks_ptr, addresses_ptr, codes_ptr, absmax_ptr, seed,
+    X: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Program = chunk of whole blocks."""
+    tensor, begin, end, number = chunk_row(chunks_ptr, tl.program_id(0))
+    at = tl.load(addresses_ptr + tensor)
+    if is_aligned(at, begin, end):
+        _quantize_chunk(at, codes_ptr, absmax_ptr, seed, begin, end, number, X, STOCHASTIC, ROWS, WIDTH, True)
+    else:
+        _quantize_chunk(at, codes_ptr, absmax_ptr, seed, begin, end, number, X, STOCHASTIC, ROWS, WIDTH, False)
+
+
+@triton.jit
+def _quantize_chunk(
+    at, codes_ptr, absmax_ptr, seed, begin, end, number,
+    X: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    length = chunk_length(begin, end, ALIGNED)
+    x_ptr = typed_pointer(at, begin, X, ALIGNED)
+    number += begin  # of the chunk's first element; a multiple of 256
+    codes_ptr = tl.multiple_of(codes_ptr + number, 16)
+    absmax_ptr += number >> 8
+    for first in range(0, length, ROWS * WIDTH):
+        o_row = first + tl.arange(0, ROWS) * WIDTH
+        o = o_row[:, None] + tl.arange(0, WIDTH)[None, :]
+        x = tl.load(x_ptr + o, mask=o < length, other=0.0).to(tl.float32)
+        # As integers, so that NaN counts as the largest.
+        top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
+        finite = top < _INFINITY
+        absmax = top.to(tl.float32, bitcast=True)
+        up = tl.where(absmax < _SMALL, _UP, 1.0)
+        inverse = tl.where(absmax > 0, 127.0 / tl.where(absmax > 0, absmax * up, 1.0), 0.0)
+        y = (tl.where(finite[:, None], x, 0.0) * up[:, None]) * tl.where(finite, inverse, 0.0)[:, None]
+        if STOCHASTIC:
+            seed_value = number * 0 + seed  # a seed of 1 is a constant, which has no methods
+            halves = rounding_halves_tile(seed_value, number + o_row, WIDTH)
+            y += halves.to(tl.float32) * _UNIT + _HALF_DOWN
+        code = (y + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+        tl.store(codes_ptr + o, code, mask=o_row[:, None] < length)  # whole blocks: behind the end lie zeros
+        tl.store(absmax_ptr + (o_row >> 8), tl.where(finite, absmax, float("nan")), mask=o_row < length)
+
+
+@triton.jit
+def blockwise_dequantize_chunk_kernel(
+    chunks_ptr, addresses_ptr, out_ptr, tensors, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Program = chunk of whole blocks. Rows of the table of addresses: codes, absmax."""
+    tensor, begin, end, number = chunk_row(chunks_ptr, tl.program_id(0))
+    at, absmax_at = tl.load(addresses_ptr + tensor), tl.load(addresses_ptr + tensors + tensor)
+    if is_aligned(at, begin, end):
+        _dequantize_chunk(at, absmax_at, out_ptr, begin, end, number, ROWS, WIDTH, True)
+    else:
+        _dequantize_chunk(at, absmax_at, out_ptr, begin, end, number, ROWS, WIDTH, False)
+
+
+@triton.jit
+def _dequantize_chunk(
+    at, absmax_at, out_ptr, begin, end, number, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    length = chunk_length(begin, end, ALIGNED)
+    code_ptr = typed_pointer(at, begin, tl.int8, ALIGNED)
+    absmax_ptr = absmax_at.to(tl.pointer_type(tl.float32)) + (begin >> 8)
+    out_ptr = tl.multiple_of(out_ptr + (number + begin), 16)
+    for first in range(0, length, ROWS * WIDTH):
+        o_row = first + tl.arange(0, ROWS) * WIDTH
+        o = o_row[:, None] + tl.arange(0, WIDTH)[None, :]
+        code = tl.load(code_ptr + o, mask=o < length, other=0).to(tl.float32)
+        absmax = tl.load(absmax_ptr + (o_row >> 8), mask=o_row < length, other=0.0)
+        # In this order neither large nor denormal scales do harm.
+        x = (code * _PER_CODE) * absmax[:, None]
+        tl.store(out_ptr + o, x.to(out_ptr.dtype.element_ty), mask=o_row[:, None] < length)  # whole blocks
+
+
+def _launch_quantize(tensors: Sequence[Tensor], stochastic: bool, seed: int) -> tuple[Tensor, Tensor]:
+    device, numels = tensors[0].device, tuple(t.numel() for t in tensors)
+    size = first_numbers(numels)[-1]
+    codes = scratch.empty((size,), torch.int8, device)
+    absmax = scratch.empty((size // BLOCK,), torch.float32, device)
+    chunks, ordered = block_chunks(numels, device), [t.contiguous() for t in tensors]
+    if len(chunks):
+        with backend.on_device(codes):
+            blockwise_quantize_chunk_kernel[(len(chunks),)](
+                chunks, addresses(ordered), codes, absmax, seed, X=TYPES[tensors[0].dtype], STOCHASTIC=stochastic,
+                ROWS=ROWS, WIDTH=BLOCK,
+            )  # fmt: skip
+    return codes, absmax
+
+
+def _launch_dequantize(codes: Sequence[Tensor], absmax: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    device, numels = codes[0].device, tuple(t.numel() for t in codes)
+    out = scratch.empty((first_numbers(numels)[-1],), dtype, device)
+    chunks, ordered = block_chunks(numels, device), [[t.contiguous() for t in ts] for ts in (codes, absmax)]
+    if len(chunks):
+        with backend.on_device(out):
+            blockwise_dequantize_chunk_kernel[(len(chunks),)](
+                chunks, addresses(*ordered), out, len(codes), ROWS=ROWS, WIDTH=BLOCK
+            )
+    return out
+
+
+@torch.library.custom_op("fastunlearn::blockwise_quantize", mutates_args=())
+def blockwise_quantize_op(tensors: Sequence[Tensor], stochastic: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """As `blockwise_quantize_reference`; on a GPU one launch."""
+    run = _launch_quantize if backend.runs_triton(tensors) else blockwise_quantize_reference
+    return run(tensors, stochastic, seed)
+
+
+@blockwise_quantize_op.register_fake
+def _fake_quantize(tensors, stochastic, seed):
+    size = first_numbers([t.numel() for t in tensors])[-1]
+    like = tensors[0]
+    return like.new_empty((size,), dtype=torch.int8), like.new_empty((size // BLOCK,), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastunlearn::blockwise_dequantize", mutates_args=())
+def blockwise_dequantize_op(codes: Sequence[Tensor], absmax: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """As `blockwise_dequantize_reference`; on a GPU one launch."""
+    triton_runs = dtype != torch.float64 and backend.runs_triton([*codes, *absmax])
+    return (_launch_dequantize if triton_runs else blockwise_dequantize_reference)(codes, absmax, dtype)
+
+
+@blockwise_dequantize_op.register_fake
+def _fake_dequantize(codes, absmax, dtype):
+    return codes[0].new_empty((first_numbers([t.numel() for t in codes])[-1],), dtype=dtype)
+
+
+def _run_quantize(inputs: Inputs) -> Outputs:
+    codes, absmax = blockwise_quantize(**inputs)
+    return {f"{name}[{i}]": t for name, ts in (("codes", codes), ("absmax", absmax)) for i, t in enumerate(ts)}
+
+
+def _run_dequantize(inputs: Inputs) -> Outputs:
+    tensors = blockwise_dequantize(Quantized(inputs["codes"], inputs["absmax"]), inputs["like"].dtype)
+    return {f"out[{i}]": t for i, t in enumerate(tensors)}
+
+
+def _eager_dequantize(inputs: Inputs) -> Outputs:
+    dtype, out = inputs["like"].dtype, {}
+    for i, (codes, absmax) in enumerate(zip(inputs["codes"], inputs["absmax"])):
+        spread = absmax.repeat_interleave(BLOCK)[: codes.numel()].reshape(codes.shape)
+        out[f"out[{i}]"] = (codes / 127 * spread).to(dtype)
+    return out
+
+
+def _blocks(tensors: Sequence[Tensor]) -> int:
+    return sum(-(-t.numel() // BLOCK) for t in tensors)
+
+
+def _bench_dequantize(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    codes, absmax = blockwise_quantize(bench_list(numel, dtype, device)["tensors"])
+    return {"codes": codes, "absmax": absmax, "like": torch.empty(0, dtype=dtype, device=device)}
+
+
+def _aot(name: str, fn: Any, pointers: dict[str, str], numbers: dict[str, str], **constants: Any) -> AotKernel:
+    constants |= {"ROWS": ROWS, "WIDTH": BLOCK}
+    signature = {"chunks_ptr": "*i64", "addresses_ptr": "*i64"} | pointers | numbers
+    signature |= {constant: "constexpr" for constant in constants}
+    aligned = ("chunks_ptr", "addresses_ptr", *pointers)
+    return AotKernel(name, fn, signature, constants, aligned, max_registers=64, elements=ROWS * BLOCK)
+
+
+def _quantizer(dtype: torch.dtype, stochastic: bool) -> AotKernel:
+    name = SHORT[dtype] + (" stochastic" if stochastic else "")
+    pointers = {"codes_ptr": "*i8", "absmax_ptr": "*fp32"}
+    constants = {"X": TYPES[dtype], "STOCHASTIC": stochastic}
+    return _aot(name, blockwise_quantize_chunk_kernel, pointers, {"seed": "i64"}, **constants)
+
+
+QUANTIZE_SPEC = OpSpec(
+    name="blockwise_quantize",
+    run=_run_quantize,
+    eager=eager_linear,
+    cases=quantize_cases(),
+    compare=check_linear_codes,
+    bytes_moved=lambda inputs: nbytes(inputs["tensors"])
+    + sum(t.numel() for t in inputs["tensors"])
+    + 4 * _blocks(inputs["tensors"]),
+    launches=1,
+    kernels=(*[_quantizer(dtype, False) for dtype in SHORT], _quantizer(torch.bfloat16, True)),
+    bench=bench_list,
+)
+
+DEQUANTIZE_SPEC = OpSpec(
+    name="blockwise_dequantize",
+    run=_run_dequantize,
+    eager=_eager_dequantize,
+    cases=dequantize_cases(),
+    bytes_moved=lambda inputs: nbytes(inputs["codes"], inputs["absmax"])
+    + sum(t.numel() for t in inputs["codes"]) * inputs["like"].element_size(),
+    launches=1,
+    kernels=tuple(
+        _aot(short, blockwise_dequantize_chunk_kernel, {"out_ptr": f"*{short}"}, {"tensors": "i32"})
+        for short in SHORT.values()
+    ),
+    bench=_bench_dequantize,
+)

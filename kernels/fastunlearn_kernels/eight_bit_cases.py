@@ -1,0 +1,137 @@
+"""Cases of the 8-bit ops, what they are compared with, and how outputs that are codes are judged. Host side, specs only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastunlearn_kernels.dynamic_code import BLOCK
+from fastunlearn_kernels.spec import Case, Inputs, Outputs, normal
+
+
+def tensor_list(
+    draw: torch.Generator,
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: str = "plain",
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """Random tensors whose elements spread over some six decades, as those of gradients do."""
+    tensors = [normal(draw, shape, torch.float32, device, "plain", scale) for shape in shapes]
+    spread = [t * torch.exp(-3 * torch.rand(t.shape, generator=draw)).to(device) ** 2 for t in tensors]
+    return [normal(draw, t.shape, dtype, device, layout).copy_(t) for t in spread]
+
+
+def bench_list(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """16 tensors that hold about `numel` elements together."""
+    size = max(numel // 16 // BLOCK * BLOCK, BLOCK)
+    return {"tensors": [torch.randn(size, dtype=torch.float32, device=device).to(dtype) for _ in range(16)]}
+
+
+def _tensors(shapes: Sequence[Sequence[int]], layout: str = "plain", scale: float = 1.0, **options):
+    def make(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
+        return {"tensors": tensor_list(draw, shapes, dtype, device, layout, scale)} | options
+
+    return make
+
+
+def _special(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Blocks of zeros, with NaN, with Inf, with denormal numbers only, with one element that counts."""
+    x = tensor_list(draw, [(6 * BLOCK,)], dtype, device)[0]
+    x[:BLOCK] = 0
+    x[BLOCK + 7] = float("nan")
+    x[2 * BLOCK + 100] = -float("inf")
+    # Triton's interpreter reads denormal bf16 numbers wrongly.
+    x[3 * BLOCK : 4 * BLOCK] *= 1e-33 if dtype == torch.bfloat16 else torch.finfo(dtype).tiny / 64
+    x[4 * BLOCK : 5 * BLOCK] = 0
+    x[4 * BLOCK + 3] = -2.0
+    return {"tensors": [x]}
+
+
+MANY = [(7,), (0,), (256,), (16, 16), (1,), (3, 0), (513,), (2, 300)]
+
+
+def quantize_cases() -> tuple[Case, ...]:
+    return (
+        Case("0 elements", _tensors([(0,), (0, 3)])),
+        Case("1 element", _tensors([(1,)])),
+        Case("63 elements", _tensors([(63,)])),
+        Case("1000 elements", _tensors([(1000,)])),
+        Case("list with empty ones", _tensors(MANY)),
+        Case("several chunks", _tensors([(16384 + 4096,), (40,)])),
+        Case("unaligned", _tensors([(33, 31), (512,)], "unaligned")),
+        Case("transposed", _tensors([(24, 40), (16, 32)], "transposed")),
+        Case("strided", _tensors([(12, 50)], "strided")),
+        Case("stochastic", _tensors([(600,), (16, 64)], stochastic=True, seed=1)),
+        Case("stochastic, large seed", _tensors([(600,)], stochastic=True, seed=2**40 + 3)),
+        Case("special blocks", _special),
+        Case("huge", _tensors([(700,)], scale=1e37), (torch.float32, torch.bfloat16)),
+        Case("tiny", _tensors([(700,)], scale=1e-36), (torch.float32,)),
+    )
+
+
+def eager_linear(inputs: Inputs) -> Outputs:
+    """Nearest codes, tensor by tensor, in fp32."""
+    out = {}
+    for i, x in enumerate(inputs["tensors"]):
+        blocks = torch.nn.functional.pad(x.reshape(-1).float(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+        absmax = blocks.abs().amax(1) if len(blocks) else blocks.new_zeros(0)
+        codes = (blocks * (127 / absmax.clamp(min=1e-38))[:, None]).round().nan_to_num(0).to(torch.int8)
+        out[f"codes[{i}]"] = codes.reshape(-1)[: x.numel()].reshape(x.shape)
+        out[f"absmax[{i}]"] = absmax
+    return out
+
+
+def check_linear_codes(ours: Outputs, oracle: Outputs, eager: Outputs, inputs: Inputs) -> None:
+    """Scales are exact; codes lie within half a step of the number (a whole one if stochastic), and agree with the
+    oracle's except where fp32 cannot tell which of two codes it is."""
+    stochastic = inputs.get("stochastic", False)
+    for i, x in enumerate(inputs["tensors"]):
+        absmax, codes = ours[f"absmax[{i}]"], ours[f"codes[{i}]"]
+        torch.testing.assert_close(absmax, oracle[f"absmax[{i}]"], rtol=0, atol=0, equal_nan=True)
+        scale = absmax.double().repeat_interleave(BLOCK)[: x.numel()].reshape(x.shape)
+        known = scale.isfinite() & (scale > 0)
+        assert not codes[~known].any(), "a block of zeros or with NaN has codes other than 0"
+        y = 127 * x.double()[known] / scale[known]
+        distance = (codes[known] - y).abs()
+        assert (distance <= (1.0 if stochastic else 0.5) + 1e-4).all(), f"code off by {distance.max():.3g} steps"
+        differing = (codes != oracle[f"codes[{i}]"]).sum().item()
+        assert differing <= 1 + x.numel() // 1000, f"{differing} of {x.numel()} codes differ from the oracle's"
+
+
+def _codes(shapes: Sequence[Sequence[int]], layout: str = "plain", scale: float = 1.0):
+    def make(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
+        codes = [torch.randint(-127, 128, shape, generator=draw).to(torch.int8).to(device) for shape in shapes]
+        codes = [normal(draw, t.shape, torch.float32, device, layout).to(torch.int8).copy_(t) for t in codes]
+        if layout == "unaligned":
+            codes = [torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape) for t in codes]
+        absmax = [scale * torch.rand(-(-t.numel() // BLOCK), generator=draw).to(device) for t in codes]
+        return {"codes": codes, "absmax": absmax, "like": torch.empty(0, dtype=dtype, device=device)}
+
+    return make
+
+
+def _not_finite(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
+    inputs = _codes([(3 * BLOCK,)])(draw, dtype, device)
+    inputs["absmax"][0][1] = float("nan")
+    inputs["codes"][0][BLOCK : 2 * BLOCK] = 0
+    return inputs
+
+
+def dequantize_cases() -> tuple[Case, ...]:
+    return (
+        Case("0 elements", _codes([(0,)])),
+        Case("1 element", _codes([(1,)])),
+        Case("63 elements", _codes([(63,)])),
+        Case("1000 elements", _codes([(1000,)])),
+        Case("list with empty ones", _codes(MANY)),
+        Case("several chunks", _codes([(16384 + 4096,), (40,)])),
+        Case("unaligned", _codes([(33, 31), (512,)], "unaligned")),
+        Case("transposed", _codes([(24, 40)], "transposed")),
+        Case("strided", _codes([(12, 50)], "strided")),
+        Case("block with NaN", _not_finite),
+        Case("large scales", _codes([(700,)], scale=3e38), (torch.float32, torch.bfloat16)),
+    )
