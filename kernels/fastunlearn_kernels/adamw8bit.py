@@ -139,14 +139,16 @@ class AdamW8bit(torch.optim.Optimizer):
 
         Raises ValueError if groups or sizes do not match the parameters, or if the numbers are coded with another map.
         """
-        # torch's own would cast uint8 and absmax to the dtype of the parameter; it gets the groups only.
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
+        states = {}
         for name, p in zip(saved, own):
             if name in state_dict["state"]:
                 given = dict(state_dict["state"][name])
-                self.state[p] = _checked(given | given.pop(WRAPPED, {}), p)
+                states[p] = _checked(given | given.pop(WRAPPED, {}), p)
+        # torch's own would cast uint8 and absmax to the dtype of the parameter; it gets the groups only.
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.state.update(states)
 
 
 def _checked(given: Mapping[str, Any], p: Tensor) -> dict[str, Any]:

@@ -11,7 +11,7 @@ the nearest value too, save at the start of a decade, where the cells become fiv
 values there lies at F = W + 0.2, not W, whatever the decade. The kernel finds the decade in three comparisons and rounds
 min(F - 1/2, the line of slope 5/4 through (W + 0.2, W - 1/2) and (W + 1, W)), which has the right borders on either side.
 That is 24 instructions on sm_90 for m and 22 for v, and one for packing; a binary search takes 8 dependent loads. Nearest
-means: for a y that is wrong by at most one unit in the last place of its decade's upper end.
+means: for a y that is off by at most 2^-22 of its decade's upper end, which is fp32's rounding on the way.
 
 Not here: where absmax comes from (the optimizer step, or `quantize_blockwise` for the reference), and int8 linear codes.
 """

@@ -61,10 +61,10 @@ def check_lists(unlearn: Sequence[Tensor], **others: Sequence[Tensor]) -> None:
         if len({t.dtype for t in tensors}) > 1:
             raise ValueError(f"{name} mixes dtypes: {', '.join(sorted({str(t.dtype) for t in tensors}))}")
         if tensors and len(tensors) != len(unlearn):
-            raise ValueError(f"{name} has {len(tensors)} tensors, unlearn has {len(unlearn)}")
+            raise ValueError(f"{name} has {len(tensors)} tensors, expected {len(unlearn)}")
         for i, (tensor, u) in enumerate(zip(tensors, unlearn)):
             if tensor.shape != u.shape:
-                raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}, unlearn[{i}] has {tuple(u.shape)}")
+                raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}, expected {tuple(u.shape)}")
 
 
 def check_floats(name: str, tensors: Sequence[Tensor], *dtypes: torch.dtype) -> None:

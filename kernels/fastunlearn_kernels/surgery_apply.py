@@ -173,26 +173,13 @@ def _run(inputs: Inputs) -> Outputs:
 
 
 def _eager(inputs: Inputs) -> Outputs:
-    """Piece by piece, in the dtype of u."""
-    coef_S, scale, found_inf, _ = inputs["plan"]
-    for i, (u, r, segment) in enumerate(eager_pieces(inputs)):
-        if found_inf == 0:
-            corrected = u if r is None or coef_S[segment] == 0 else u - coef_S[segment].to(u.dtype) * r
-            tensor, begin, end, _ = inputs["segments"].pieces[i]
-            whole = inputs["unlearn"][tensor]
-            flat = whole.reshape(-1).clone()
-            flat[begin:end] = corrected * scale.to(u.dtype)
-            whole.copy_(flat.view(whole.shape))
-    return _written(inputs)
-
-
-def _eager_in_place(inputs: Inputs) -> None:
-    """What a trainer with contiguous gradients writes, r dequantised before: the competitor in speed."""
+    """Piece by piece, in the dtype of u, in place; found_inf is not looked at, that would wait for the device."""
     coef_S, scale, _, _ = inputs["plan"]
     for u, r, segment in eager_pieces(inputs):
         if r is not None:
             u.sub_(coef_S[segment].to(u.dtype) * r)
         u.mul_(scale.to(u.dtype))
+    return _written(inputs)
 
 
 def _bytes_moved(inputs: Inputs) -> int:
@@ -263,5 +250,4 @@ SPEC = OpSpec(
         _kernel("bf16, no r", tl.bfloat16, None),
     ),
     bench=_bench,
-    baselines={"eager in place": _eager_in_place},
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn_kernels.blockwise_quantize import Quantized
+from fastunlearn_kernels.operands import block_scales
 from fastunlearn_kernels.segments import Segments, grouped, of_flat, per_tensor, whole
 from fastunlearn_kernels.spec import Case, Inputs, normal
 from fastunlearn_kernels.tiles import QUANT_BLOCK
@@ -113,17 +114,23 @@ def flat_partition(numel: int, dtype: torch.dtype, device: torch.device, parts: 
 
 
 def eager_pieces(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor | None, int]]:
-    """(u, r, segment) of each piece, in the dtype of u: what a user of plain PyTorch starts from, r dequantised."""
+    """(u, r, segment) of each piece, in the dtype of u: what a user of plain PyTorch starts from, r dequantised.
+
+    u are views; where that is impossible, since the tensor has gaps, copies that are written back after the last piece.
+    """
     unlearn, retain = inputs["unlearn"], inputs["retain"]
+    flat = [u.reshape(-1) for u in unlearn]
     for tensor, begin, end, segment in inputs["segments"].pieces:
-        u = unlearn[tensor]
         r = None
-        if isinstance(retain, Quantized):
-            scales = retain.absmax[tensor].repeat_interleave(QUANT_BLOCK)[: u.numel()]
-            r = (retain.codes[tensor].reshape(-1).to(scales.dtype) * scales / 127)[begin:end].to(u.dtype)
-        elif retain is not None:
-            r = retain[tensor].reshape(-1)[begin:end].to(u.dtype)
-        yield u.reshape(-1)[begin:end], r, segment
+        if isinstance(retain, Quantized) and begin < end:
+            scales = block_scales(retain.absmax[tensor], begin, end)
+            r = (retain.codes[tensor].reshape(-1)[begin:end] * scales / 127).to(unlearn[tensor].dtype)
+        elif retain is not None and not isinstance(retain, Quantized):
+            r = retain[tensor].reshape(-1)[begin:end].to(unlearn[tensor].dtype)
+        yield flat[tensor][begin:end], r, segment
+    for u, copy in zip(unlearn, flat):
+        if u.data_ptr() != copy.data_ptr():
+            u.copy_(copy.view(u.shape))
 
 
 # What takes the interpreter long, and does not depend on the dtype of u, is run in one.
