@@ -1,8 +1,12 @@
 # make demo    erase a style and an object from the embedded model, on this machine's CPU or GPU
 # make test    set-up, lint, tests (also what continuous integration runs)
 # make lint    ruff and mypy only
-# make bench   timings of one update, by method
+# make bench   timings of one update, by method, and of the kernels
 # make clean   remove what runs and checks left (not .venv)
+#
+# make kernels-report   compile every kernel for six GPUs that need not be here; writes kernels/REPORT.md
+# make triton-matrix    the kernels' tests, interpreted, on Triton 3.4, 3.6 and the newest
+# make gpu-kernels      on a GPU: the kernels' tests, compute-sanitizer, benchmarks; writes benchmarks/results/
 #
 # Each target installs what it needs into .venv first; once that is done, it costs nothing.
 # PYTHON=/path/to/python chooses the interpreter; pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
@@ -12,7 +16,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 CXX ?= c++
 VENV := .venv
 READY := $(VENV)/.ready
-PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
+PIP := $(INSTALL) -c constraints.txt
 
 # DeepSpeed's launcher and the small helper that it compiles look for python and ninja on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -21,7 +26,7 @@ export CXX
 export DS_ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-style demo-object test lint bench clean
+.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -79,6 +84,29 @@ test: lint
 bench: $(READY)
 	@mkdir -p output
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest benchmarks --benchmark-json=output/benchmark.json
+	$(VENV)/bin/python benchmarks/kernel_table.py output/benchmark.json --output output/kernels.md
+	@echo "The kernels' table: output/kernels.md"
+
+kernels-report: $(READY)
+	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(VENV)/bin/python -m fastunlearn_kernels.report --output kernels/REPORT.md
+
+# Beside the environment, not in it: torch's own Triton stays as it is. Until 3.6 the interpreter calls int() on arrays of
+# one element, which NumPy 2.4 no longer allows.
+TRITON_VERSIONS ?= 3.4.0 3.6.0 newest
+KERNEL_TESTS := $(addprefix tests/test_kernels_,ops.py latent.py surgery.py 8bit.py)
+triton-matrix: $(READY)
+	@for version in $(TRITON_VERSIONS); do \
+		folder=output/triton-$$version; \
+		test $$version != newest -a -d $$folder/triton || \
+			$(INSTALL) --quiet --no-deps --upgrade --target $$folder 'numpy<2.4' \
+				$$(echo triton==$$version | sed s/==newest//) || exit; \
+		export PYTHONPATH=$$folder OMP_NUM_THREADS=1; \
+		$(VENV)/bin/python -c 'import triton; print("Triton", triton.__version__)' || exit; \
+		$(VENV)/bin/python -m pytest $(KERNEL_TESTS) || exit; \
+	done
+
+gpu-kernels: $(READY)
+	VENV=$(VENV) bash benchmarks/gpu_proof.sh
 
 clean:
 	rm -rf output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks

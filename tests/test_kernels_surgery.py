@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,14 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def operate(
-    name: str, unlearn: Sequence[Tensor], retain, segments: Segments, *, moment=None, eps: float = 1e-8, **options
+    name: str,
+    unlearn: Sequence[Tensor],
+    retain: Any,
+    segments: Segments,
+    *,
+    moment: Any = None,
+    eps: float = 1e-8,
+    **options: Any,
 ) -> tuple[list[Tensor], Plan, Tensor]:
     """(corrected copies, plan, table)."""
     out = clones(unlearn)
@@ -302,7 +310,9 @@ def test_the_preconditioned_step_does_not_raise_the_retain_loss(
 @both
 @given(sizes=SIZES, seed=SEED, correlation=st.floats(0.5, 0.99), dtype=st.sampled_from(DTYPES))
 @few
-def test_without_conflict_every_bit_stays(name: str, sizes: list[int], seed: int, correlation: float, dtype) -> None:
+def test_without_conflict_every_bit_stays(
+    name: str, sizes: list[int], seed: int, correlation: float, dtype: torch.dtype
+) -> None:
     unlearn, _ = vectors(seed, sizes, 0.0, dtype)
     retain = [u.float() * (0.1 + torch.rand_like(u.float())) for u in unlearn]
     out, plan, _ = operate(name, unlearn, retain, per_tensor(unlearn), max_norm=1e6)
@@ -546,7 +556,7 @@ def test_surgery_compiles_in_one_graph(name: str, eight_bit: bool) -> None:
     retain = quantized(other) if eight_bit else other
     segments = per_tensor(unlearn)
 
-    def step(unlearn: list[Tensor], retain) -> Tensor:
+    def step(unlearn: list[Tensor], retain: Any) -> Tensor:
         plan = surgery_coefficients(surgery_dots(unlearn, retain, segments), max_norm=1.0)
         surgery_apply(unlearn, retain, segments, plan)
         return plan.norm

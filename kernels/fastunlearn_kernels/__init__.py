@@ -1,8 +1,9 @@
 """The arithmetic of concept unlearning as fused Triton kernels and plain PyTorch, usable without the trainer.
 
 One module per op, always in this order: public function, reference, kernels, launcher, registered op, and a spec that
-tests, ahead-of-time checks and benchmarks iterate over. On CUDA and ROCm tensors the kernels run, elsewhere the reference;
-`backend.py` says how to choose. Not here: models, schedulers, anything that knows about prompts. Imports torch and triton.
+tests, ahead-of-time checks and benchmarks iterate over. On CUDA and ROCm tensors the kernels run, elsewhere the
+reference; `backend.py` says how to choose. Not here: models, schedulers, anything that knows about prompts. Imports
+torch and triton.
 
 Usage: `from fastunlearn_kernels import guided_noise_loss`
 """

@@ -1,10 +1,11 @@
 """AdamW with 8-bit moments as a torch optimizer, on `adamw8bit_step`; its state is that of bitsandbytes' AdamW8bit.
 
-State of a parameter: step, state1, state2 (m, v); from `min_8bit_size` elements on as uint8 with absmax1, absmax2 and the
-maps qmap1, qmap2, below that as fp32. `state_dict()` keeps the tensors of a parameter under one key, as bitsandbytes has
-done since 0.50; `load_state_dict` takes that form and the flat one before it. So a state dict of one optimizer loads in
-the other, and the next updates agree within the step of the number format. Written from that layout; bitsandbytes is not
-needed. Not here: paged memory, amsgrad, and ZeRO, which hands in flat partitions as parameters.
+State of a parameter: step, state1, state2 (m, v); from `min_8bit_size` elements on as uint8 with absmax1, absmax2 and
+the maps qmap1, qmap2, below that as fp32. `state_dict()` keeps the tensors of a parameter under one key, as
+bitsandbytes has done since 0.50; `load_state_dict` takes that form and the flat one before it. So a state dict of one
+optimizer loads in the other, and the next updates agree within the step of the number format. Written from that
+layout; bitsandbytes is not needed. Not here: paged memory, amsgrad, and ZeRO, which hands in flat partitions as
+parameters.
 
 Usage: `optimizer = AdamW8bit(model.parameters(), lr=1e-5)`; `optimizer.step(retain=..., plan=..., segments=...)`
 """
@@ -32,10 +33,10 @@ class AdamW8bit(torch.optim.Optimizer):
     """
     Args:
         params: as for torch's optimizers. A group with "bits": 32 keeps fp32 moments whatever its size.
-        min_8bit_size: parameters with fewer elements keep fp32 moments.
-        stochastic_rounding: of bf16 parameters; None: yes. Parameters of other dtypes are rounded to nearest.
-        seed: where the random bits start; each step takes others.
-        copies: a tensor of another dtype, or None, for each parameter in order (of all groups): receives the new values.
+        min_8bit_size: parameters with fewer elements keep fp32 moments. stochastic_rounding: of bf16 parameters;
+        None: yes. Parameters of other dtypes are rounded to nearest. seed: where the random bits start; each step
+        takes others. copies: a tensor of another dtype, or None, for each parameter in order (of all groups):
+        receives the new values.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self.copy_of = dict(zip(everything, copies or [None] * len(everything)))
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -86,9 +87,10 @@ class AdamW8bit(torch.optim.Optimizer):
             params = [moving[i][1] for i in places]
             states = [self.state[p] for p in params]
             count, copies = states[0]["step"], [self.copy_of.get(p) for p in params]
+            keys = ("state1", "state2", "absmax1", "absmax2")
             adamw8bit_step(
                 params, [p.grad for p in params if p.grad is not None],
-                *[[state[key] for state in states if key in state] for key in ("state1", "state2", "absmax1", "absmax2")],
+                *[[state[key] for state in states if key in state] for key in keys],
                 step=count, lr=float(group["lr"]), betas=group["betas"][:2], eps=group["eps"],
                 weight_decay=group["weight_decay"], copies=[copy for copy in copies if copy is not None],
                 retain=_part(retain, places), plan=plan, segments=_part_of_segments(segments, places),

@@ -22,7 +22,7 @@ _BF16 = (torch.bfloat16,)
 def _moments(grads: Sequence[Tensor], draw: torch.Generator, bits: int, layout: str) -> Inputs:
     """m and v of gradients like these. No v is so small that it becomes 0: divided by it, rounding errors of a gradient
     that nearly cancels would be all that is left."""
-    first = [g.float() * (0.3 * torch.rand(g.shape, generator=draw)).to(g.device) for g in grads]
+    first = [g.float() * (0.6 * torch.rand(g.shape, generator=draw) - 0.3).to(g.device) for g in grads]
     second = [(g.float() * torch.rand(g.shape, generator=draw).to(g.device)) ** 2 for g in grads]
     second = [v + 1e-3 * g.float().square().mean() for v, g in zip(second, grads)]
     if bits == 32:
@@ -84,6 +84,13 @@ def _not_finite(inputs: Inputs) -> None:
     inputs["params"][0].view(-1)[2 * BLOCK + 3] = float("nan")
 
 
+def _turned(inputs: Inputs) -> None:
+    """Every gradient points against m and no v is the largest there can be: absmax shows what else it counted."""
+    for g, codes1, codes2 in zip(inputs["grads"], inputs["state1"], inputs["state2"]):
+        g.copy_(g.abs() * torch.where(codes1 > 127, -1.0, 1.0))
+        codes2.clamp_(max=200)
+
+
 def _from_zero(inputs: Inputs) -> None:
     """The first step: no moments yet; some gradients are zero throughout a block."""
     inputs["step"] = 1
@@ -103,6 +110,7 @@ def adamw_cases() -> tuple[Case, ...]:
         Case("0 elements", inputs_of([(0,), (0, 3)])),
         Case("1 element", inputs_of([(1,)])),
         Case("63 elements", inputs_of([(63,)])),
+        Case("gradients against the moments", inputs_of([(63,), (300,)], change=_turned)),
         Case("1000 elements", inputs_of([(1000,)])),
         Case("list with empty ones", inputs_of(MANY)),
         Case("several chunks", inputs_of([(16384 + 2048,), (40,)])),
@@ -163,7 +171,8 @@ def check_step(ours: Outputs, oracle: Outputs, eager: Outputs, inputs: Inputs) -
             continue
         expected = exact.to(mine.dtype).double()
         finite = expected.isfinite()
-        assert torch.equal(mine.double()[~finite].nan_to_num(7.0), expected[~finite].nan_to_num(7.0)), f"{name}: NaN, Inf"
+        special = [t.double()[~finite].nan_to_num(7.0) for t in (mine, expected)]
+        assert torch.equal(*special), f"{name}: NaN or Inf differ"
         error, size = (mine.double() - exact)[finite].abs(), exact[finite].abs()
         # The update is a small part of what it is added to; sums of two signs are judged by the larger summand.
         largest = size.max().item() if size.numel() else 0.0
@@ -171,6 +180,10 @@ def check_step(ours: Outputs, oracle: Outputs, eager: Outputs, inputs: Inputs) -
         if mine.dtype == torch.float16:
             allowed += 2.0**-24
         assert (error <= allowed).all(), f"{name}: error {error.max():.3g}, largest {largest:.3g}"
+        if mine.dtype == torch.bfloat16 and kind == "params" and inputs.get("stochastic_rounding", True):
+            # Drawn from the same bits; fp32 may differ in the last place, which seldom decides.
+            differing = int((mine[finite] != eager[name][finite]).sum())
+            assert differing <= 1 + mine.numel() // 1000, f"{name}: {differing} elements rounded otherwise"
 
 
 def _check_codes(name: str, mine: Tensor, exact: Tensor, absmax: Tensor, signed: bool) -> None:

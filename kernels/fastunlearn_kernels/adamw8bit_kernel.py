@@ -1,8 +1,9 @@
 """The Triton kernel of `adamw8bit_step`, which has the formulas: surgery, clipping and AdamW in one pass.
 
-A chunk consists of whole blocks of 256, so that each absmax is the maximum of a row of the tile (ROWS, 256). It runs with
-16-byte loads and one coefficient if all addresses and its end are divisible by 16 and one segment covers it; else,
-element by element, in the second copy of the loop. Not here: the number format (`dynamic_code`), and the launcher.
+A chunk consists of whole blocks of 256, so that each absmax is the maximum of a row of the tile (ROWS, 256). It runs
+with 16-byte loads and one coefficient if all addresses and its end are divisible by 16 and one segment covers it;
+else, element by element, in the second copy of the loop. Not here: the number format (`dynamic_code`), and the
+launcher.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def adamw8bit_step_chunk_kernel(
     P: tl.constexpr, C: tl.constexpr, U: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     PLAN: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program = chunk of whole blocks. Rows of the table of addresses: p, copy, u, r, absmax of r, m, v, absmax of m, v."""
+    """Program = chunk of whole blocks. Table of addresses, by row: p, copy, u, r, its absmax, m, v, their absmax."""
     found_inf = 0.0
     if PLAN:
         found_inf = tl.load(found_inf_ptr)
@@ -55,6 +56,7 @@ def _step_chunk(
     P: tl.constexpr, C: tl.constexpr, U: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     PLAN: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    CODED: tl.constexpr = tl.float32 != S
     begin, end, number = tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
     length = chunk_length(begin, end, ALIGNED)
     number += begin
@@ -90,7 +92,7 @@ def _step_chunk(
             else:
                 r = retain_tile(r_ptr, rs_ptr, 0, o_row, o, r_length, R, False)
                 g = _corrected(g, r, begin + o, coef, scale, pieces_ptr, pieces, coef_ptr, scale_ptr)
-        if S == tl.uint8:
+        if CODED:
             # Lanes beyond the end hold the codes of 0, so that they do not count for absmax.
             code1 = tl.load(m_ptr + o, mask=mask, other=_ZERO_CODE)
             code2 = tl.load(v_ptr + o, mask=mask, other=0)
@@ -113,7 +115,7 @@ def _step_chunk(
             tl.store(p_ptr + o, p.to(P), mask=mask)
         if C is not None:
             tl.store(c_ptr + o, p.to(C), mask=mask)
-        if S == tl.uint8:
+        if CODED:
             # As integers, so that NaN counts as the largest; whatever is wrong with m is wrong with v as well.
             new2 = tl.max(tl.abs(v).to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
             new1 = tl.max(tl.abs(m), axis=1)

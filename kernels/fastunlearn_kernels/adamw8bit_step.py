@@ -7,16 +7,16 @@ With u the gradient, r the retain gradient, coef and scale from `surgery_coeffic
     p <- p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 in fp32, with the new m and v as they are before they are quantised. Moments are bitsandbytes' (`dynamic_code`): uint8
-codes and one fp32 absmax for each 256 elements of a tensor in logical order, m in the signed map, v in the unsigned one;
-or fp32, for small tensors. In a block where m or v is not finite both absmax become NaN.
+codes and one fp32 absmax for each 256 elements of a tensor in logical order, m in the signed map, v in the unsigned
+one; or fp32, for small tensors. In a block where m or v is not finite both absmax become NaN.
 
 Parameters are fp32 (or any float, rounded to nearest), optionally with low-precision `copies` written in the same pass;
 or bf16 with stochastic rounding and no fp32 master. A plan with found_inf = 1 leaves every bit as it is; the host does
 not learn of it, so `step` counts that call as well.
 
-Bytes an element, each operand touched once: bf16 p and u: 10 (p 4, u 2, m 2, v 2), and 2 or 1 for a bf16 or int8 r, which
-is not read where coef is 0; fp32 p and bf16 u with a bf16 copy: 16, and as much for r. Tensors that are not contiguous
-are copied there and back. Not here: which tensors, in what state layout (`adamw8bit`), and the plan.
+Bytes an element, each operand touched once: bf16 p and u: 10 (p 4, u 2, m 2, v 2), and 2 or 1 for a bf16 or int8 r,
+which is not read where coef is 0; fp32 p and bf16 u with a bf16 copy: 16, and as much for r. Tensors that are not
+contiguous are copied there and back. Not here: which tensors, in what state layout (`adamw8bit`), and the plan.
 
 Usage: `adamw8bit_step(params, grads, state1, state2, absmax1, absmax2, step=1, lr=1e-4)`
 """
@@ -95,7 +95,8 @@ def adamw8bit_step(
     decay = 1 - lr * weight_decay
     step_size, root = lr / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)
     adamw8bit_step_op(
-        list(params), list(copies), list(grads), codes, scales, list(state1), list(state2), list(absmax1), list(absmax2),
+        list(params), list(copies), list(grads), codes, scales,
+        list(state1), list(state2), list(absmax1), list(absmax2),
         None if plan is None else plan.coef_S, None if plan is None else plan.scale,
         None if plan is None else plan.found_inf, segments.flat() if plan is not None else [],
         betas[0], betas[1], eps, decay, step_size, root, stochastic, seed,
@@ -104,7 +105,8 @@ def adamw8bit_step(
 
 def _check(
     params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]], retain_absmax: Sequence[Tensor],
-    absmax1: Sequence[Tensor], absmax2: Sequence[Tensor], segments: Segments, plan: Plan | None, stochastic: bool, step: int,
+    absmax1: Sequence[Tensor], absmax2: Sequence[Tensor], segments: Segments, plan: Plan | None,
+    stochastic: bool, step: int,
 ) -> None:  # fmt: skip
     check_lists(params, **lists)
     cut_tensors(params, segments.flat(), segments.count)

@@ -8,6 +8,7 @@ multiples of 256. Host side only. Not here: chunks by segment, which may cut blo
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -38,18 +39,22 @@ def block_chunks(numels: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def block_chunks_of_pieces(numels: tuple[int, ...], pieces: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def block_chunks_of_pieces(
+    numels: tuple[int, ...], pieces: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Chunks that know their segments: (chunks, 6) int64 and (pieces, 3) int64, on the device. Cached.
 
     A chunk is (tensor, begin, end, number of the tensor's first element, first piece, kind), a piece (begin, end,
-    segment), sorted by tensor and place. kind 0: no piece touches the chunk. 1: the first piece covers it. n + 1: n pieces
-    lie in it, each somewhere; these are the blocks that the border of a piece cuts.
+    segment), sorted by tensor and place. kind 0: no piece touches the chunk. 1: the first piece covers it. n + 1: n
+    pieces lie in it, each somewhere; these are the blocks that the border of a piece cuts.
     """
     of_tensor: dict[int, list[tuple[int, int, int]]] = {}
     for tensor, begin, end, segment in zip(*[iter(pieces)] * 4):
         if begin < end:
             of_tensor.setdefault(tensor, []).append((begin, end, segment))
-    rows, table, numbers = [], [], first_numbers(numels)
+    rows: list[tuple[int, ...]] = []
+    table: list[tuple[int, ...]] = []
+    numbers = first_numbers(numels)
     for i, numel in enumerate(numels):
         cuts = sorted(of_tensor.get(i, []))
         table_start = len(table)
@@ -58,7 +63,7 @@ def block_chunks_of_pieces(numels: tuple[int, ...], pieces: tuple[int, ...], dev
         around = {min(edge + shift, numel) for edge in edges for shift in (-(edge % BLOCK), -edge % BLOCK)}
         borders = sorted(around | set(range(0, numel, CHUNK)) | {numel})
         first = 0
-        for begin, end in zip(borders, borders[1:]):
+        for begin, end in itertools.pairwise(borders):
             while first < len(cuts) and cuts[first][1] <= begin:
                 first += 1
             last = first

@@ -5,14 +5,14 @@ For each block of 256 elements of a tensor, in logical order, with absmax = max 
     code = round(127 x / absmax), int8           x' = code absmax / 127
 
 Error: |x' - x| <= absmax / 254 when rounding to nearest (ties to even), < absmax / 127 when rounding stochastically,
-which is unbiased: y is rounded up with the probability y - floor(y), to within 2^-17. To that comes fp32's own rounding: a few units in
-the last place of x', at least one denormal number. A block of zeros has absmax 0; one with NaN or Inf has absmax NaN and
-codes 0, so that it comes back as NaN.
+which is unbiased: y is rounded up with the probability y - floor(y), to within 2^-17. To that comes fp32's own
+rounding: a few units in the last place of x', at least one denormal number. A block of zeros has absmax 0; one with
+NaN or Inf has absmax NaN and codes 0, so that it comes back as NaN.
 
-Memory: 1 + 4/256 bytes an element instead of 4. Codes and scales of a list lie in one allocation each, the codes of every
-tensor at a multiple of 256, so that vector loads stay possible. Non-contiguous tensors are quantised in logical order;
-their codes are contiguous. One launch a list, each element read once and written once. Not here: the dynamic map of the
-optimizer's moments (`dynamic_code`).
+Memory: 1 + 4/256 bytes an element instead of 4. Codes and scales of a list lie in one allocation each, the codes of
+every tensor at a multiple of 256, so that vector loads stay possible. Non-contiguous tensors are quantised in logical
+order; their codes are contiguous. One launch a list, each element read once and written once. Not here: the dynamic
+map of the optimizer's moments (`dynamic_code`).
 
 Usage: `kept = blockwise_quantize(grads)`; `grads = blockwise_dequantize(kept, torch.bfloat16)`
 """
@@ -78,7 +78,7 @@ def blockwise_quantize(tensors: Sequence[Tensor], *, stochastic: bool = False, s
 
 
 def blockwise_dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The tensors in `dtype`, contiguous, in one allocation. Raises ValueError where codes and scales do not pair up."""
+    """The tensors in `dtype`, contiguous, in one allocation. Raises ValueError if codes and scales do not pair up."""
     codes, absmax = list(quantized.codes), list(quantized.absmax)
     if not codes:
         return []

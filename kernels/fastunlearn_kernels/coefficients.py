@@ -48,7 +48,8 @@ def coefficients(like: Tensor, **values: Coefficient) -> Coefficients:
 
     Raises ValueError for another number of elements, for half precision, and for tables on another device.
     """
-    numbers, tables = [], []
+    numbers: list[float] = []
+    tables: list[Tensor | None] = []
     for name, value in values.items():
         if not isinstance(value, Tensor):
             numbers.append(float(value))

@@ -1,19 +1,21 @@
-"""bitsandbytes' dynamic 8-bit number format, in which AdamW's moments are kept: the map, its reference, its Triton form.
+"""bitsandbytes' dynamic 8-bit number format, in which AdamW's moments are kept: map, reference and Triton form.
 
 Written from the mathematics. A block of 256 numbers is divided by its largest magnitude, `absmax`; what is left, y in
-[-1, 1], becomes one of 256 values. Decade i = 0 .. 6 is 10^(i-6) [0.1, 1] and is cut into equal cells whose midpoints are
-the values: 2^i cells for each sign (signed), 2^(i+1) (unsigned). With 0 and 1 that makes 256 (there is no -1); the code
-is the place in ascending order.
+[-1, 1], becomes one of 256 values. Decade i = 0 .. 6 is 10^(i-6) [0.1, 1] and is cut into equal cells whose midpoints
+are the values: 2^i cells for each sign (signed), 2^(i+1) (unsigned). With 0 and 1 that makes 256 (there is no -1);
+the code is the place in ascending order.
 
-Ordered by magnitude, value number q behaves like a floating-point number: cell j of decade i is q = W + j with W = 2^i
-cells (unsigned: 2^(i+1)), so on the continuous scale F = W (z + 0.8) / 0.9, z = |y| 10^(6-i), the cell is floor(F). It is
-the nearest value too, save at the start of a decade, where the cells become five times as wide: the border between two
-values there lies at F = W + 0.2, not W, whatever the decade. The kernel finds the decade in three comparisons and rounds
-min(F - 1/2, the line of slope 5/4 through (W + 0.2, W - 1/2) and (W + 1, W)), which has the right borders on either side.
-That is 24 instructions on sm_90 for m and 22 for v, and one for packing; a binary search takes 8 dependent loads. Nearest
-means: for a y that is off by at most 2^-22 of its decade's upper end, which is fp32's rounding on the way.
+Ordered by magnitude, value number q behaves like a floating-point number: cell j of decade i is q = W + j with W =
+2^i cells (unsigned: 2^(i+1)), so on the continuous scale F = W (z + 0.8) / 0.9, z = |y| 10^(6-i), the cell is
+floor(F). It is the nearest value too, save at the start of a decade, where the cells become five times as wide: the
+border between two values there lies at F = W + 0.2, not W, whatever the decade. The kernel finds the decade in three
+comparisons and rounds min(F - 1/2, the line of slope 5/4 through (W + 0.2, W - 1/2) and (W + 1, W)), which has the
+right borders on either side. That is 24 instructions on sm_90 for m and 22 for v, and one for packing; a binary
+search takes 8 dependent loads. Nearest means: for a y that is off by at most 2^-22 of its decade's upper end, which
+is fp32's rounding on the way.
 
-Not here: where absmax comes from (the optimizer step, or `quantize_blockwise` for the reference), and int8 linear codes.
+Not here: where absmax comes from (the optimizer step, or `quantize_blockwise` for the reference), and int8 linear
+codes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from fastunlearn_kernels.precision import compute_dtype
 
-BLOCK = 256  # elements that share one absmax, in the order in which they lie in memory
+BLOCK = 256  # elements that share one absmax, in logical order
 # Below this absmax 1 / absmax overflows or is lost: such a block becomes all zeros, an error of less than 1.2e-38.
 SMALLEST_ABSMAX = 2.0**-126
 
@@ -42,7 +44,7 @@ _SIGN = tl.constexpr(-(2**31))
 
 
 def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> Tensor:
-    """The 256 values in ascending order, fp32; the same as bitsandbytes' to the last bit. Cached: do not write to it."""
+    """The 256 values in ascending order, fp32; bitsandbytes' to the last bit. Cached: do not write to it."""
     return _dynamic_map(signed, torch.device(device))
 
 
@@ -98,7 +100,7 @@ def dequantize_tile(codes, map_ptr):
 
 @triton.jit
 def inverse_absmax(absmax):
-    """What to multiply by to get y: 1 / absmax, rounded such that absmax itself does not exceed 1; 0 for tiny blocks."""
+    """What to multiply by to get y: 1 / absmax, rounded such that absmax itself gives 1 at most; 0 for tiny blocks."""
     inverse = 1.0 / tl.where(absmax < _SMALLEST, 1.0, absmax)
     inverse = tl.where(absmax * inverse > 1.0, inverse * (1 - 4e-7), inverse)
     return tl.where(absmax < _SMALLEST, 0.0, inverse)

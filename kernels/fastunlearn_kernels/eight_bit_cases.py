@@ -1,4 +1,4 @@
-"""Cases of the 8-bit ops, what they are compared with, and how outputs that are codes are judged. Host side, specs only."""
+"""Cases of the 8-bit ops, what they are compared with, and how codes are judged. Host side, for specs only."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _cos_of_turn(word):
 
 @triton.jit
 def rounding_bits_tile(seed, index):
-    """32 random bits per int64 element number: the Triton form of `rounding_bits`; `seed` is a scalar integer tensor."""
+    """32 random bits per int64 element number: the Triton form of `rounding_bits`; `seed`: scalar integer tensor."""
     return rounding_bits_of_words(seed, index.to(tl.uint32), (index >> 32).to(tl.uint32))
 
 

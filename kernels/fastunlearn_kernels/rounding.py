@@ -30,7 +30,7 @@ def to_bf16_stochastic(x: Tensor, halves: Tensor) -> Tensor:
 
 @triton.jit
 def rounding_halves_tile(seed, number, WIDTH: tl.constexpr):
-    """16 random bits, as int32 of shape (rows, WIDTH): `number` (rows,) int64 are the numbers of the rows' first elements,
+    """16 random bits, as int32 (rows, WIDTH): `number` (rows,) int64 are the numbers of the rows' first elements,
     multiples of 256, so that a row lies within one value of the upper word. `seed`: int64 scalar tensor."""
     pair = (number >> 1)[:, None]
     low = pair.to(tl.uint32) + tl.arange(0, WIDTH // 2)[None, :].to(tl.uint32)
