@@ -100,7 +100,7 @@ triton-matrix: $(READY)
 		test $$version != newest -a -d $$folder/triton || \
 			$(INSTALL) --quiet --no-deps --upgrade --target $$folder 'numpy<2.4' \
 				$$(echo triton==$$version | sed s/==newest//) || exit; \
-		export PYTHONPATH=$$folder OMP_NUM_THREADS=1; \
+		export PYTHONPATH=$$folder OMP_NUM_THREADS=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=; \
 		$(VENV)/bin/python -c 'import triton; print("Triton", triton.__version__)' || exit; \
 		$(VENV)/bin/python -m pytest $(KERNEL_TESTS) || exit; \
 	done

@@ -154,12 +154,13 @@ def _launch(
     p, c, u, r, _, m, _, _, _ = ordered
     types = [TYPES[tensors[0].dtype] if tensors else None for tensors in (p, c, u, r, m)]
     maps = dynamic_map(True, device), dynamic_map(False, device)
-    # Constants that Python knows better than fp32 does.
+    coef = None if coef_S is None else coef_S.contiguous()
+    # 1 - beta is better known here than in fp32.
     numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, decay, step_size, root, seed)
     with backend.on_device(params[0]):
         adamw8bit_step_chunk_kernel[(len(chunks),)](
-            chunks, table, addresses(*ordered), *maps, coef_S, scale, found_inf, len(params), *numbers, *types,
-            PLAN=coef_S is not None, STOCHASTIC=stochastic, ROWS=ROWS, WIDTH=BLOCK, num_warps=4,
+            chunks, table, addresses(*ordered), *maps, coef, scale, found_inf, len(params), *numbers, *types,
+            PLAN=coef is not None, STOCHASTIC=stochastic, ROWS=ROWS, WIDTH=BLOCK, num_warps=4,
         )  # fmt: skip
     for tensors, copied in zip(given, ordered):
         for tensor, copy in zip(tensors, copied):

@@ -10,9 +10,9 @@ Ordered by magnitude, value number q behaves like a floating-point number: cell 
 floor(F). It is the nearest value too, save at the start of a decade, where the cells become five times as wide: the
 border between two values there lies at F = W + 0.2, not W, whatever the decade. The kernel finds the decade in three
 comparisons and rounds min(F - 1/2, the line of slope 5/4 through (W + 0.2, W - 1/2) and (W + 1, W)), which has the
-right borders on either side. That is 24 instructions on sm_90 for m and 22 for v, and one for packing; a binary
-search takes 8 dependent loads. Nearest means: for a y that is off by at most 2^-22 of its decade's upper end, which
-is fp32's rounding on the way.
+right borders on either side. That is 24 instructions an element on sm_90 for m and 22 for v, packing included; a
+binary search takes 8 dependent loads. Nearest means: for a y that is off by at most 2^-22 of its decade's upper end,
+which is fp32's rounding on the way.
 
 Not here: where absmax comes from (the optimizer step, or `quantize_blockwise` for the reference), and int8 linear
 codes.
