@@ -191,6 +191,8 @@ MUTANTS: list[Mutant] = [
         ("eps is missing", "tl.sqrt(v) * root + eps)", "tl.sqrt(v) * root)"),
         ("bias correction is missing", "tl.sqrt(v) * root + eps)", "tl.sqrt(v) + eps)"),
         ("the copy is not written", "tl.store(c_ptr + o, p.to(C), mask=mask)", "pass"),
+        ("lanes beyond the end count for absmax", "mask=mask, other=_ZERO_CODE)", "mask=mask, other=255)"),
+        ("every chunk rounds with the same bits", "seed, number + o_row, WIDTH", "seed, number * 0 + o_row, WIDTH"),
         ("the second absmax is not written", "tl.store(vs_ptr + o_block,", "tl.store(ms_ptr + o_block,"),
         ("the tail is dropped", "mask, row_mask, o_block = o < length,", "mask, row_mask, o_block = o + 1 < length,"),
         ("no mask at all", "mask, row_mask, o_block = o < length,", "mask, row_mask, o_block = o < length + WIDTH,"),

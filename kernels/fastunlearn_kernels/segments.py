@@ -93,12 +93,18 @@ def chunk_table(pieces: tuple[int, ...], count: int, device: torch.device) -> Ch
 def addresses(*lists: Sequence[Tensor] | None) -> Tensor:
     """(number of lists, number of tensors) int64 on the device: where each tensor begins. An absent list gives zeros.
 
-    One small copy; from pinned memory on a GPU, so that the host does not wait.
+    One small copy, from pinned memory on a GPU, so that the host does not wait; none where the addresses are those of
+    an earlier call. So a launch that was made once before can be captured in a CUDA graph: the copy is not in it.
     """
     present = next(tensors for tensors in lists if tensors)
-    rows = [[t.data_ptr() for t in tensors] if tensors else [0] * len(present) for tensors in lists]
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=present[0].is_cuda)
-    return table.to(present[0].device, non_blocking=True)
+    rows = tuple(tuple(t.data_ptr() for t in tensors) if tensors else (0,) * len(present) for tensors in lists)
+    return _address_table(rows, present[0].device)
+
+
+@functools.lru_cache(maxsize=256)
+def _address_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
 
 
 def flat_view(tensor: Tensor) -> Tensor | None:
