@@ -25,12 +25,29 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # What a run writes into output_dir; any of these says that a run was started there.
 RUN_FILES = ("config.toml", "unet", "delta.safetensors", "metrics.json", "train_log.jsonl", "samples", "README.md")
+KERNELS_VARIABLE, KERNEL_CHOICES = "FASTUNLEARN_KERNELS", ("auto", "reference", "triton")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Rough share of the U-Net's parameters per scope (SDXL; SD 1.4 differs by a few points), to estimate disk space.
 SCOPE_SHARES = {"attn2": 0.22, "attn2_kv": 0.14, "noxattn": 0.8, "selfattn": 0.3, "full": 1.0}
 STATE_BYTES = 12  # a checkpoint holds an fp32 master weight and two fp32 moments per trained parameter
 MARGIN_BYTES = 32 * 2**20  # log, curves and pictures
+
+
+def check_kernels(has_gpu: bool) -> None:
+    """The choice in FASTUNLEARN_KERNELS, which would otherwise be looked at in the middle of the first update.
+
+    Raises:
+        UserError: an unknown choice, or Triton where it cannot run.
+    """
+    asked = os.environ.get(KERNELS_VARIABLE, "auto")
+    if asked not in KERNEL_CHOICES:
+        raise UserError(
+            f"{KERNELS_VARIABLE}: {asked!r} is unknown; allowed are {', '.join(KERNEL_CHOICES)}"
+            + nearest(asked, KERNEL_CHOICES)
+        )
+    if asked == "triton" and not has_gpu and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        raise UserError(f"{KERNELS_VARIABLE}: 'triton' needs a GPU and none was found; use 'auto' or 'reference'")
 
 
 def check_all(cfg: Config) -> None:

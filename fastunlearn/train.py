@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from fastunlearn.config import Config, config_from_arguments
 from fastunlearn.errors import UserError
-from fastunlearn.preflight import check_all
+from fastunlearn.preflight import check_all, check_kernels
 from fastunlearn.quiet import prepare_environment
 
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
         cfg = config_from_arguments(argv)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         cfg.validate_runtime(world_size, has_gpu=gpu_present())
+        check_kernels(gpu_present())
         check_all(cfg)
         run(cfg, world_size)
     except UserError as error:

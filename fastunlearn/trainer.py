@@ -27,6 +27,7 @@ from fastunlearn.results import RunFigures, start_output, write_results
 from fastunlearn.rollout import GuidedPair, Layout, Rollout
 from fastunlearn.teacher import Teacher
 from fastunlearn.zero import Engine, World
+from fastunlearn_kernels.backend import describe
 
 
 @dataclass
@@ -97,7 +98,8 @@ def prepare(cfg: Config, world: World) -> Run:
     run = Run(cfg, world, method, method.table(), models, rollout, engine)
     if world.is_main:
         count = sum(p.numel() for p in engine.named.values())
-        print(f"{cfg.method}: {len(trained)} tensors, {count:,} parameters trained; {attention}; ZeRO-{cfg.zero.stage}")
+        how = f"{attention}; kernels: {describe(world.device)}; ZeRO-{cfg.zero.stage}"
+        print(f"{cfg.method}: {len(trained)} tensors, {count:,} parameters trained; {how}")
     if resume is not None:
         _resume(run, resume)
     return run

@@ -7,6 +7,7 @@ Record anew, after a change that is meant to alter it: `python tests/test_golden
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,11 +41,14 @@ def losses_of(case: str, world: World, folder: Path) -> list[float]:
     return losses
 
 
-def test_the_loss_curves_are_the_recorded_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_the_loss_curves_are_the_recorded_ones(kernels: str, tmp_path: Path) -> None:
+    """With the reference, and with every loss and sampler step through its Triton kernel (interpreted on a CPU)."""
     recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))["losses"]
     here = tmp_path / "losses.json"
     # A process of its own: DeepSpeed is connected once in a process.
-    subprocess.run([sys.executable, __file__, str(here)], check=True, timeout=600)
+    environment = os.environ | {"FASTUNLEARN_KERNELS": kernels}
+    subprocess.run([sys.executable, __file__, str(here)], check=True, timeout=600, env=environment)
     for case, losses in json.loads(here.read_text(encoding="utf-8"))["losses"].items():
         assert losses == pytest.approx(recorded[case], rel=TOLERANCE), case
 

@@ -169,3 +169,18 @@ def test_checkpoints_need_more_space(model: Path) -> None:
     kept = ("--checkpointing_steps", "10", "--checkpoints_total_limit", "3")
     # Four checkpoints of three fp32 numbers for each trained parameter; attn2 is 22 % of them.
     assert preflight.needed_bytes(config(model, "out", *kept), model) - without == 4 * 12 * 220
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"), [("trition", ["'trition'", "auto, reference, triton", "nearest: triton"]), ("triton", ["GPU"])]
+)
+def test_a_choice_of_kernels_that_cannot_work_is_refused_early(
+    choice: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTUNLEARN_KERNELS", choice)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError) as refusal:
+        preflight.check_kernels(has_gpu=False)
+    assert all(word in str(refusal.value) for word in ["FASTUNLEARN_KERNELS", *words])
+    monkeypatch.setenv("FASTUNLEARN_KERNELS", "reference")
+    preflight.check_kernels(has_gpu=False)

@@ -75,6 +75,13 @@ def runs_triton(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
+def describe(device: torch.device) -> str:
+    """What runs on tensors of this device, with the reason: "reference (auto: cpu)"."""
+    asked = choice()
+    name = asked if asked != "auto" else "triton" if device.type == "cuda" else "reference"
+    return f"{name} ({asked}: {device.type})"
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """The context of a launch: Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
