@@ -25,10 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"style": "configs/minicanvas_style.toml", "object": "configs/minicanvas_object.toml"}
 CONCEPTS = {"style": ("neon style", "ink style", "popart style"), "object": ("cat", "car", "tree")}
 SCORES = ("UA", "IRA", "CRA", "CRA_target", "UA_paraphrase", "UA_synonym")
-# Overrides on top of the shipped configuration. ESD-x trains the cross-attentions on the same prompts.
+# Overrides on top of the shipped configuration. ESD-x trains the cross-attentions on the same prompts. "+retain" adds
+# the retain gradient as it is, "+surgery" takes out of the unlearning gradient what points against it as well.
+RETAIN = ["--surgery.enabled", "true", "--surgery.rho", "1.0"]
+ESD_X = ["--method", "esd", "--esd.variant", "x", "--train.scope", "auto"]
 METHODS = {
     "kscu": [],
-    "esd-x": ["--method", "esd", "--esd.variant", "x", "--train.scope", "auto"],
+    "kscu+retain": [*RETAIN, "--surgery.projection", "none"],
+    "kscu+surgery": RETAIN,
+    "esd-x": ESD_X,
+    "esd-x+retain": [*ESD_X, *RETAIN, "--surgery.projection", "none"],
+    "esd-x+surgery": [*ESD_X, *RETAIN],
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
 
 from fastunlearn.errors import UserError
 
@@ -40,3 +41,18 @@ def _install_xformers(unet: UNet2DConditionModel) -> None:
         raise UserError(
             "model.attention: xformers is not installed; install the 'gpu' extra, or use 'auto' or 'sdpa'"
         ) from error
+
+
+def stop_first_token_gradient(unet: nn.Module) -> int:
+    """Let no gradient pass through the keys and values of the first token in any cross-attention; returns their number.
+
+    The first token of CLIP's prompts is the same for every prompt, and what it says serves all of them.
+    """
+    layers = [module for name, module in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    for layer in layers:
+        layer.register_forward_hook(_detach_first)
+    return len(layers)
+
+
+def _detach_first(_: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)

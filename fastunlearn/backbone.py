@@ -76,8 +76,12 @@ class Backbone:
         """ "epsilon", "v_prediction" or "sample", from the pipeline's scheduler."""
         return self.scheduler.config["prediction_type"]
 
-    def predict(self, unet: Predictor, latents_BCHW: Tensor, timestep: int, embeds: PromptEmbeds) -> Tensor:
-        """Call ``unet`` (the student, or the frozen teacher) in its own dtype; the prediction comes back in fp32."""
+    def predict(self, unet: Predictor, latents_BCHW: Tensor, timestep: int | Tensor, embeds: PromptEmbeds) -> Tensor:
+        """Call ``unet`` (the student, or the frozen teacher) in its own dtype; the prediction comes back in fp32
+        (fp64 from a model in fp64, which only tests have).
+
+        ``timestep``: one for all samples, or one for each, (B,) int64.
+        """
         kwargs = {}
         if self.time_ids is not None:
             assert embeds.pooled is not None
@@ -86,11 +90,11 @@ class Backbone:
                 "text_embeds": embeds.pooled,
                 "time_ids": self.time_ids.to(embeds.pooled.dtype).expand(rows, -1),
             }
-        times = torch.full((len(latents_BCHW),), timestep, device=latents_BCHW.device, dtype=torch.long)
+        times = torch.as_tensor(timestep, device=latents_BCHW.device, dtype=torch.long).expand(len(latents_BCHW))
         sample = latents_BCHW.to(embeds.hidden.dtype)
         with torch.autocast(sample.device.type, torch.bfloat16, enabled=self.autocast):
             out = unet(sample, times, encoder_hidden_states=embeds.hidden, return_dict=False, **kwargs)
-        return out[0].float()
+        return out[0] if out[0].dtype == torch.float64 else out[0].float()
 
 
 def load_pipeline(

@@ -5,6 +5,7 @@ What this is not: the exported model (``exporting.py``).
 
     checkpoint-N/state.json                position, world size, configuration fingerprint, evaluation counts
     checkpoint-N/rollout-rank-R.safetensors   latents of rank R, its prompts in the header
+    checkpoint-N/parts-rank-R.pt           what the method, the surgery and the retain source carry on, if anything
     checkpoint-N/deepspeed/                DeepSpeed's shards
 
 A checkpoint is written beside its final name and renamed once every rank is done: one that has its name is whole.
@@ -15,8 +16,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -24,7 +27,6 @@ from safetensors.torch import save_file
 
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
-from fastunlearn.rollout import Rollout
 from fastunlearn.zero import Engine, World, barrier
 
 NAME = re.compile(r"checkpoint-(\d+)$")
@@ -111,7 +113,17 @@ def check_resumable(folder: Path, cfg: Config, world_size: int) -> None:
         )
 
 
-def save_checkpoint(cfg: Config, world: World, engine: Engine, rollout: Rollout, position: Position) -> Path:
+class Part(Protocol):
+    """Something that carries state from one update to the next."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def save_checkpoint(
+    cfg: Config, world: World, engine: Engine, rollout: Part, parts: Mapping[str, Part], position: Position
+) -> Path:
     """Write ``checkpoint-<update>`` and drop the oldest beyond the limit. Collective."""
     final = Path(cfg.output_dir) / f"checkpoint-{position.update}"
     partial = final.with_name(f"{final.name}.partial")
@@ -123,6 +135,9 @@ def save_checkpoint(cfg: Config, world: World, engine: Engine, rollout: Rollout,
     state = rollout.state_dict()
     header = {"prompts": json.dumps(state["prompts"]), "anchors": json.dumps(state["anchors"])}
     save_file({"latents": state["latents"].contiguous()}, partial / f"rollout-rank-{world.rank}.safetensors", header)
+    states = {name: state for name, part in parts.items() if (state := part.state_dict())}
+    if states:
+        torch.save(states, partial / f"parts-rank-{world.rank}.pt")
     barrier()
     if world.is_main:
         payload = asdict(position) | {"world_size": world.world_size, "config": fingerprint(cfg)}
@@ -135,8 +150,10 @@ def save_checkpoint(cfg: Config, world: World, engine: Engine, rollout: Rollout,
     return final
 
 
-def load_checkpoint(folder: Path, world: World, engine: Engine, rollout: Rollout) -> Position:
-    """Restore engine and trajectories, and return where the run stands. Collective."""
+def load_checkpoint(
+    folder: Path, world: World, engine: Engine, rollout: Part, parts: Mapping[str, Part]
+) -> Position:
+    """Restore engine, trajectories and parts, and return where the run stands. Collective."""
     engine.load(folder)
     with safe_open(folder / f"rollout-rank-{world.rank}.safetensors", framework="pt") as saved:
         header = saved.metadata()
@@ -147,5 +164,9 @@ def load_checkpoint(folder: Path, world: World, engine: Engine, rollout: Rollout
                 "anchors": json.loads(header["anchors"]),
             }
         )
+    saved_parts = folder / f"parts-rank-{world.rank}.pt"
+    states = torch.load(saved_parts, map_location="cpu", weights_only=True) if saved_parts.exists() else {}
+    for name, part_state in states.items():
+        parts[name].load_state_dict(part_state)
     state = json.loads((folder / "state.json").read_text())
     return Position(state["update"], state["seconds"], state["rollout_seconds"], state["evaluations"])

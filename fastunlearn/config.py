@@ -20,6 +20,7 @@ from fastunlearn.config_rules import concept_kind, resolved_keep, resolved_scope
 from fastunlearn.config_sections import (
     CheckpointConfig,
     Concept,
+    DocoConfig,
     EsdConfig,
     EvaluationConfig,
     ExportConfig,
@@ -29,8 +30,10 @@ from fastunlearn.config_sections import (
     Place,
     PromptsConfig,
     ReportConfig,
+    RetainConfig,
     SamplerConfig,
     Section,
+    SurgeryConfig,
     TrainConfig,
     Words,
     ZeroConfig,
@@ -41,6 +44,7 @@ __all__ = [
     "CheckpointConfig",
     "Concept",
     "Config",
+    "DocoConfig",
     "EsdConfig",
     "EvaluationConfig",
     "ExportConfig",
@@ -49,7 +53,9 @@ __all__ = [
     "OptimizerConfig",
     "PromptsConfig",
     "ReportConfig",
+    "RetainConfig",
     "SamplerConfig",
+    "SurgeryConfig",
     "TrainConfig",
     "ZeroConfig",
     "concept_kind",
@@ -66,7 +72,7 @@ __all__ = [
 class Config(Section):
     """A whole run. An instance that exists has passed every check that needs neither the disk nor the machine."""
 
-    method: Literal["kscu", "esd"] = "kscu"
+    method: Literal["kscu", "esd", "doco"] = "kscu"
     """The erasure method."""
     concepts: list[Concept] = Field(default_factory=list)
     """What to erase: strings, or tables {name, anchor, kind}."""
@@ -87,6 +93,9 @@ class Config(Section):
     sampler: SamplerConfig = SamplerConfig()
     kscu: KscuConfig = KscuConfig()
     esd: EsdConfig = EsdConfig()
+    doco: DocoConfig = DocoConfig()
+    surgery: SurgeryConfig = SurgeryConfig()
+    retain: RetainConfig = RetainConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
@@ -108,6 +117,24 @@ class Config(Section):
     def kind_of(self, concept: Concept) -> str:
         """The given kind, or the one that the name suggests: style, object, nudity or instance."""
         return concept.kind if concept.kind != "auto" else concept_kind(concept.name, self.uses_minicanvas)
+
+    @property
+    def retains(self) -> bool:
+        """Whether there is a retain gradient, and so a retain set: where surgery is on, which it always is for DoCo."""
+        idle = self.surgery.projection == "none" and self.surgery.rho == 0.0
+        return (self.surgery.enabled or self.method == "doco") and not idle
+
+    @property
+    def retain_source(self) -> str:
+        """``retain.source`` with auto filled in."""
+        auto = "anchors" if self.method == "doco" else "generated"
+        return auto if self.retain.source == "auto" else self.retain.source
+
+    @property
+    def retain_timesteps(self) -> str:
+        """``retain.timesteps`` with auto filled in."""
+        auto = "uniform" if self.method == "doco" else "key"
+        return auto if self.retain.timesteps == "auto" else self.retain.timesteps
 
     @property
     def uses_minicanvas(self) -> bool:

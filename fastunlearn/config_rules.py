@@ -38,8 +38,8 @@ KSCU_DEFAULTS = {
     "nudity": KindDefaults(start=14, steps=750, steps_for_several=750, scope="noxattn"),
     "instance": KindDefaults(start=40, steps=200, steps_for_several=750, scope="attn2"),
 }
-# ESD (arXiv 2303.07345) trains 1000 updates, whatever the concept; its variant names the scope.
-ESD_STEPS = 1000
+# ESD (arXiv 2303.07345) trains 1000 updates, DoCo (2405.15304) 2000, whatever the concept.
+METHOD_STEPS = {"esd": 1000, "doco": 2000}
 ESD_SCOPES = {"x": "attn2", "x-strict": "attn2_kv", "u": "noxattn", "full": "full"}
 
 NUDITY_NAMES = frozenset({"nudity", "nude", "nsfw", "naked"})
@@ -70,8 +70,8 @@ def resolved_steps(cfg: Config) -> int:
     """Number of updates: the given one, or the largest default among the concepts."""
     if cfg.train.max_train_steps is not None:
         return cfg.train.max_train_steps
-    if cfg.method == "esd":
-        return ESD_STEPS
+    if cfg.method in METHOD_STEPS:
+        return METHOD_STEPS[cfg.method]
     rows = [KSCU_DEFAULTS[cfg.kind_of(concept)] for concept in cfg.concepts]
     return max(row.steps if len(rows) == 1 else row.steps_for_several for row in rows)
 
@@ -86,6 +86,8 @@ def resolved_scope(cfg: Config) -> str:
         return cfg.train.scope
     if cfg.method == "esd":
         return ESD_SCOPES[cfg.esd.variant]
+    if cfg.method == "doco":
+        return "attn2_kv"
     scopes = {concept.name: KSCU_DEFAULTS[cfg.kind_of(concept)].scope for concept in cfg.concepts}
     if len(set(scopes.values())) > 1:
         listing = ", ".join(f"{name!r} {scope}" for name, scope in scopes.items())
@@ -116,6 +118,8 @@ def check_config(cfg: Config) -> None:
     resolved_scope(cfg)
     _check_prompts(cfg.prompts)
     _check_optimizer(cfg)
+    _check_doco(cfg)
+    _check_surgery(cfg)
     _check_evaluation(cfg)
     if not cfg.output_dir.strip():
         raise UserError("output_dir: '' is empty; give the folder that receives the results")
@@ -235,7 +239,46 @@ def _refuse_unknown(field: str, template: str, names: set[str], allowed: set[str
         raise UserError(f"{field}: {template!r} holds {{{name}}}; allowed here: {listing}" + nearest(name, allowed))
 
 
+def _check_surgery(cfg: Config) -> None:
+    if cfg.surgery.projection == "released" and cfg.surgery.metric == "optimizer":
+        raise UserError("surgery.metric: 'optimizer' has no form of the released projection; use 'raw' or 'textbook'")
+    if not cfg.retains:
+        return
+    from fastunlearn.retain_prompts import retain_prompts  # which knows Config
+
+    source = cfg.retain_source
+    if source == "folder" and cfg.retain.folder is None:
+        raise UserError("retain.folder: none given; retain.source 'folder' needs images with captions")
+    if source == "prompts" and cfg.retain.target == "noise":
+        raise UserError("retain.target: 'noise' needs pictures; use 'teacher', or another retain.source")
+    if source in ("generated", "prompts"):
+        retain_prompts(cfg)
+
+
+def _check_doco(cfg: Config) -> None:
+    if cfg.method != "doco":
+        return
+    from fastunlearn.prompts import concept_variants  # which knows Config
+
+    for concept in cfg.concepts:
+        if not any(variant.anchor for variant in concept_variants(concept, cfg.prompts)):
+            raise UserError(
+                f"concepts: {concept.name!r} has no anchor; method 'doco' draws pictures of what is to take its place, "
+                "so give the concept an anchor, or prompts.anchor_templates"
+            )
+    if cfg.doco.discriminator_warmup >= resolved_steps(cfg):
+        raise UserError(
+            f"doco.discriminator_warmup: {cfg.doco.discriminator_warmup} leaves no update for the model; "
+            f"train.max_train_steps is {resolved_steps(cfg)}"
+        )
+
+
 def _check_optimizer(cfg: Config) -> None:
+    if cfg.zero.grad_accum_dtype == "fp32" and cfg.model.mixed_precision == "bf16" and cfg.zero.stage == 1:
+        raise UserError(
+            "zero.grad_accum_dtype: 'fp32' with model.mixed_precision 'bf16' at zero.stage 1 would keep whole fp32 "
+            "gradients on every rank; use 'auto', or zero.stage 2 or 3"
+        )
     if cfg.zero.offload_optimizer == "none":
         return
     if cfg.zero.stage == 0:

@@ -153,6 +153,72 @@ class EsdConfig(Section):
     """How far beyond the anchor the target lies."""
 
 
+class DocoConfig(Section):
+    """Concept Domain Correction (arXiv 2405.15304)."""
+
+    discriminator: Literal["timestep", "released"] = "timestep"
+    """timestep: told the timestep, with group norm; released: as published, without it and with batch norm."""
+    discriminator_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Adam's rate for the discriminator; published: 5e-4 for styles, 1e-4 for objects and nudity."""
+    discriminator_warmup: NotNegative = 1000
+    """Updates in which only the discriminator learns."""
+    timesteps: Literal["uniform", "key"] = "uniform"
+    """Timesteps of the noised pictures: all, or the sampler's from the key step on, where estimates are less loud."""
+    stop_bos_gradient: bool = False
+    """As published: no gradient through the keys and values of the first token."""
+
+
+class SurgeryConfig(Section):
+    """Gradient surgery: what the unlearning gradient does against the retain gradient is taken out of it."""
+
+    enabled: bool = False
+    """Project every update; DoCo always does unless projection is "none"."""
+    projection: Literal["textbook", "released", "none"] = "textbook"
+    """textbook: u - strength min(0, <u,r>) / <r,r> r; released: DoCo's published code, which over-projects; none."""
+    granularity: Literal["tensor", "block", "global"] = "tensor"
+    """What has a coefficient of its own: each tensor, each block of the U-Net, or all together."""
+    two_sided: bool = False
+    """Also remove what the gradients have in common, not only where they conflict."""
+    strength: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the conflicting component that is removed."""
+    rho: Annotated[float, Field(ge=0)] = 0.0
+    """Weight with which the retain gradient itself is added after the projection; 0: the published rule."""
+    metric: Literal["raw", "optimizer"] = "raw"
+    """Dot products of the gradients, or of what AdamW will make of them, weighted by 1 / (sqrt(v) + eps)."""
+    retain_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """How the retain gradient is kept until the unlearning gradient is there; auto: as it came."""
+    retain_device: Literal["device", "host"] = "device"
+    """Where it is kept."""
+    retain_ema: Beta = 0.0
+    """Decay of a running mean of the retain gradient; 0: that of this update alone."""
+    max_skipped_updates: Positive = 5
+    """Updates in a row with a gradient that is not finite before the run stops."""
+
+
+class RetainConfig(Section):
+    """The samples whose gradient protects what must be kept."""
+
+    source: Literal["auto", "generated", "anchors", "folder", "prompts"] = "auto"
+    """generated: the model's own pictures; anchors: its pictures of the anchors (auto for DoCo); folder: images with
+    captions; prompts: trajectories, no pictures at all."""
+    prompts: list[str] = []
+    """Prompts of what must be kept; none given: the concepts of ``keep``, alone and in ``contexts``."""
+    folder: Place | None = None
+    """Images with captions: ``metadata.jsonl`` (file_name, text), or a .txt beside each image."""
+    target: Literal["teacher", "noise"] = "teacher"
+    """What the student is held to: the frozen model's prediction, or the noise that was added."""
+    timesteps: Literal["auto", "key", "uniform"] = "auto"
+    """key: that of the unlearning window (auto for KSCU and ESD); uniform: drawn for each sample (auto for DoCo)."""
+    batch_size: Positive = 4
+    """Retain samples per rank and micro-batch."""
+    num_images: Positive = 64
+    """Pictures that are generated once, as latents, before training."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 4.0
+    """Classifier-free guidance of the generated pictures."""
+    num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 25
+    """Sampler steps of the generated pictures."""
+
+
 class ZeroConfig(Section):
     """How DeepSpeed shards the training state."""
 
@@ -162,6 +228,8 @@ class ZeroConfig(Section):
     """Keep the optimizer state in host memory; needs stage 1 or more and optimizer.name "adamw"."""
     reduce_bucket_size: Positive = 500_000_000
     """Elements that are reduced at a time."""
+    grad_accum_dtype: Literal["auto", "fp32"] = "auto"
+    """In which type gradients are accumulated; auto: that of the computation. fp32 with bf16 needs stage 2 or 3."""
     overlap_comm: bool = False
     """Reduce gradients while the backward pass still runs; needs a second bucket."""
 

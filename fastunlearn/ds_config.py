@@ -16,7 +16,7 @@ NEVER = 10**9  # DeepSpeed's own progress lines; the trainer prints its own
 def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
     """The dict for ``deepspeed.initialize(config=...)``; deterministic, and complete enough to need no file beside it.
 
-    With bf16 the gradients are accumulated in bf16, as sharded. Accumulation in fp32 is never asked for: at stage 1
+    With bf16 the gradients are accumulated in bf16, as sharded, unless fp32 is asked for. At stage 1 that is refused:
     DeepSpeed 0.19 would silently switch to ``BF16_Optimizer``, which keeps full fp32 gradients on every rank.
     """
     train = cfg.train
@@ -24,7 +24,8 @@ def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
         "train_batch_size": train.train_batch_size * train.gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": train.train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "gradient_clipping": train.max_grad_norm,
+        # Surgery clips in its own pass: with offload DeepSpeed would clip by the norm of the gradient before it.
+        "gradient_clipping": 0.0 if cfg.retains else train.max_grad_norm,
         "zero_optimization": _zero(cfg),
         # bitsandbytes is not on DeepSpeed's list of tested optimizers, and offload would insist on DeepSpeedCPUAdam,
         # which compiles C++ at start-up.
@@ -37,6 +38,8 @@ def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
     if cfg.model.mixed_precision == "bf16" and cfg.zero.stage > 0:
         result["bf16"] = {"enabled": True}
         result["data_types"] = {"grad_accum_dtype": "bf16"}
+    if cfg.zero.grad_accum_dtype == "fp32":
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
 
 

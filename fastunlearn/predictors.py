@@ -42,27 +42,29 @@ class Predictors:
         self._sampler = sampler
         self._teacher = teacher
 
-    def train(self, latents_BCHW: Tensor, timestep: int, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+    def train(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student, recorded for the backward pass that follows."""
         self.evaluations.student_forward += len(conditions) * len(latents_BCHW)
         self.evaluations.student_backward += len(conditions) * len(latents_BCHW)
         return self._call(self._student, latents_BCHW, timestep, conditions)
 
     @torch.no_grad()
-    def rollout(self, latents_BCHW: Tensor, timestep: int, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+    def rollout(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student without a gradient, for the sampler."""
         self.evaluations.rollout += len(conditions) * len(latents_BCHW)
         return self._call(self._sampler, latents_BCHW, timestep, conditions)
 
     @torch.no_grad()
-    def frozen(self, latents_BCHW: Tensor, timestep: int, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+    def frozen(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The original model."""
         self.evaluations.teacher += len(conditions) * len(latents_BCHW)
         return self._call(self._teacher, latents_BCHW, timestep, conditions)
 
     def _call(
-        self, unet: Predictor, latents: Tensor, timestep: int, conditions: tuple[PromptEmbeds, ...]
+        self, unet: Predictor, latents: Tensor, timestep: int | Tensor, conditions: tuple[PromptEmbeds, ...]
     ) -> tuple[Tensor, ...]:
         batch = torch.cat([latents] * len(conditions))
+        if isinstance(timestep, Tensor) and timestep.dim():
+            timestep = timestep.repeat(len(conditions))
         prediction = self.backbone.predict(unet, batch, timestep, PromptEmbeds.cat(conditions))
         return prediction.chunk(len(conditions))

@@ -38,12 +38,14 @@ class PromptBook:
 
     variants: list[list[Variant]]
     augmented: list[list[str]]
+    retained: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         texts = [UNCONDITIONAL]
         for variants, augmented in zip(self.variants, self.augmented, strict=True):
             texts += [text for variant in variants for text in (variant.prompt, variant.anchor)] + augmented
+        texts += self.retained
         self.rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
 
     @property
@@ -52,15 +54,17 @@ class PromptBook:
         return list(self.rows)
 
 
-def build_prompt_book(concepts: Sequence[Concept], config: PromptsConfig, seed: int) -> PromptBook:
-    """Expand the templates of every concept and draw its pool of augmented prompts."""
+def build_prompt_book(
+    concepts: Sequence[Concept], config: PromptsConfig, seed: int, retained: Sequence[str] = ()
+) -> PromptBook:
+    """Expand the templates of every concept and draw its pool of augmented prompts; add the prompts to be retained."""
     draw = random.Random(seed)
     variants = [concept_variants(concept, config) for concept in concepts]
     augmented = [
         [augment(concept.name, options[i % len(options)].prompt, i % 4, draw) for i in range(config.augment_pool)]
         for concept, options in zip(concepts, variants, strict=True)
     ]
-    return PromptBook(variants, augmented)
+    return PromptBook(variants, augmented, list(retained))
 
 
 def concept_variants(concept: Concept, config: PromptsConfig) -> list[Variant]:

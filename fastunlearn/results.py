@@ -34,10 +34,12 @@ from fastunlearn.files import atomic_write_text
 from fastunlearn.memory import peak_memory_bytes
 from fastunlearn.preflight import RUN_FILES
 from fastunlearn.scoring import evaluate_pair, why_not_judged
+from fastunlearn.surgery_map import LOG_NAME as SURGERY_LOG_NAME
+from fastunlearn.surgery_map import draw as draw_surgery
 
 PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "triton", "xformers")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-OLD_RESULTS = (*RUN_FILES, "evaluation.json", "logs")
+OLD_RESULTS = (*RUN_FILES, "evaluation.json", "logs", SURGERY_LOG_NAME)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigure
         batch_size=cfg.evaluation.batch_size,
         progress=True,
     )
+    draw_surgery(folder / SURGERY_LOG_NAME, folder / "samples" / "surgery.png")
     metrics = collect_metrics(cfg, figures)
     del base, edited
     if cfg.evaluation.mode == "auto" and why_not_judged(cfg) is None:

@@ -46,13 +46,15 @@ class Window:
     """One micro-batch at one key step: everything a method needs to compute its loss."""
 
     latents: Tensor
-    timestep: int
+    timestep: int | Tensor
     cond: PromptEmbeds
     trained: PromptEmbeds
     anchor: PromptEmbeds
     uncond: PromptEmbeds
     augmented: bool
     advance: bool
+    trains: bool = True
+    """False where the model is only looked at."""
 
 
 @dataclass
@@ -87,13 +89,8 @@ class Rollout:
         self.variants = [options[self._draw(step.update, number) % len(options)] for number in numbers]
         self.latents = torch.stack([self._noise(step.update, number) for number in numbers]) * self._initial_sigma()
         self.latents = self.latents.to(self.models.backbone.embeds.hidden.device)
-        uncond = self._embeds([UNCONDITIONAL] * self.layout.batch)
-        conds = [self._embeds([variant.prompt for variant in group]) for group in self._groups()]
         for index in range(step.index):
-            pairs = []
-            for latents, cond in zip(self.latents.split(self.layout.batch), conds, strict=True):
-                pairs.append(GuidedPair(*self.models.rollout(latents, self.timesteps[index], cond, uncond)))
-            self._advance(index, pairs)
+            self.walk(index)
 
     def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
         """This update's micro-batches. ``augmentation`` replaces the trained condition in the tail of a run."""
@@ -118,6 +115,16 @@ class Rollout:
     def advance(self, step: KeyStep, pairs: list[GuidedPair]) -> None:
         """One guided sampler step from predictions that training already made: the weights are one update stale."""
         self._advance(step.index, pairs)
+
+    def walk(self, index: int) -> None:
+        """One guided sampler step from ``index`` with predictions made for it."""
+        uncond = self._embeds([UNCONDITIONAL] * self.layout.batch)
+        groups = zip(self.latents.split(self.layout.batch), self._groups(), strict=True)
+        pairs = []
+        for latents, group in groups:
+            cond = self._embeds([variant.prompt for variant in group])
+            pairs.append(GuidedPair(*self.models.rollout(latents, self.timesteps[index], cond, uncond)))
+        self._advance(index, pairs)
 
     def state_dict(self) -> dict:
         """What a checkpoint needs besides the key-step position."""

@@ -14,17 +14,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastunlearn.attention import install_attention
+from fastunlearn.anchor_windows import AnchorWindows
+from fastunlearn.attention import install_attention, stop_first_token_gradient
 from fastunlearn.backbone import build_backbone, load_pipeline, set_trainable, trainable_names
-from fastunlearn.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
+from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpoint, save_checkpoint
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.methods import Method, build_method
 from fastunlearn.predictors import Evaluations, Predictors
-from fastunlearn.prompts import build_prompt_book
-from fastunlearn.recorder import Recorder
+from fastunlearn.prompts import PromptBook, build_prompt_book
+from fastunlearn.recorder import Recorder, Update
 from fastunlearn.results import RunFigures, start_output, write_results
+from fastunlearn.retain import (
+    Pool,
+    RetainSource,
+    anchor_prompts,
+    build_source,
+    encode_folder,
+    generate_pool,
+    retain_loss,
+)
+from fastunlearn.retain_prompts import retain_prompts
 from fastunlearn.rollout import GuidedPair, Layout, Rollout
+from fastunlearn.surgery import Figures, Surgery
 from fastunlearn.teacher import Teacher
 from fastunlearn.zero import Engine, World
 from fastunlearn_kernels.backend import describe
@@ -39,9 +51,17 @@ class Run:
     method: Method
     table: list[KeyStep]
     models: Predictors
-    rollout: Rollout
+    rollout: Rollout | AnchorWindows
     engine: Engine
+    surgery: Surgery | None = None
+    retain: RetainSource | None = None
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What else carries state from one update to the next."""
+        found: dict[str, Part | None] = {"method": self.method, "surgery": self.surgery, "retain": self.retain}
+        return {name: part for name, part in found.items() if part is not None}
 
 
 def train(cfg: Config, world: World) -> None:
@@ -73,7 +93,9 @@ def prepare(cfg: Config, world: World) -> Run:
     method = build_method(cfg)
     resume = find_checkpoint(cfg)
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
-    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed)
+    folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None
+    retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
+    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained)
     half = cfg.model.mixed_precision == "bf16"
     sharded_half = half and cfg.zero.stage > 0  # at stage 0 the weights stay fp32 and the calls are autocast
     backbone = build_backbone(
@@ -85,17 +107,21 @@ def prepare(cfg: Config, world: World) -> Run:
     if cfg.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     attention = install_attention(unet, cfg.model.attention)
+    if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
+        stop_first_token_gradient(unet)
     trained = trainable_names(unet, resolved_scope(cfg))
     set_trainable(unet, trained)
     teacher = Teacher(unet, trained, whole_copy=cfg.zero.stage == 3)
     engine = Engine(unet, cfg, world)
     models = Predictors(backbone, engine, engine.sampler, teacher)
     layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
-    sampler = cfg.sampler
-    rollout = Rollout(
-        models, book, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale, seed=cfg.seed
-    )
+    pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
+    rollout = build_windows(cfg, models, book, layout, pool)
     run = Run(cfg, world, method, method.table(), models, rollout, engine)
+    if cfg.retains:
+        pictures = pool if cfg.retain_source == "anchors" else folder
+        run.retain = build_source(cfg, models, book, world, pictures)
+        run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
     if world.is_main:
         count = sum(p.numel() for p in engine.named.values())
         how = f"{attention}; kernels: {describe(world.device)}; ZeRO-{cfg.zero.stage}"
@@ -105,8 +131,20 @@ def prepare(cfg: Config, world: World) -> Run:
     return run
 
 
+def build_windows(
+    cfg: Config, models: Predictors, book: PromptBook, layout: Layout, pool: Pool | None
+) -> Rollout | AnchorWindows:
+    """Where the unlearning windows come from: trajectories, or noised pictures of the anchors."""
+    if pool is not None:
+        return AnchorWindows(cfg, models, book, layout, pool)
+    sampler = cfg.sampler
+    return Rollout(
+        models, book, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale, seed=cfg.seed
+    )
+
+
 def _resume(run: Run, folder: Path) -> None:
-    run.position = load_checkpoint(folder, run.world, run.engine, run.rollout)
+    run.position = load_checkpoint(folder, run.world, run.engine, run.rollout, run.parts)
     run.models.evaluations = Evaluations(**run.position.evaluations)
     if run.world.is_main:
         print(f"resumed from {folder} at update {run.position.update}")
@@ -114,7 +152,7 @@ def _resume(run: Run, folder: Path) -> None:
 
 def update_loop(run: Run) -> None:
     """All updates that are left. ``run.position`` says in the end what they took."""
-    recorder = Recorder(run.cfg, run.world, len(run.table), run.position.update)
+    recorder = Recorder(run.cfg, run.world, len(run.table), run.position.update, run.surgery)
     every = run.cfg.checkpoint.checkpointing_steps
     started, before = time.perf_counter(), run.position
     rollout_seconds = before.rollout_seconds
@@ -124,27 +162,64 @@ def update_loop(run: Run) -> None:
             run.rollout.restart(step)
             rollout_seconds += time.perf_counter() - restarted
         learning_rate = run.engine.learning_rate
-        losses = one_update(run, step)
-        recorder.record(step, run.rollout.timesteps[step.index], losses, run.engine.grad_norm, learning_rate)
+        update = one_update(run, step)
+        recorder.record(step, run.rollout.timesteps[step.index], update, run.engine.grad_norm, learning_rate)
         seconds = before.seconds + time.perf_counter() - started
         run.position = Position(step.update + 1, seconds, rollout_seconds, asdict(run.models.evaluations))
         if every and run.position.update % every == 0 and run.position.update < len(run.table):
             recorder.flush()
-            save_checkpoint(run.cfg, run.world, run.engine, run.rollout, run.position)
+            save_checkpoint(run.cfg, run.world, run.engine, run.rollout, run.parts, run.position)
     recorder.close()
 
 
-def one_update(run: Run, step: KeyStep) -> list[Tensor]:
-    """One optimizer update at one key step; then the trajectories move on with the predictions that it made anyway."""
-    losses: list[Tensor] = []
+def one_update(run: Run, step: KeyStep) -> Update:
+    """One optimizer update at one key step; then the trajectories move on with the predictions that it made anyway.
+
+    With surgery: the gradient of what is kept first, out of the engine's hands; then that of what is erased, from which
+    everything that points against it is taken.
+    """
+    windows = list(run.rollout.windows(step, run.method.augmentation(step)))
+    update = Update()
+    if run.surgery is not None and windows[0].trains:
+        update.retain_losses = retain_window(run, step)
     pairs: list[GuidedPair] = []
-    for window in run.rollout.windows(step, run.method.augmentation(step)):
+    for number, window in enumerate(windows, start=1):
         outcome = run.method.loss(run.models, window)
-        run.engine.backward(outcome.loss)
-        run.engine.step()
-        losses.append(outcome.loss.detach())
+        if outcome.loss is not None:
+            run.engine.backward(outcome.loss, last=number == len(windows))
+            update.losses.append(outcome.loss.detach())
         if outcome.pair is not None:
             pairs.append(outcome.pair)
+    if windows[0].trains:
+        update.surgery = apply_gradient(run)
+    update.figures = run.method.finish()
     if step.continues:
         run.rollout.advance(step, pairs)
+    return update
+
+
+def apply_gradient(run: Run) -> Figures | None:
+    """Project, clip and step; without surgery, step."""
+    if run.surgery is None:
+        run.engine.step()
+        return None
+    second_moments = run.engine.second_moments() if run.cfg.surgery.metric == "optimizer" else None
+    figures = run.surgery.project(run.engine.gradient(), second_moments, run.cfg.optimizer.adam_epsilon)
+    if run.surgery.is_finite(figures):
+        run.engine.step(figures.plan.norm)
+    else:
+        run.engine.skip_step()
+    return figures
+
+
+def retain_window(run: Run, step: KeyStep) -> list[Tensor]:
+    """The gradient of what must be kept, handed to the surgery as this rank's shard of it."""
+    assert run.surgery is not None and run.retain is not None
+    losses = []
+    batches = run.retain.batches(step, run.rollout.timesteps[step.index])
+    for number, batch in enumerate(batches, start=1):
+        loss = retain_loss(run.models, batch, run.cfg.retain.target)
+        run.engine.backward(loss, last=number == len(batches))
+        losses.append(loss.detach())
+    run.surgery.keep(run.engine.take_gradient())
     return losses

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastunlearn.config import Config, deepspeed_config, resolved_steps
 from fastunlearn.errors import UserError
+from fastunlearn.gradient_shards import GradientShards, Piece
 from fastunlearn.optimizers import build_optimizer, keep_small_groups_in_32_bit, parameter_groups
 
 CHECKPOINT_TAG = "deepspeed"
@@ -85,6 +86,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / torch.distributed.get_world_size()
 
 
+def sum_over_ranks(table: Tensor) -> Tensor:
+    """The sum of a small tensor over all ranks; the input is not changed."""
+    total = table.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
 class Engine:
     """The student U-Net under DeepSpeed. Call it like the U-Net."""
 
@@ -113,6 +121,9 @@ class Engine:
             )
         if cfg.optimizer.name != "adamw" and self.stage > 0:
             keep_small_groups_in_32_bit(self._flat_groups(), groups)
+        self._shards = GradientShards(
+            self.engine.optimizer, self.stage, cfg.zero.offload_optimizer == "cpu", self.named
+        )
         self._grad_norm: Tensor | float | None = None
 
     def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
@@ -134,19 +145,36 @@ class Engine:
         """Global norm of the last update's gradient, before clipping."""
         return self._grad_norm
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch; DeepSpeed divides by the number of micro-batches and reduces."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradient of one micro-batch, divided by their number; after the ``last`` of a window every
+        rank holds the mean over ranks of its own part."""
+        self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
-    def step(self) -> None:
-        """Close a micro-batch; at the end of a window, update the weights."""
-        boundary = self.engine.is_gradient_accumulation_boundary()
-        if boundary and self.stage == 0:
+    def take_gradient(self) -> list[Piece]:
+        """This rank's part of the window's gradient, out of the engine's hands: the next window starts from nothing."""
+        return self._shards.take()
+
+    def gradient(self) -> list[Piece]:
+        """This rank's part of the window's gradient, to be edited in place before ``step``."""
+        return self._shards.read()
+
+    def second_moments(self) -> list[Tensor] | None:
+        """AdamW's second moment for each piece of ``gradient``; None before the first update."""
+        return self._shards.second_moments()
+
+    def step(self, grad_norm: Tensor | None = None) -> None:
+        """Update the weights with the window's gradient. ``grad_norm``: its norm, where surgery has measured it."""
+        if grad_norm is None and self.stage == 0:
             gradients = [p.grad for p in self.named.values() if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+            grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        if boundary and self.stage > 0:
-            self._grad_norm = self.engine.get_global_grad_norm()
+        self._grad_norm = self.engine.get_global_grad_norm() if grad_norm is None else grad_norm
+
+    def skip_step(self) -> None:
+        """Drop the window's gradient and leave the weights, the optimizer and the learning rate as they are."""
+        self._shards.take()
 
     def full_weights(self) -> dict[str, Tensor]:
         """The trained parameters in fp32 on the host, from the master weights. Collective: every rank must call it."""

@@ -25,8 +25,9 @@ from fastunlearn.backbone import set_trainable, trainable_names
 from fastunlearn.config import Config
 from fastunlearn.methods import build_method
 from fastunlearn.predictors import Predictors
-from fastunlearn.rollout import GuidedPair, Layout
+from fastunlearn.rollout import Layout
 from fastunlearn.teacher import Teacher
+from fastunlearn.trainer import Run, one_update
 from fastunlearn.zero import Engine, World, connect
 
 UPDATES = 4
@@ -103,18 +104,12 @@ def train_case(case: Case, world: World) -> dict[str, torch.Tensor]:
     models = Predictors(backbone, engine, engine.sampler, teacher)
     rollout = tiny_rollout(models, book, Layout(world.rank, world.world_size, case.batch, case.accumulation), steps=10)
     method = build_method(cfg)
-    for step in method.table():
+    run = Run(cfg, world, method, method.table(), models, rollout, engine)
+    for step in run.table:
         if step.restart:
             rollout.restart(step)
-        pairs: list[GuidedPair] = []
-        for window in rollout.windows(step, method.augmentation(step)):
-            outcome = method.loss(models, window)
-            engine.backward(outcome.loss)
-            engine.step()
-            pairs += [outcome.pair] if outcome.pair is not None else []
+        one_update(run, step)
         assert engine.grad_norm is not None
-        if step.continues:
-            rollout.advance(step, pairs)
     return engine.full_weights()
 
 

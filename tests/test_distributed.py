@@ -59,6 +59,7 @@ def reference(clip: float) -> tuple[Tensor, Tensor]:
         (window,) = rollout.windows(step, method.augmentation(step))
         outcome = method.loss(models, window)
         optimizer.zero_grad()
+        assert outcome.loss is not None
         outcome.loss.backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(trained, clip)

@@ -37,7 +37,7 @@ def losses_of(case: str, world: World, folder: Path) -> list[float]:
     for step in run.table[:updates]:
         if step.restart:
             run.rollout.restart(step)
-        losses += [float(loss) for loss in one_update(run, step)]
+        losses += [float(loss) for loss in one_update(run, step).losses]
     return losses
 
 

@@ -39,7 +39,7 @@ def perturbed_models(book: PromptBook, prediction_type: str = "epsilon") -> tupl
     return Predictors(backbone, unet, unet, teacher), original
 
 
-def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: int, embeds: object) -> Tensor:
+def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: int | Tensor, embeds: object) -> Tensor:
     """One unbatched prediction, turned into noise by the definition of the prediction type."""
     out = models.backbone.predict(unet, x, t, embeds)  # type: ignore[arg-type]
     a = models.backbone.scheduler.alphas_cumprod[t]
@@ -66,6 +66,7 @@ def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> N
         expected = ((s_c - (e_0 - 1.5 * direction)) ** 2).mean()
         if uncond:
             expected += weight * ((s_0 - (e_0 - (1000 - t) * 2e-5 * direction)) ** 2).mean()
+    assert outcome.loss is not None
     assert torch.allclose(outcome.loss, expected, rtol=1e-4)
     assert outcome.pair is not None
     raw = [models.backbone.predict(models.backbone.unet, x, t, cond) for cond in (window.cond, window.uncond)]
@@ -83,6 +84,7 @@ def test_kscu_starts_at_twice_the_erased_direction() -> None:
     (window,) = rollout.windows(STEP, None)
     cond, uncond = models.frozen(window.latents, window.timestep, window.cond, window.uncond)
     loss = build_method(a_config()).loss(models, window).loss
+    assert loss is not None
     assert torch.allclose(loss, 4 * ((cond - uncond) ** 2).mean(), rtol=1e-4)
 
 
@@ -100,7 +102,9 @@ def test_the_unconditional_gradient_is_negligible_at_the_published_weight() -> N
         rollout.restart(STEP)
         (window,) = rollout.windows(STEP, None)
         cfg = a_config(kscu={"uncond_gradient": only, "uncond_weight": uncond_weight})
-        build_method(cfg).loss(models, window).loss.backward()
+        loss = build_method(cfg).loss(models, window).loss
+        assert loss is not None
+        loss.backward()
         return torch.cat([p.grad.flatten() for p in models.backbone.unet.parameters() if p.grad is not None])
 
     without, with_it = gradient(1e-4, only=False), gradient(1e-4, only=True)
@@ -115,6 +119,7 @@ def test_esd_loss_equals_its_equation() -> None:
     rollout.restart(STEP)
     (window,) = rollout.windows(STEP, None)
     loss = build_method(cfg).loss(models, window).loss
+    assert loss is not None
     x, t = window.latents, window.timestep
     with torch.no_grad():
         e_c, e_0 = (literal(models, original, x, t, cond) for cond in (window.cond, window.uncond))

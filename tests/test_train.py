@@ -87,15 +87,11 @@ def test_only_the_scope_has_changed_and_the_delta_says_how(finished: Path) -> No
     assert all(torch.equal(tensor, after[name]) for name, tensor in base.state_dict().items())
 
 
-@pytest.mark.parametrize("updates_before_the_kill", [3, 7])
-def test_killed_and_resumed_it_ends_with_the_same_bits(
-    finished: Path, tmp_path: Path, updates_before_the_kill: int
-) -> None:
-    out = tmp_path / "out"
-    arguments = ("--checkpointing_steps", "2", "--train.logging_steps", "1")
+def kill_and_resume(out: Path, arguments: tuple[str, ...], updates_before_the_kill: int) -> None:
+    """Start a run, kill it without notice after so many updates, and let it go on."""
     process = subprocess.Popen(
         command(out, *arguments),
-        cwd=tmp_path,
+        cwd=out.parent,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -110,16 +106,53 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     process.wait()
     assert list(out.glob("checkpoint-*")), "killed before the first checkpoint"
     assert not (out / "unet").exists(), "killed after the end"
-
     done = run(out, *arguments, "--resume_from_checkpoint", "latest")
     assert done.returncode == 0, done.stderr
-    whole = load_file(finished / "unet" / "diffusion_pytorch_model.safetensors")
-    resumed = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    whole = load_file(one / "unet" / "diffusion_pytorch_model.safetensors")
+    resumed = load_file(other / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    entries = [json.loads(line)["update"] for line in log.read_text().splitlines()]
+    entries = [json.loads(line)["update"] for line in (other / "train_log.jsonl").read_text().splitlines()]
     assert entries == list(range(8))
-    counts = [json.loads((path / "metrics.json").read_text())["unet_evaluations"] for path in (finished, out)]
+    counts = [json.loads((path / "metrics.json").read_text())["unet_evaluations"] for path in (one, other)]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("updates_before_the_kill", [3, 7])
+def test_killed_and_resumed_it_ends_with_the_same_bits(
+    finished: Path, tmp_path: Path, updates_before_the_kill: int
+) -> None:
+    out = tmp_path / "out"
+    kill_and_resume(out, ("--checkpointing_steps", "2", "--train.logging_steps", "1"), updates_before_the_kill)
+    assert_same_end(finished, out)
+
+
+RETAIN = ("--retain.num_images", "3", "--retain.num_inference_steps", "2", "--retain.batch_size", "1")
+WITH_STATE = {
+    "surgery with a running mean in 8 bits": (
+        "--surgery.enabled", "true", "--surgery.retain_ema", "0.9", "--surgery.retain_dtype", "int8",
+        "--surgery.rho", "1", *RETAIN,
+    ),
+    "surgery on trajectories": ("--surgery.enabled", "true", "--retain.source", "prompts", "--retain.batch_size", "1"),
+    "doco": (
+        "--method", "doco", "--doco.discriminator_warmup", "3", "--prompts.anchor_templates", "a picture of a cat",
+        "--prompts.templates", "a picture of a cat in {concept}", *RETAIN,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WITH_STATE)
+def test_what_methods_carry_on_is_resumed_too(case: str, tmp_path: Path) -> None:
+    arguments = (*WITH_STATE[case], "--checkpointing_steps", "2", "--train.logging_steps", "1")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    done = run(whole, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (whole / "samples" / "surgery.png").stat().st_size > 2000
+    kill_and_resume(resumed, arguments, 5)
+    assert_same_end(whole, resumed)
 
 
 def one_line_refusal(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -6,10 +6,11 @@ To add a method: write a file with a class that has ``table`` and ``loss`` as in
 
 from fastunlearn.config import Config
 from fastunlearn.methods.base import Method
+from fastunlearn.methods.doco import DoCo
 from fastunlearn.methods.esd import ESD
 from fastunlearn.methods.kscu import KSCU
 
-METHODS: dict[str, type[Method]] = {"kscu": KSCU, "esd": ESD}
+METHODS: dict[str, type[Method]] = {"kscu": KSCU, "esd": ESD, "doco": DoCo}
 
 
 def build_method(cfg: Config) -> Method:

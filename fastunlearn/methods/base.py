@@ -19,9 +19,10 @@ from fastunlearn.rollout import Augmentation, GuidedPair, Window
 
 @dataclass
 class Outcome:
-    """A window's loss (fp32 scalar, with graph), and the guided pair if the trajectory goes on."""
+    """A window's loss (fp32 scalar, with graph; None where only the method's own parts learn), and the guided pair if
+    the trajectory goes on."""
 
-    loss: Tensor
+    loss: Tensor | None
     pair: GuidedPair | None
 
 
@@ -38,6 +39,22 @@ class Method(ABC):
     @abstractmethod
     def loss(self, models: Predictors, window: Window) -> Outcome:
         """The loss of one window."""
+
+    trajectories = True
+    """Whether it trains on trajectories; otherwise on noised pictures of the anchors."""
+
+    def finish(self) -> dict[str, Tensor]:
+        """After the student's step: what the method itself has to learn; returns figures for the log. Collective."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs of the method itself."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a checkpoint."""
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state of its own")
 
     def augmentation(self, step: KeyStep) -> Augmentation | None:
         """Whether this update trains on an augmented prompt. By default never."""

@@ -1,0 +1,134 @@
+"""Where this rank's averaged gradients lie between DeepSpeed's backward and its step, at each ZeRO stage.
+
+What this is: the protocol of two gradient windows in one update. A window is one or more backward calls, the last of
+them at a gradient accumulation boundary; after it each rank holds the mean gradient of its own part of the parameters.
+``take`` keeps that part and arms the next window; ``read`` gives the part that ``step`` will use, for editing in place.
+What this is not: the projection (``surgery.py``) or the engine (``zero.py``).
+
+    stage 0           every rank holds whole gradients in ``p.grad``
+    stage 1, 2        ``averaged_gradients[group]``: one tensor per parameter of the partition, then padding. Taking the
+                      list away and leaving None makes DeepSpeed allocate a new one, so that keeping it costs no copy.
+    the same, CPU     ``.grad`` of the flat fp32 partition. Unless ``micro_step_id`` is set back, the next window would
+                      add the gradient that the last update left on the host.
+    stage 3           ``averaged_gradients[sub_group]``: views of one persistent buffer, so they are copied;
+                      ``zero_grad`` makes the next window overwrite it instead of adding to it.
+    the same, CPU     ``.grad`` of the flat fp32 sub-group, padded per parameter; copied, then ``zero_grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of one parameter's averaged gradient that this rank owns, flat."""
+
+    name: str
+    tensor: Tensor
+
+
+class GradientShards:
+    """This rank's gradients under one DeepSpeed optimizer. ``read`` and ``take`` list the same pieces in one order."""
+
+    def __init__(self, optimizer: Any, stage: int, offload: bool, named: dict[str, nn.Parameter]) -> None:
+        self._optimizer = optimizer
+        self._stage = stage
+        self._offload = offload
+        self._named = named
+        self._name_of = {id(parameter): name for name, parameter in named.items()}
+
+    def read(self) -> list[Piece]:
+        """The gradient of the window that has just ended; editing the pieces edits what ``step`` will use."""
+        return list(self._pieces())
+
+    def take(self) -> list[Piece]:
+        """The same, out of DeepSpeed's hands: the next window starts from nothing and leaves these pieces alone."""
+        optimizer = self._optimizer
+        pieces = self.read()
+        if self._stage == 0:
+            for parameter in self._named.values():
+                parameter.grad = None
+        elif self._stage == 3:
+            pieces = [Piece(piece.name, piece.tensor.clone()) for piece in pieces]
+            optimizer.zero_grad()
+        elif self._offload:
+            pieces = [Piece(piece.name, piece.tensor.clone()) for piece in pieces]
+            optimizer.micro_step_id = -1
+        else:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None  # the dict itself is known elsewhere in DeepSpeed
+        return pieces
+
+    def second_moments(self) -> list[Tensor] | None:
+        """AdamW's second moment in fp32 for each piece of ``read``, in its order; None before the first update."""
+        if self._stage == 0:
+            states = [self._optimizer.state.get(parameter) for parameter in self._named.values()]
+            return None if not all(states) else [_second_moment(state).reshape(-1) for state in states]
+        found: list[Tensor] = []
+        for group, flat in enumerate(self._flat_partitions()):
+            state = self._optimizer.optimizer.state.get(flat)
+            if not state:
+                return None
+            moment = _second_moment(state).reshape(-1)
+            found += [moment.narrow(0, begin, length) for _, begin, length in self._walk(group)]
+        return found
+
+    def _pieces(self) -> Iterator[Piece]:
+        if self._stage == 0:
+            for name, parameter in self._named.items():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                yield Piece(name, parameter.grad.reshape(-1) if parameter.grad.is_contiguous() else parameter.grad)
+            return
+        for group, flat in enumerate(self._flat_partitions()):
+            if self._offload:
+                assert flat.grad is not None
+                for name, begin, length in self._walk(group):
+                    yield Piece(name, flat.grad.narrow(0, begin, length))
+            else:
+                tensors = self._optimizer.averaged_gradients[group]
+                for parameter, tensor in zip(self._parameters(group), tensors):  # what is left over is padding
+                    yield Piece(self._name_of[id(parameter)], tensor.view(-1))
+
+    def _walk(self, group: int) -> Iterator[tuple[str, int, int]]:
+        """(name, begin, length) of each parameter's part in this rank's flat partition of a group."""
+        begin = 0
+        if self._stage == 3:
+            for parameter in self._parameters(group):
+                length = parameter.partition_numel()  # type: ignore[attr-defined]  # DeepSpeed adds it
+                yield self._name_of[id(parameter)], begin, length
+                begin += length
+            return
+        skipped, left = self._optimizer.first_offset[group], self._optimizer.partition_size[group]
+        for parameter in self._parameters(group):
+            length = min(parameter.numel() - skipped, left)
+            yield self._name_of[id(parameter)], begin, length
+            begin, left, skipped = begin + length, left - length, 0
+
+    def _parameters(self, group: int) -> list[nn.Parameter]:
+        optimizer = self._optimizer
+        return list(optimizer.fp16_groups[group] if self._stage == 3 else optimizer.params_in_partition[group])
+
+    def _flat_partitions(self) -> list[Tensor]:
+        optimizer = self._optimizer
+        return list(
+            optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
+
+
+def _second_moment(state: dict[str, Any]) -> Tensor:
+    """From torch's AdamW or from bitsandbytes' 8-bit or 32-bit state."""
+    if "exp_avg_sq" in state:
+        return state["exp_avg_sq"]
+    codes = state["state2"]
+    if codes.dtype != torch.uint8:
+        return codes
+    values = state["qmap2"].to(codes.device)[codes.reshape(-1).long()]
+    scale = state["absmax2"].repeat_interleave(256)[: values.numel()]
+    return values * scale

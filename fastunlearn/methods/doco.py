@@ -1,0 +1,102 @@
+"""DoCo, Concept Domain Correction (arXiv 2405.15304): make the concept indistinguishable from its anchor.
+
+What this is: the adversarial loss between image estimates, and the discriminator's own turn.
+What this is not: the surgery that keeps it from harming what is kept (``surgery.py``), or the retain loss.
+
+Legend, at latents x_t noised from a picture of the anchor; s the student, e the frozen model, A = alpha-bar, D the
+patch discriminator; X(v) is the image that a noise prediction v implies:
+    u = s(x_t, t, prompt with the concept)      a = e(x_t, t, anchor prompt)
+    X(v) = (x_t - sqrt(1 - A) v) / sqrt(A)
+    L_adv = BCE(D(X(u)), 0)                                     the student, D left alone
+    L_D   = BCE(D(X(u)), 1) + BCE(D(X(a)), 0)                   D, on the same predictions, in every update
+The student joins after ``doco.discriminator_warmup`` updates. Until then its predictions are made without a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastunlearn.config import Config, resolved_start, resolved_steps
+from fastunlearn.discriminator import Judge
+from fastunlearn.keysteps import KeyStep
+from fastunlearn.methods.base import Method, Outcome
+from fastunlearn.predictors import Predictors
+from fastunlearn.rollout import Window
+from fastunlearn_kernels import to_epsilon
+
+
+class DoCo(Method):
+    """Adversarial erasure on noised anchor pictures."""
+
+    trajectories = False
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg)
+        self.judge: Judge | None = None
+        self._saved: dict | None = None
+        self.judge_losses: list[Tensor] = []
+
+    def table(self) -> list[KeyStep]:
+        """Concepts take turns; the index is the first key step, from which key timesteps are drawn."""
+        cfg = self.cfg
+        starts = [resolved_start(cfg, cfg.kind_of(concept)) for concept in cfg.concepts]
+        return [
+            KeyStep(update=i, concept=i % len(starts), index=starts[i % len(starts)], restart=False, continues=False)
+            for i in range(resolved_steps(cfg))
+        ]
+
+    def loss(self, models: Predictors, window: Window) -> Outcome:
+        """The student's side, and the gradient of the discriminator's, which ``finish`` applies."""
+        judge = self._judge(models, window.latents)
+        x, t = window.latents, window.timestep
+        assert isinstance(t, Tensor)
+        (anchor,) = models.frozen(x, t, window.anchor)
+        warming_up = not window.trains
+        (student,) = (models.rollout if warming_up else models.train)(x, t, window.trained)
+        concept = image_estimate(models, student, x, t)
+        loss = None if warming_up else judge.fool(concept, t)
+        # The graph to the student is used up by its own backward pass, so the discriminator's turn comes on a copy.
+        share = 1.0 / self.cfg.train.gradient_accumulation_steps
+        self.judge_losses.append(judge_turn(judge, concept.detach(), image_estimate(models, anchor, x, t), t, share))
+        return Outcome(loss, None)
+
+    def finish(self) -> dict[str, Tensor]:
+        """The discriminator's step, after the student's."""
+        assert self.judge is not None
+        self.judge.step()
+        losses, self.judge_losses = torch.stack(self.judge_losses), []
+        return {"discriminator_loss": losses.mean()}
+
+    def state_dict(self) -> dict:
+        """The discriminator."""
+        return {} if self.judge is None else self.judge.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Kept until the first window tells the shape."""
+        self._saved = state or None
+
+    def _judge(self, models: Predictors, latents: Tensor) -> Judge:
+        if self.judge is None:
+            doco = self.cfg.doco
+            self.judge = Judge(
+                latents.shape[1], latents.shape[-1], latents.device, released=doco.discriminator == "released",
+                learning_rate=doco.discriminator_learning_rate, seed=self.cfg.seed,
+            )  # fmt: skip
+            if self._saved is not None:
+                self.judge.load_state_dict(self._saved)
+        return self.judge
+
+
+def judge_turn(judge: Judge, concept: Tensor, anchor: Tensor, timesteps: Tensor, share: float) -> Tensor:
+    """The discriminator's gradient on predictions that carry none."""
+    with torch.enable_grad():
+        return judge.learn(concept, anchor, timesteps, share)
+
+
+def image_estimate(models: Predictors, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+    """X(v) in fp32: the clean image that a prediction at these latents implies."""
+    alphas = models.backbone.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    noise = to_epsilon(prediction, latents, alphas, models.backbone.prediction_type).float()
+    alpha = alphas.view(-1, 1, 1, 1)
+    return (latents.float() - (1 - alpha).sqrt() * noise) / alpha.sqrt()
