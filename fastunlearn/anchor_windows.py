@@ -18,7 +18,6 @@ from fastunlearn.predictors import Predictors
 from fastunlearn.prompts import UNCONDITIONAL, PromptBook
 from fastunlearn.retain import Pool
 from fastunlearn.rollout import Augmentation, GuidedPair, Layout, Window
-from fastunlearn_kernels import add_noise
 
 
 class AnchorWindows:
@@ -52,22 +51,18 @@ class AnchorWindows:
         """This update's micro-batches."""
         numbers, size = self.layout.trajectory_numbers(), self.layout.batch
         embeds, rows = self.models.backbone.embeds, self.book.rows
-        alphas = self.models.backbone.scheduler.alphas_cumprod
+        alphas = self.models.backbone.alphas_cumprod
         for first in range(0, len(numbers), size):
             draws = [random.Random(f"{self.cfg.seed}:anchor:{step.update}:{n}") for n in numbers[first : first + size]]
             chosen = [draw.choice(self._rows[step.concept]) for draw in draws]
             anchors = [self.pool.prompts[row] for row in chosen]
             prompts = [draw.choice(self._prompts[step.concept][a]) for draw, a in zip(draws, anchors, strict=True)]
             times = [self._time(draw, step, len(alphas)) for draw in draws]
-            clean = self.pool.latents[chosen]
-            seeds = [torch.Generator().manual_seed(draw.getrandbits(63)) for draw in draws]
-            noise = torch.stack([torch.randn(clean.shape[1:], generator=seed) for seed in seeds])
-            timesteps = torch.tensor(times, device=clean.device)
-            latents = add_noise(clean, noise.to(clean.device), timesteps, alphas.to(clean.device))
+            noisy = self.pool.noised(chosen, times, draws, alphas)
             cond = embeds.select([rows[prompt] for prompt in prompts])
             yield Window(
-                latents=latents,
-                timestep=timesteps,
+                latents=noisy.latents,
+                timestep=noisy.timesteps,
                 cond=cond,
                 trained=cond,
                 anchor=embeds.select([rows[anchor] for anchor in anchors]),

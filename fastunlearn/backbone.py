@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -75,6 +76,17 @@ class Backbone:
     def prediction_type(self) -> str:
         """ "epsilon", "v_prediction" or "sample", from the pipeline's scheduler."""
         return self.scheduler.config["prediction_type"]
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """The noise schedule's table on the model's device, (T,) fp32: copied there once, for ops that index it."""
+        return self.scheduler.alphas_cumprod.to(self.embeds.hidden.device)
+
+    def ddim_levels(self, timestep: int, steps: int) -> tuple[Tensor, Tensor]:
+        """(alpha-bar at ``timestep``, alpha-bar where DDIM with this many steps goes from there), on the host."""
+        after = timestep - self.scheduler.config["num_train_timesteps"] // steps
+        alphas = self.scheduler.alphas_cumprod
+        return alphas[timestep], alphas[after] if after >= 0 else self.scheduler.final_alpha_cumprod
 
     def predict(self, unet: Predictor, latents_BCHW: Tensor, timestep: int | Tensor, embeds: PromptEmbeds) -> Tensor:
         """Call ``unet`` (the student, or the frozen teacher) in its own dtype; the prediction comes back in fp32

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,12 +48,31 @@ class RetainBatch:
     noise: Tensor | None = None
 
 
+class Noised(NamedTuple):
+    """Noisy latents, and what they were made of."""
+
+    latents: Tensor
+    timesteps: Tensor
+    clean: Tensor
+    noise: Tensor
+
+
 @dataclass
 class Pool:
     """Clean latents (N, C, H, W) with one prompt each."""
 
     latents: Tensor
     prompts: list[str]
+
+    def noised(
+        self, rows: Sequence[int], times: Sequence[int], draws: Sequence[random.Random], alphas_cumprod: Tensor
+    ) -> Noised:
+        """These pictures at these timesteps, with noise from the next number of each sample's own generator."""
+        clean = self.latents[rows]
+        seeds = [torch.Generator().manual_seed(draw.getrandbits(63)) for draw in draws]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=seed) for seed in seeds]).to(clean.device)
+        timesteps = torch.tensor(times, device=clean.device)
+        return Noised(add_noise(clean, noise, timesteps, alphas_cumprod), timesteps, clean, noise)
 
 
 class RetainSource(ABC):
@@ -88,19 +108,12 @@ class PoolSource(RetainSource):
     def _batch(self, step: KeyStep, numbers: Sequence[int], timestep: int) -> RetainBatch:
         draws = [random.Random(f"{self.cfg.seed}:retain:{step.update}:{number}") for number in numbers]
         rows = [draw.randrange(len(self.pool.prompts)) for draw in draws]
-        alphas = self.models.backbone.scheduler.alphas_cumprod
+        backbone = self.models.backbone
         uniform = self.cfg.retain_timesteps == "uniform"
-        times = [draw.randrange(len(alphas)) if uniform else timestep for draw in draws]
-        clean = self.pool.latents[rows]
-        device = clean.device
-        shape = clean.shape[1:]
-        noise = torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(draw.getrandbits(63))) for draw in draws]
-        ).to(device)
-        timesteps = torch.tensor(times, device=device)
-        noisy = add_noise(clean, noise, timesteps, alphas.to(device))
-        cond = self.models.backbone.embeds.select([self.book.rows[self.pool.prompts[row]] for row in rows])
-        return RetainBatch(noisy, timesteps, cond, clean, noise)
+        times = [draw.randrange(len(backbone.alphas_cumprod)) if uniform else timestep for draw in draws]
+        cond = backbone.embeds.select([self.book.rows[self.pool.prompts[row]] for row in rows])
+        noisy = self.pool.noised(rows, times, draws, backbone.alphas_cumprod)
+        return RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
 
 
 class TrajectorySource(RetainSource):
@@ -146,7 +159,7 @@ def retain_loss(models: Predictors, batch: RetainBatch, target: str) -> Tensor:
         batch.noise,
         *everything,
         x0=batch.clean,
-        alpha_t=models.backbone.scheduler.alphas_cumprod.to(device)[batch.timesteps],
+        alpha_t=models.backbone.alphas_cumprod[batch.timesteps],
         prediction_type=models.backbone.prediction_type,
     ).loss
 
@@ -191,8 +204,7 @@ def generate_pool(cfg: Config, models: Predictors, book: PromptBook, prompts: Se
     scheduler = backbone.scheduler
     scheduler.set_timesteps(retain.num_inference_steps)
     times = scheduler.timesteps.tolist()
-    stride = scheduler.config["num_train_timesteps"] // len(times)
-    alphas, drawn = scheduler.alphas_cumprod, []
+    drawn = []
     seeds = [order.getrandbits(63) for _ in chosen]
     for first in range(0, len(chosen), retain.batch_size):
         names = chosen[first : first + retain.batch_size]
@@ -203,9 +215,8 @@ def generate_pool(cfg: Config, models: Predictors, book: PromptBook, prompts: Se
         latents = latents.to(cond.hidden.device)
         for time in times:
             guided, unguided = models.frozen(latents, time, cond, uncond)
-            after = alphas[time - stride] if time >= stride else scheduler.final_alpha_cumprod
             latents = guided_step(
-                guided, unguided, latents, alphas[time], after,
+                guided, unguided, latents, *backbone.ddim_levels(time, len(times)),
                 guidance=retain.guidance_scale, prediction_type=backbone.prediction_type,
             )  # fmt: skip
         drawn.append(latents)

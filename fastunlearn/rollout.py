@@ -141,9 +141,7 @@ class Rollout:
 
     def _advance(self, index: int, pairs: list[GuidedPair]) -> None:
         """One DDIM step from timestep t to t - T / steps, with the guided prediction."""
-        alphas, timestep = self.scheduler.alphas_cumprod, self.timesteps[index]
-        after = timestep - self.scheduler.config["num_train_timesteps"] // len(self.timesteps)
-        alpha_after = alphas[after] if after >= 0 else self.scheduler.final_alpha_cumprod
+        levels = self.models.backbone.ddim_levels(self.timesteps[index], len(self.timesteps))
         groups = zip(self.latents.split(self.layout.batch), pairs, strict=True)
         self.latents = torch.cat(
             [
@@ -151,8 +149,7 @@ class Rollout:
                     pair.cond.detach(),
                     pair.uncond.detach(),
                     latents,
-                    alphas[timestep],
-                    alpha_after,
+                    *levels,
                     guidance=self.guidance_scale,
                     prediction_type=self.models.backbone.prediction_type,
                 )

@@ -14,6 +14,7 @@ import pytest
 from fastunlearn import preflight
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
+from fastunlearn_kernels import backend
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -177,6 +178,7 @@ def test_checkpoints_need_more_space(model: Path) -> None:
 def test_a_choice_of_kernels_that_cannot_work_is_refused_early(
     choice: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert (preflight.KERNELS_VARIABLE, preflight.KERNEL_CHOICES) == (backend.VARIABLE, backend.CHOICES)
     monkeypatch.setenv("FASTUNLEARN_KERNELS", choice)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError) as refusal:

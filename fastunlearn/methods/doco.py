@@ -96,7 +96,7 @@ def judge_turn(judge: Judge, concept: Tensor, anchor: Tensor, timesteps: Tensor,
 
 def image_estimate(models: Predictors, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
     """X(v) in fp32: the clean image that a prediction at these latents implies."""
-    alphas = models.backbone.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    alphas = models.backbone.alphas_cumprod[timesteps]
     noise = to_epsilon(prediction, latents, alphas, models.backbone.prediction_type).float()
     alpha = alphas.view(-1, 1, 1, 1)
     return (latents.float() - (1 - alpha).sqrt() * noise) / alpha.sqrt()
