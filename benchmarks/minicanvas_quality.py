@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import harmonic_mean, mean
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"style": "configs/minicanvas_style.toml", "object": "configs/minicanvas_object.toml"}
 CONCEPTS = {"style": ("neon style", "ink style", "popart style"), "object": ("cat", "car", "tree")}
 SCORES = ("UA", "IRA", "CRA", "CRA_target", "UA_paraphrase", "UA_synonym")
 # Overrides on top of the shipped configuration. ESD-x trains the cross-attentions on the same prompts. "+retain" adds
@@ -36,7 +36,25 @@ METHODS = {
     "esd-x": ESD_X,
     "esd-x+retain": [*ESD_X, *RETAIN, "--surgery.projection", "none"],
     "esd-x+surgery": [*ESD_X, *RETAIN],
+    "doco": [],
+    # What of it does the work: one line changed each.
+    "doco: no surgery": ["--surgery.projection", "none", "--surgery.rho", "0"],
+    "doco: retain loss only": ["--surgery.projection", "none"],
+    "doco: projection only": ["--surgery.rho", "0"],
+    "doco: released projection": ["--surgery.projection", "released"],
+    "doco: optimizer metric": ["--surgery.metric", "optimizer"],
+    "doco: global": ["--surgery.granularity", "global"],
+    "doco: retain gradient in bf16": ["--surgery.retain_dtype", "bf16"],
+    "doco: retain gradient in 8 bits": ["--surgery.retain_dtype", "int8"],
+    "doco: unguided": ["--doco.guidance_scale", "1"],
+    "doco: released discriminator": ["--doco.discriminator", "released"],
 }
+DEFAULT_METHODS = [method for method in METHODS if ":" not in method]
+
+
+def config_of(method: str, kind: str) -> Path:
+    """The shipped configuration."""
+    return ROOT / "configs" / f"minicanvas_{'doco_' if method.startswith('doco') else ''}{kind}.toml"
 
 
 @dataclass(frozen=True)
@@ -53,14 +71,15 @@ class Job:
     def name(self) -> str:
         """Folder of the run."""
         suffix = "" if self.updates is None else f"-{self.updates}"
-        return f"{self.method}{suffix}-{self.concept.replace(' ', '_')}-{self.seed}"
+        return f"{re.sub('[^a-z0-9+-]+', '_', self.method)}{suffix}-{self.concept.replace(' ', '_')}-{self.seed}"
 
 
 def run_job(job: Job, output: Path, extra: Sequence[str]) -> dict:
     """Train unless it is done, and return the run's row."""
     folder = output / job.name
     if not (folder / "metrics.json").is_file():
-        command = [sys.executable, str(ROOT / "fastunlearn" / "train.py"), "--config", str(ROOT / CONFIGS[job.kind])]
+        config = str(config_of(job.method, job.kind))
+        command = [sys.executable, str(ROOT / "fastunlearn" / "train.py"), "--config", config]
         command += ["--concepts", job.concept, "--seed", str(job.seed), "--output_dir", str(folder)]
         command += ["--overwrite_output_dir", "true", *METHODS[job.method], *extra]
         if job.updates is not None:
@@ -76,20 +95,23 @@ def run_job(job: Job, output: Path, extra: Sequence[str]) -> dict:
     return row | {name: after[name] for name in SCORES} | {"intervals": after["intervals"]}
 
 
-def table(rows: Iterable[dict]) -> str:
-    """Markdown: one line per run, then the mean of each method and kind."""
+def table(rows: Iterable[dict], means_only: bool = False) -> str:
+    """Markdown: one line per run unless ``means_only``, then the mean of each method and kind. H: harmonic mean of UA,
+    IRA and CRA."""
+    rows = [row | {"H": harmonic_mean([row[name] for name in SCORES[:3]])} for row in rows]
+    shown = (*SCORES[:3], "H", *SCORES[3:])
     columns = ("updates", "unet_evaluations", "seconds")
-    lines = ["| method | concept | seed | updates | U-Net evaluations | s | " + " | ".join(SCORES) + " |"]
-    lines.append("|" + "---|" * (6 + len(SCORES)))
+    lines = ["| method | concept | seed | updates | U-Net evaluations | s | " + " | ".join(shown) + " |"]
+    lines.append("|" + "---|" * (6 + len(shown)))
     groups: dict[tuple[str, str, int], list[dict]] = {}
     for row in sorted(rows, key=lambda row: (row["kind"], row["method"], row["updates"], row["concept"], row["seed"])):
         groups.setdefault((row["kind"], row["method"], row["updates"]), []).append(row)
     for (kind, method, _), group in groups.items():
-        for row in group:
+        for row in [] if means_only else group:
             cells = [method, row["concept"], row["seed"], *(f"{row[name]:.0f}" for name in columns)]
-            lines.append("| " + " | ".join(map(str, [*cells, *(_cell(row[name]) for name in SCORES)])) + " |")
+            lines.append("| " + " | ".join(map(str, [*cells, *(_cell(row[name]) for name in shown)])) + " |")
         means = [mean(row[name] for row in group) for name in columns]
-        scores = [_mean_cell([row[name] for row in group if row[name] is not None]) for name in SCORES]
+        scores = [_mean_cell([row[name] for row in group if row[name] is not None]) for name in shown]
         cells = [method, f"**{kind}s, mean of {len(group)}**", "", *(f"{value:.0f}" for value in means), *scores]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -107,14 +129,18 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=list(METHODS))
     parser.add_argument("--styles", nargs="*", default=list(CONCEPTS["style"]))
     parser.add_argument("--objects", nargs="*", default=list(CONCEPTS["object"]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43])
     parser.add_argument("--updates", type=int, help="instead of the configuration's")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; one core each")
     parser.add_argument("--rows", type=Path, help="also write the rows to this JSON file")
+    parser.add_argument("--show", nargs="+", type=Path, help="run nothing: the means of the rows in these files")
     args, extra = parser.parse_known_args()
+    if args.show:
+        print(table((row for file in args.show for row in json.loads(file.read_text())), means_only=True))
+        return
     kinds = [("style", args.styles), ("object", args.objects)]
     jobs = [
         Job(method, kind, concept, seed, args.updates)

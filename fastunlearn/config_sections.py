@@ -156,14 +156,17 @@ class EsdConfig(Section):
 class DocoConfig(Section):
     """Concept Domain Correction (arXiv 2405.15304)."""
 
-    discriminator: Literal["timestep", "released"] = "timestep"
-    """timestep: told the timestep, with group norm; released: as published, without it and with batch norm."""
+    discriminator: Literal["timestep", "conditional", "released"] = "timestep"
+    """timestep: told the timestep, with group norm; conditional: also shown the noisy latents behind each estimate;
+    released: as published, without either and with batch norm."""
     discriminator_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     """Adam's rate for the discriminator; published: 5e-4 for styles, 1e-4 for objects and nudity."""
     discriminator_warmup: NotNegative = 1000
     """Updates in which only the discriminator learns."""
     timesteps: Literal["uniform", "key"] = "uniform"
     """Timesteps of the noised pictures: all, or the sampler's from the key step on, where estimates are less loud."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Guidance of the predictions that the discriminator compares; 1: the published rule, at which it sees least."""
     stop_bos_gradient: bool = False
     """As published: no gradient through the keys and values of the first token."""
 

@@ -73,8 +73,10 @@ def estimate_by_hand(models: Predictors, prediction: Tensor, window: Window) -> 
     return torch.stack(rows)
 
 
-def test_losses_equal_their_equations() -> None:
-    models, windows, method = the_parts(a_config())
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("discriminator", ["timestep", "conditional", "released"])
+def test_losses_equal_their_equations(guidance: float, discriminator: str) -> None:
+    models, windows, method = the_parts(a_config(guidance_scale=guidance, discriminator=discriminator))
     window = the_window(windows, method, 3)
     outcome = method.loss(models, window)
     judge = method.judge
@@ -82,11 +84,24 @@ def test_losses_equal_their_equations() -> None:
     with torch.no_grad():
         u = models.backbone.predict(models.backbone.unet, window.latents, window.timestep, window.cond)
         (a,) = models.frozen(window.latents, window.timestep, window.anchor)
-        concept = judge.network(estimate_by_hand(models, u, window), window.timestep)
-        anchor = judge.network(estimate_by_hand(models, a, window), window.timestep)
+        (n,) = models.frozen(window.latents, window.timestep, window.uncond)
+        u, a = guidance * u + (1 - guidance) * n, guidance * a + (1 - guidance) * n
+        estimates = [estimate_by_hand(models, prediction, window) for prediction in (u, a)]
+        if discriminator == "conditional":
+            estimates = [torch.cat([estimate, window.latents], dim=1) for estimate in estimates]
+        concept, anchor = (judge.network(estimate, window.timestep) for estimate in estimates)
     torch.testing.assert_close(outcome.loss.detach(), torch.nn.functional.softplus(concept).mean())
     expected = torch.nn.functional.softplus(-concept).mean() + torch.nn.functional.softplus(anchor).mean()
     torch.testing.assert_close(method.judge_losses[0], expected)
+
+
+def test_guidance_costs_one_more_frozen_evaluation_a_sample() -> None:
+    counts = {}
+    for scale in (1.0, 4.0):
+        models, windows, method = the_parts(a_config(guidance_scale=scale))
+        method.loss(models, the_window(windows, method, 3))
+        counts[scale] = models.evaluations.total
+    assert counts[4.0] - counts[1.0] == 3
 
 
 def test_the_students_backward_leaves_no_gradient_in_the_discriminator() -> None:

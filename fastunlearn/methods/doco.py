@@ -9,6 +9,9 @@ patch discriminator; X(v) is the image that a noise prediction v implies:
     X(v) = (x_t - sqrt(1 - A) v) / sqrt(A)
     L_adv = BCE(D(X(u)), 0)                                     the student, D left alone
     L_D   = BCE(D(X(u)), 1) + BCE(D(X(a)), 0)                   D, on the same predictions, in every update
+With ``doco.guidance_scale`` w other than 1, which is ours, D sees what a guided sampler would: n + w (v - n) in the
+place of v, with n = e(x_t, t, unconditional prompt) on both sides. What is left of the concept is then as loud to D as
+it would be in a picture.
 The student joins after ``doco.discriminator_warmup`` updates. Until then its predictions are made without a graph.
 """
 
@@ -51,15 +54,25 @@ class DoCo(Method):
         judge = self._judge(models, window.latents)
         x, t = window.latents, window.timestep
         assert isinstance(t, Tensor)
-        (anchor,) = models.frozen(x, t, window.anchor)
         warming_up = not window.trains
         (student,) = (models.rollout if warming_up else models.train)(x, t, window.trained)
-        concept = image_estimate(models, student, x, t)
+        anchor, student = self._guided(models, window, student)
+        concept, anchor = (self._shown(image_estimate(models, v, x, t), x) for v in (student, anchor))
         loss = None if warming_up else judge.fool(concept, t)
         # The graph to the student is used up by its own backward pass, so the discriminator's turn comes on a copy.
         share = 1.0 / self.cfg.train.gradient_accumulation_steps
-        self.judge_losses.append(judge_turn(judge, concept.detach(), image_estimate(models, anchor, x, t), t, share))
+        self.judge_losses.append(judge_turn(judge, concept.detach(), anchor, t, share))
         return Outcome(loss, None)
+
+    def _guided(self, models: Predictors, window: Window, student: Tensor) -> tuple[Tensor, Tensor]:
+        """The frozen model's prediction at the anchor and the student's, both guided alike."""
+        scale = self.cfg.doco.guidance_scale
+        if scale == 1.0:
+            (anchor,) = models.frozen(window.latents, window.timestep, window.anchor)
+            return anchor, student
+        anchor, uncond = models.frozen(window.latents, window.timestep, window.anchor, window.uncond)
+        n, a, u = uncond.float(), anchor.float(), student.float()  # guidance would amplify the rounding of bf16
+        return n + scale * (a - n), n + scale * (u - n)
 
     def finish(self) -> dict[str, Tensor]:
         """The discriminator's step, after the student's."""
@@ -76,11 +89,17 @@ class DoCo(Method):
         """Kept until the first window tells the shape."""
         self._saved = state or None
 
+    def _shown(self, estimate: Tensor, latents: Tensor) -> Tensor:
+        """What the discriminator sees of an estimate: a conditional one also sees what it was made from, so that the
+        two estimates of a pair can be told apart by a difference that no whole set of pictures would show."""
+        return torch.cat([estimate, latents.float()], 1) if self.cfg.doco.discriminator == "conditional" else estimate
+
     def _judge(self, models: Predictors, latents: Tensor) -> Judge:
         if self.judge is None:
             doco = self.cfg.doco
+            channels = latents.shape[1] * (2 if doco.discriminator == "conditional" else 1)
             self.judge = Judge(
-                latents.shape[1], latents.shape[-1], latents.device, released=doco.discriminator == "released",
+                channels, latents.shape[-1], latents.device, released=doco.discriminator == "released",
                 learning_rate=doco.discriminator_learning_rate, seed=self.cfg.seed,
             )  # fmt: skip
             if self._saved is not None:
