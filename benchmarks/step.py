@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 MODES = ("off", "surgery", "surgery int8", "literal")
-COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather")
+COLLECTIVES = (
+    "all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor",
+    "reduce_scatter",
+)  # fmt: skip
 WARMUP = 2
 
 
@@ -34,7 +38,8 @@ def overrides(mode: str) -> list[str]:
     if mode == "off":
         return []
     dtype = "int8" if mode == "surgery int8" else "auto"
-    return ["--surgery.enabled", "true", "--surgery.rho", "1.0", "--surgery.retain_dtype", dtype]
+    pool = ["--retain.num_images", "8", "--retain.num_inference_steps", "4"]  # drawn before the first update
+    return ["--surgery.enabled", "true", "--surgery.rho", "1.0", "--surgery.retain_dtype", dtype, *pool]
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -47,6 +52,7 @@ def worker(args: argparse.Namespace) -> None:
     from fastunlearn.trainer import one_update, prepare
     from fastunlearn.zero import connect, disconnect
 
+    sent, asked = count_bytes(), count_decisions()  # before DeepSpeed looks its collectives up
     world = connect()
     with tempfile.TemporaryDirectory() as folder:
         options = [*overrides(args.mode), "--zero.stage", str(args.stage), "--output_dir", folder, *args.set]
@@ -56,13 +62,12 @@ def worker(args: argparse.Namespace) -> None:
             if args.mode == "literal":
                 run.surgery.project = literal(run.surgery)  # type: ignore[method-assign]
             run.surgery.project = timed(run.surgery.project, spent)  # type: ignore[method-assign]
-        sent = count_bytes()
         seconds, before = [], 0
         for number, step in enumerate(run.table[: WARMUP + args.updates]):
             if step.restart:
                 run.rollout.restart(step)
             if number == WARMUP:
-                sent[0], before = 0, run.models.evaluations.total
+                sent[0], asked[0], before = 0, 0, run.models.evaluations.total
                 spent.clear()
             started = time.perf_counter()
             one_update(run, step)
@@ -76,6 +81,7 @@ def worker(args: argparse.Namespace) -> None:
         "seconds": statistics.median(seconds[WARMUP:]), "surgery_seconds": statistics.median(spent) if spent else 0.0,
         "unet_evaluations": (run.models.evaluations.total - before) / args.updates,
         "peak_memory_bytes": peak_memory_bytes(world.device), "bytes_sent": sent[0] / args.updates,
+        "host_decisions": asked[0] / args.updates,
     }  # fmt: skip
     if world.is_main:
         Path(args.row).write_text(json.dumps(row), encoding="utf-8")
@@ -116,23 +122,48 @@ def literal(surgery: Any) -> Callable[..., Any]:
 
 
 def count_bytes() -> list[int]:
-    """A counter of the bytes that this rank hands to collectives, from now on."""
+    """A counter of the bytes of the collectives that this rank takes part in, from now on."""
     import torch.distributed as dist
 
     total = [0]
+
+    def size(argument: Any) -> int:
+        if isinstance(argument, list | tuple):
+            return sum(map(size, argument))
+        return argument.numel() * argument.element_size() if hasattr(argument, "element_size") else 0
 
     def counting(name: str) -> None:
         real = getattr(dist, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            tensors = [a for a in (*arguments, *options.values()) if hasattr(a, "element_size")]
-            if tensors and dist.get_world_size() > 1:
-                total[0] += max(t.numel() * t.element_size() for t in tensors)
+            if dist.get_world_size() > 1:
+                total[0] += max(map(size, (*arguments, *options.values())))
             return real(*arguments, **options)
 
         setattr(dist, name, call)
 
     for name in COLLECTIVES:
+        counting(name)
+    return total
+
+
+def count_decisions() -> list[int]:
+    """A counter of how often Python asks a tensor for its value, from now on. On a GPU what surgery adds to "off" waits
+    for the device; most of the rest are AdamW's step counts, which lie on the host."""
+    import torch
+
+    total = [0]
+
+    def counting(name: str) -> None:
+        real = getattr(torch.Tensor, name)
+
+        def call(tensor: Any) -> Any:
+            total[0] += 1
+            return real(tensor)
+
+        setattr(torch.Tensor, name, call)
+
+    for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
         counting(name)
     return total
 
@@ -149,6 +180,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [f"{row['unet_evaluations']:.1f}", f"{row['peak_memory_bytes'] / 2**20:.0f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['bytes_sent'] / 2**20:.2f}"])) + " |")
     return "\n".join(lines)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def main() -> None:
@@ -171,7 +208,8 @@ def main() -> None:
             for world in args.worlds:
                 for mode in MODES if (stage, world) == (0, 1) else MODES[:-1]:
                     row = Path(folder) / "row.json"
-                    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world), __file__]
+                    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
+                    command += ["--master_port", str(free_port()), __file__]
                     command += ["--mode", mode, "--stage", str(stage), "--row", str(row), "--config", args.config]
                     command += ["--updates", str(args.updates), "--set", *args.set]
                     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-import torch
-
 from fastunlearn.config import Config
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.predictors import Predictors
@@ -42,7 +40,7 @@ class AnchorWindows:
 
     def state_dict(self) -> dict:
         """Nothing is carried from one update to the next."""
-        return {"latents": torch.empty(0), "prompts": [], "anchors": []}
+        return {}
 
     def load_state_dict(self, state: dict) -> None:
         """Nothing to restore."""

@@ -268,3 +268,8 @@ def set_trainable(unet: nn.Module, names: Sequence[str]) -> None:
     wanted = set(names)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(name in wanted)
+
+
+def trained_tensors(unet: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require a gradient, as they are now: a later cast of ``unet`` gives it other memory."""
+    return {name: parameter.detach() for name, parameter in unet.named_parameters() if parameter.requires_grad}

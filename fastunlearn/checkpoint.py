@@ -1,12 +1,11 @@
-"""Resumable checkpoints: optimizer, trained weights, key-step position and trajectories.
+"""Resumable checkpoints: optimizer, trained weights, key-step position, and whatever else carries state.
 
 What this is: the layout of ``checkpoint-N/``, how it comes to be whole, which ones are kept, and what a resume refuses.
 What this is not: the exported model (``exporting.py``).
 
-    checkpoint-N/state.json                position, world size, configuration fingerprint, evaluation counts
-    checkpoint-N/rollout-rank-R.safetensors   latents of rank R, its prompts in the header
-    checkpoint-N/parts-rank-R.pt           what the method, the surgery and the retain source carry on, if anything
-    checkpoint-N/deepspeed/                DeepSpeed's shards
+    checkpoint-N/state.json        position, world size, configuration fingerprint, evaluation counts
+    checkpoint-N/parts-rank-R.pt   what rank R's trajectories, method, surgery and retain source carry on, if anything
+    checkpoint-N/deepspeed/        DeepSpeed's shards
 
 A checkpoint is written beside its final name and renamed once every rank is done: one that has its name is whole.
 """
@@ -22,8 +21,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
@@ -121,9 +118,7 @@ class Part(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def save_checkpoint(
-    cfg: Config, world: World, engine: Engine, rollout: Part, parts: Mapping[str, Part], position: Position
-) -> Path:
+def save_checkpoint(cfg: Config, world: World, engine: Engine, parts: Mapping[str, Part], position: Position) -> Path:
     """Write ``checkpoint-<update>`` and drop the oldest beyond the limit. Collective."""
     final = Path(cfg.output_dir) / f"checkpoint-{position.update}"
     partial = final.with_name(f"{final.name}.partial")
@@ -132,9 +127,6 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     barrier()
     engine.save(partial)
-    state = rollout.state_dict()
-    header = {"prompts": json.dumps(state["prompts"]), "anchors": json.dumps(state["anchors"])}
-    save_file({"latents": state["latents"].contiguous()}, partial / f"rollout-rank-{world.rank}.safetensors", header)
     states = {name: state for name, part in parts.items() if (state := part.state_dict())}
     if states:
         torch.save(states, partial / f"parts-rank-{world.rank}.pt")
@@ -150,20 +142,9 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    folder: Path, world: World, engine: Engine, rollout: Part, parts: Mapping[str, Part]
-) -> Position:
-    """Restore engine, trajectories and parts, and return where the run stands. Collective."""
+def load_checkpoint(folder: Path, world: World, engine: Engine, parts: Mapping[str, Part]) -> Position:
+    """Restore engine and parts, and return where the run stands. Collective."""
     engine.load(folder)
-    with safe_open(folder / f"rollout-rank-{world.rank}.safetensors", framework="pt") as saved:
-        header = saved.metadata()
-        rollout.load_state_dict(
-            {
-                "latents": saved.get_tensor("latents").to(torch.float32),
-                "prompts": json.loads(header["prompts"]),
-                "anchors": json.loads(header["anchors"]),
-            }
-        )
     saved_parts = folder / f"parts-rank-{world.rank}.pt"
     states = torch.load(saved_parts, map_location="cpu", weights_only=True) if saved_parts.exists() else {}
     for name, part_state in states.items():

@@ -1,4 +1,4 @@
-"""The ``fastunlearn`` command: ``train``, ``evaluate`` and ``minicanvas``.
+"""The ``fastunlearn`` command: ``train``, ``plan``, ``evaluate`` and ``minicanvas``.
 
 What this is: dispatch, and the one place where a ``UserError`` becomes ``error: ...`` and exit status 2.
 What this is not: work. Torch and the rest are imported by the command that needs them, so that ``--help`` is instant.
@@ -18,9 +18,16 @@ from fastunlearn.errors import UserError, nearest
 
 COMMANDS = {
     "train": "erase concepts from a model",
+    "plan": "say what a run will need of memory, and whether it fits",
     "evaluate": "measure what a run erased and what it kept",
     "minicanvas": "the embedded model: its folder, pictures from it, rebuilding it",
 }
+PLAN_USAGE = """usage: fastunlearn plan [--config FILE] [--num_gpus N] [--vram GIB] [--json] [--section.field VALUE ...]
+
+Say what a run will need of memory, before any weights are loaded. All options of `fastunlearn train` are understood.
+
+  --vram GIB   memory of one GPU; by default that of the GPU that is there
+  --json       print JSON only"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +67,8 @@ def run(argv: list[str]) -> int:
     command, *rest = argv
     if command == "train":
         return train(rest)
+    if command == "plan":
+        return plan(rest)
     if command == "evaluate":
         return evaluate(rest)
     if command == "minicanvas":
@@ -118,6 +127,36 @@ def _gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def plan(argv: list[str]) -> int:
+    """``fastunlearn plan``: options as for ``train``, and ``--vram`` and ``--json``."""
+    from fastunlearn.config import config_from_arguments
+    from fastunlearn.config_text import take_option
+    from fastunlearn.quiet import prepare_environment
+
+    if "--help" in argv or "-h" in argv:
+        print(PLAN_USAGE)
+        return 0
+    text, rest = take_option(argv, "num_gpus")
+    ranks = _rank_count(text)
+    text, rest = take_option(rest, "vram")
+    limit = None if text is None else _gib(text)
+    config = config_from_arguments([word for word in rest if word != "--json"])
+    prepare_environment(1)
+    from fastunlearn.planning.report import run as run_plan
+
+    return run_plan(config, ranks, limit, as_json="--json" in rest)
+
+
+def _gib(text: str) -> float:
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < 1e6:
+        raise UserError(f"--vram: {text!r} is not allowed; give the memory of one GPU in GiB, such as 24")
+    return gib
 
 
 def evaluate(argv: list[str]) -> int:

@@ -16,7 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastunlearn import config_rules, config_text
-from fastunlearn.config_rules import concept_kind, resolved_keep, resolved_scope, resolved_start, resolved_steps
+from fastunlearn.config_rules import (
+    concept_kind,
+    resolved_keep,
+    resolved_scope,
+    resolved_start,
+    resolved_steps,
+    student_updates,
+)
 from fastunlearn.config_sections import (
     CheckpointConfig,
     Concept,
@@ -66,6 +73,7 @@ __all__ = [
     "resolved_scope",
     "resolved_start",
     "resolved_steps",
+    "student_updates",
 ]
 
 

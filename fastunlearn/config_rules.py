@@ -76,6 +76,11 @@ def resolved_steps(cfg: Config) -> int:
     return max(row.steps if len(rows) == 1 else row.steps_for_several for row in rows)
 
 
+def student_updates(cfg: Config) -> int:
+    """How many of the run's updates change the model, over which its learning rate is planned: not DoCo's warm-up."""
+    return resolved_steps(cfg) - (cfg.doco.discriminator_warmup if cfg.method == "doco" else 0)
+
+
 def resolved_scope(cfg: Config) -> str:
     """The trained scope: the given one, or that of ESD's variant, or that of the concepts' kinds (which must agree).
 

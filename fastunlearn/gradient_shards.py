@@ -1,8 +1,9 @@
-"""Where this rank's averaged gradients lie between DeepSpeed's backward and its step, at each ZeRO stage.
+"""Where this rank's averaged gradients and master weights lie in DeepSpeed's optimizer, at each ZeRO stage.
 
 What this is: the protocol of two gradient windows in one update. A window is one or more backward calls, the last of
 them at a gradient accumulation boundary; after it each rank holds the mean gradient of its own part of the parameters.
 ``take`` keeps that part and arms the next window; ``read`` gives the part that ``step`` will use, for editing in place.
+``set_masters`` writes this rank's part of given weights into its fp32 masters.
 What this is not: the projection (``surgery.py``) or the engine (``zero.py``).
 
     stage 0           every rank holds whole gradients in ``p.grad``
@@ -17,7 +18,7 @@ What this is not: the projection (``surgery.py``) or the engine (``zero.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +58,11 @@ class GradientShards:
         elif self._stage == 3:
             pieces = [Piece(piece.name, piece.tensor.clone()) for piece in pieces]
             optimizer.zero_grad()
-        elif self._offload:
-            pieces = [Piece(piece.name, piece.tensor.clone()) for piece in pieces]
-            optimizer.micro_step_id = -1
         else:
-            for group in optimizer.averaged_gradients:
+            if self._offload:
+                pieces = [Piece(piece.name, piece.tensor.clone()) for piece in pieces]
+                optimizer.micro_step_id = -1
+            for group in optimizer.averaged_gradients:  # with offload, only where fp32 gradients are accumulated
                 optimizer.averaged_gradients[group] = None  # the dict itself is known elsewhere in DeepSpeed
         return pieces
 
@@ -76,8 +77,15 @@ class GradientShards:
             if not state:
                 return None
             moment = _second_moment(state).reshape(-1)
-            found += [moment.narrow(0, begin, length) for _, begin, length in self._walk(group)]
+            found += [moment.narrow(0, begin, length) for _, begin, length, _ in self._walk(group)]
         return found
+
+    def set_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Fill this rank's fp32 master weights (stages 1 to 3) from whole tensors."""
+        for group, flat in enumerate(self._flat_partitions()):
+            for name, begin, length, offset in self._walk(group):
+                mine = weights[name].reshape(-1)[offset : offset + length]  # shorter than length where padding follows
+                flat.detach()[begin : begin + len(mine)].copy_(mine)
 
     def _pieces(self) -> Iterator[Piece]:
         if self._stage == 0:
@@ -89,26 +97,27 @@ class GradientShards:
         for group, flat in enumerate(self._flat_partitions()):
             if self._offload:
                 assert flat.grad is not None
-                for name, begin, length in self._walk(group):
+                for name, begin, length, _ in self._walk(group):
                     yield Piece(name, flat.grad.narrow(0, begin, length))
             else:
                 tensors = self._optimizer.averaged_gradients[group]
                 for parameter, tensor in zip(self._parameters(group), tensors):  # what is left over is padding
                     yield Piece(self._name_of[id(parameter)], tensor.view(-1))
 
-    def _walk(self, group: int) -> Iterator[tuple[str, int, int]]:
-        """(name, begin, length) of each parameter's part in this rank's flat partition of a group."""
+    def _walk(self, group: int) -> Iterator[tuple[str, int, int, int]]:
+        """(name, begin, length, offset) of each parameter's part in this rank's flat partition of a group; ``offset``:
+        where in the parameter the part begins."""
         begin = 0
         if self._stage == 3:
             for parameter in self._parameters(group):
                 length = parameter.partition_numel()  # type: ignore[attr-defined]  # DeepSpeed adds it
-                yield self._name_of[id(parameter)], begin, length
+                yield self._name_of[id(parameter)], begin, length, torch.distributed.get_rank() * length
                 begin += length
             return
         skipped, left = self._optimizer.first_offset[group], self._optimizer.partition_size[group]
         for parameter in self._parameters(group):
             length = min(parameter.numel() - skipped, left)
-            yield self._name_of[id(parameter)], begin, length
+            yield self._name_of[id(parameter)], begin, length, skipped
             begin, left, skipped = begin + length, left - length, 0
 
     def _parameters(self, group: int) -> list[nn.Parameter]:

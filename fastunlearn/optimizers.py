@@ -41,6 +41,15 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> li
     return groups
 
 
+def split_note(groups: list[dict]) -> str | None:
+    """A line for the user where ``MAX_GROUP_NUMEL`` made several groups out of one; None where it did not."""
+    large = [sum(p.numel() for p in group["params"]) for group in groups if group["bits"] == 8]
+    if len(large) < 2:
+        return None
+    sizes = ", ".join(f"{size:,}" for size in large)
+    return f"optimizer: {len(large)} groups of {sizes} parameters, because a group may hold {MAX_GROUP_NUMEL:,}"
+
+
 def build_optimizer(groups: list[dict], config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
     """The client optimizer that is handed to DeepSpeed: torch AdamW, or bitsandbytes' 8-bit (paged) AdamW."""
     options: dict[str, Any] = {

@@ -132,6 +132,8 @@ class Surgery:
             max_norm=self.max_grad_norm or None,
         )
         surgery_apply(unlearn, retain, segments, plan)
+        if not self.cfg.retain_ema:
+            self._kept = None  # the optimizer's step is where memory peaks; the next window makes a new one
         return Figures(table, plan)
 
     def is_finite(self, figures: Figures) -> bool:
@@ -145,6 +147,8 @@ class Surgery:
             return True
         self._skipped += 1
         self.skipped += 1
+        if self.cfg.retain_ema and not bool(figures.retain_grad_norm.isfinite()):
+            self._kept, self._windows = None, 0  # it would never leave the running mean
         if self._skipped >= self.cfg.max_skipped_updates:
             raise UserError(
                 f"the unlearning or the retain gradient was not finite in {self._skipped} updates in a row "

@@ -22,9 +22,9 @@ class Teacher:
 
     def __init__(self, unet: nn.Module, trained: Sequence[str], *, whole_copy: bool) -> None:
         self._module = copy.deepcopy(unet).requires_grad_(False) if whole_copy else unet
-        parameters = dict(unet.named_parameters())
-        self.frozen = {name: parameters[name].detach().clone() for name in trained}
         self._swap = not whole_copy
+        parameters = dict(unet.named_parameters())
+        self.frozen = {name: parameters[name].detach().clone() for name in trained} if self._swap else {}
 
     @torch.no_grad()
     def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ What this is not: the mathematics of a method (``methods/``), sharding (``zero.p
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from fastunlearn.anchor_windows import AnchorWindows
 from fastunlearn.attention import install_attention, stop_first_token_gradient
-from fastunlearn.backbone import build_backbone, load_pipeline, set_trainable, trainable_names
+from fastunlearn.backbone import (
+    Backbone,
+    build_backbone,
+    load_pipeline,
+    set_trainable,
+    trainable_names,
+    trained_tensors,
+)
 from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpoint, save_checkpoint
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.keysteps import KeyStep
@@ -60,7 +68,9 @@ class Run:
     @property
     def parts(self) -> dict[str, Part]:
         """What else carries state from one update to the next."""
-        found: dict[str, Part | None] = {"method": self.method, "surgery": self.surgery, "retain": self.retain}
+        found: dict[str, Part | None] = {
+            "rollout": self.rollout, "method": self.method, "surgery": self.surgery, "retain": self.retain,
+        }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
 
 
@@ -96,24 +106,12 @@ def prepare(cfg: Config, world: World) -> Run:
     folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
     book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained)
-    half = cfg.model.mixed_precision == "bf16"
-    sharded_half = half and cfg.zero.stage > 0  # at stage 0 the weights stay fp32 and the calls are autocast
-    backbone = build_backbone(
-        pipeline, book.texts, cfg.train.resolution, world.device, torch.bfloat16 if sharded_half else torch.float32
-    )
-    backbone.autocast = half and not sharded_half
+    set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
+    originals = trained_tensors(pipeline.unet)
+    backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
     del pipeline  # with it go the text encoders and the VAE
-    unet = backbone.unet.train()
-    if cfg.model.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    attention = install_attention(unet, cfg.model.attention)
-    if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
-        stop_first_token_gradient(unet)
-    trained = trainable_names(unet, resolved_scope(cfg))
-    set_trainable(unet, trained)
-    teacher = Teacher(unet, trained, whole_copy=cfg.zero.stage == 3)
-    engine = Engine(unet, cfg, world)
-    models = Predictors(backbone, engine, engine.sampler, teacher)
+    models, engine = shard(cfg, backbone, originals, world)
+    del originals
     layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
     pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
     rollout = build_windows(cfg, models, book, layout, pool)
@@ -122,13 +120,33 @@ def prepare(cfg: Config, world: World) -> Run:
         pictures = pool if cfg.retain_source == "anchors" else folder
         run.retain = build_source(cfg, models, book, world, pictures)
         run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
-    if world.is_main:
-        count = sum(p.numel() for p in engine.named.values())
-        how = f"{attention}; kernels: {describe(world.device)}; ZeRO-{cfg.zero.stage}"
-        print(f"{cfg.method}: {len(trained)} tensors, {count:,} parameters trained; {how}")
     if resume is not None:
         _resume(run, resume)
     return run
+
+
+def weights_dtype(cfg: Config) -> torch.dtype:
+    """In which the U-Net is held: bf16 beside sharded fp32 master weights; fp32 otherwise, also under autocast."""
+    return torch.bfloat16 if cfg.model.mixed_precision == "bf16" and cfg.zero.stage > 0 else torch.float32
+
+
+def shard(cfg: Config, backbone: Backbone, originals: Mapping[str, Tensor], world: World) -> tuple[Predictors, Engine]:
+    """The student under DeepSpeed, and its frozen original. ``originals``: the trained tensors before any cast."""
+    unet = backbone.unet.train()
+    rounded = weights_dtype(cfg) != torch.float32
+    backbone.autocast = cfg.model.mixed_precision == "bf16" and not rounded
+    if cfg.model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    attention = install_attention(unet, cfg.model.attention)
+    if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
+        stop_first_token_gradient(unet)
+    teacher = Teacher(unet, list(originals), whole_copy=cfg.zero.stage == 3)
+    engine = Engine(unet, cfg, world, originals if rounded else None)
+    if world.is_main:
+        count = sum(p.numel() for p in originals.values())
+        how = f"{attention}; kernels: {describe(world.device)}; ZeRO-{cfg.zero.stage}"
+        print(f"{cfg.method}: {len(originals)} tensors, {count:,} parameters trained; {how}")
+    return Predictors(backbone, engine, engine.sampler, teacher), engine
 
 
 def build_windows(
@@ -144,7 +162,7 @@ def build_windows(
 
 
 def _resume(run: Run, folder: Path) -> None:
-    run.position = load_checkpoint(folder, run.world, run.engine, run.rollout, run.parts)
+    run.position = load_checkpoint(folder, run.world, run.engine, run.parts)
     run.models.evaluations = Evaluations(**run.position.evaluations)
     if run.world.is_main:
         print(f"resumed from {folder} at update {run.position.update}")
@@ -168,7 +186,7 @@ def update_loop(run: Run) -> None:
         run.position = Position(step.update + 1, seconds, rollout_seconds, asdict(run.models.evaluations))
         if every and run.position.update % every == 0 and run.position.update < len(run.table):
             recorder.flush()
-            save_checkpoint(run.cfg, run.world, run.engine, run.rollout, run.parts, run.position)
+            save_checkpoint(run.cfg, run.world, run.engine, run.parts, run.position)
     recorder.close()
 
 

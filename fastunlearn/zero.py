@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,16 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from fastunlearn.config import Config, deepspeed_config, resolved_steps
+from fastunlearn.config import Config, deepspeed_config, student_updates
 from fastunlearn.errors import UserError
 from fastunlearn.gradient_shards import GradientShards, Piece
-from fastunlearn.optimizers import build_optimizer, keep_small_groups_in_32_bit, parameter_groups
+from fastunlearn.optimizers import (
+    MAX_GROUP_NUMEL,
+    build_optimizer,
+    keep_small_groups_in_32_bit,
+    parameter_groups,
+    split_note,
+)
 
 CHECKPOINT_TAG = "deepspeed"
 BUILD_LOCK_SECONDS = 300  # the build takes well under a minute
@@ -96,34 +102,39 @@ def sum_over_ranks(table: Tensor) -> Tensor:
 class Engine:
     """The student U-Net under DeepSpeed. Call it like the U-Net."""
 
-    def __init__(self, unet: nn.Module, cfg: Config, world: World) -> None:
-        """Shard the parameters of ``unet`` that require a gradient. The frozen ones stay as they are below stage 3."""
+    def __init__(
+        self, unet: nn.Module, cfg: Config, world: World, originals: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Shard the parameters of ``unet`` that require a gradient. The frozen ones stay as they are below stage 3.
+
+        ``originals``: the trained tensors in fp32, where ``unet`` holds them rounded. DeepSpeed makes its master
+        weights from ``unet``, so without them whatever the rounding took would be missing from the result.
+        """
         import deepspeed
 
         self.stage = cfg.zero.stage
         self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         groups = parameter_groups(self.named.items())
+        if world.is_main and (note := split_note(groups)):
+            print(note)
         optimizer = build_optimizer(groups, cfg.optimizer, cfg.train.learning_rate)
         schedule = get_scheduler(
             cfg.train.lr_scheduler,
             optimizer=optimizer,
             num_warmup_steps=cfg.train.lr_warmup_steps,
-            num_training_steps=resolved_steps(cfg),
+            num_training_steps=student_updates(cfg),
         )
-        settings = deepspeed_config(cfg, world.world_size)
-        if self.stage > 0:
-            # The bucket is allocated at its full size, so it should not be larger than what is reduced.
-            total = sum(p.numel() for p in self.named.values())
-            settings["zero_optimization"]["reduce_bucket_size"] = min(cfg.zero.reduce_bucket_size, total)
         with _library_chatter():
             self.engine, *_ = deepspeed.initialize(
-                model=unet, optimizer=optimizer, lr_scheduler=schedule, config=settings
+                model=unet, optimizer=optimizer, lr_scheduler=schedule, config=self._settings(cfg, world)
             )
         if cfg.optimizer.name != "adamw" and self.stage > 0:
             keep_small_groups_in_32_bit(self._flat_groups(), groups)
         self._shards = GradientShards(
             self.engine.optimizer, self.stage, cfg.zero.offload_optimizer == "cpu", self.named
         )
+        if originals is not None:
+            self._shards.set_masters(originals)
         self._grad_norm: Tensor | float | None = None
 
     def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
@@ -208,6 +219,17 @@ class Engine:
             raise UserError(f"resume_from_checkpoint: {folder} cannot be read ({reason}); use another one") from error
         if path is None:
             raise UserError(f"resume_from_checkpoint: {folder} holds no DeepSpeed state; use another checkpoint")
+
+    def _settings(self, cfg: Config, world: World) -> dict:
+        settings = deepspeed_config(cfg, world.world_size)
+        if self.stage > 0:
+            # The bucket is allocated at its full size, so it should not be larger than what is reduced.
+            total = sum(p.numel() for p in self.named.values())
+            settings["zero_optimization"]["reduce_bucket_size"] = min(cfg.zero.reduce_bucket_size, total)
+        if self.stage == 3:
+            # One flat partition per group, as at the other stages; DeepSpeed's own limit of 1e9 would cut large ones.
+            settings["zero_optimization"]["sub_group_size"] = MAX_GROUP_NUMEL
+        return settings
 
     def _flat_groups(self) -> list[Tensor]:
         optimizer = self.engine.optimizer

@@ -1,6 +1,7 @@
 """Started by DeepSpeed's launcher in test_distributed.py: trains a tiny U-Net for a few updates in every configuration.
 
-Usage: deepspeed --num_gpus 2 tests/distributed_worker.py FOLDER; writes FOLDER/<case>.safetensors, rank 0 only.
+Usage: deepspeed --num_gpus 2 tests/distributed_worker.py FOLDER; writes FOLDER/<case>.safetensors, rank 0 only; with
+bf16 also <case>-start (before the first update) and <case>-loaded (from a checkpoint of the end).
 """
 
 from __future__ import annotations
@@ -17,18 +18,15 @@ from fastunlearn.quiet import prepare_environment
 if __name__ == "__main__":
     prepare_environment(1)
 
-import torch
 from safetensors.torch import save_file
-from tiny import tiny_backbone, tiny_book, tiny_rollout
+from tiny import tiny_book, tiny_unet
+from tiny_run import tiny_run, update_all
 
-from fastunlearn.backbone import set_trainable, trainable_names
+from fastunlearn import optimizers
+from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config
-from fastunlearn.methods import build_method
-from fastunlearn.predictors import Predictors
-from fastunlearn.rollout import Layout
-from fastunlearn.teacher import Teacher
-from fastunlearn.trainer import Run, one_update
-from fastunlearn.zero import Engine, World, connect
+from fastunlearn.trainer import Run
+from fastunlearn.zero import World, connect
 
 UPDATES = 4
 WORLD = 2
@@ -49,6 +47,7 @@ class Case:
     overlap: bool = False
     offload: str = "none"
     checkpointing: bool = False
+    group_limit: int = optimizers.MAX_GROUP_NUMEL
 
 
 CASES = [
@@ -56,12 +55,14 @@ CASES = [
     *(Case(f"stage{stage}-accumulation", 1e-3, stage, batch=1, accumulation=2) for stage in (0, 1, 2, 3)),
     *(Case(f"stage{stage}-clip", 1e-3, stage, clip=1e-4) for stage in (0, 1, 2, 3)),
     *(Case(f"stage{stage}-bf16", 0.2, stage, precision="bf16") for stage in (0, 1, 2, 3)),
+    *(Case(f"stage{stage}-bf16-offload", 0.2, stage, precision="bf16", offload="cpu") for stage in (1, 2, 3)),
     *(Case(f"stage{stage}-8bit", 0.2, stage, optimizer="adamw8bit") for stage in (0, 1, 2, 3)),
     Case("stage2-paged", 0.2, 2, optimizer="paged_adamw8bit"),
     Case("stage2-overlap", 1e-3, 2, overlap=True),
     Case("stage2-offload", 1e-3, 2, offload="cpu"),
     Case("stage3-offload", 1e-3, 3, offload="cpu"),
     Case("stage1-checkpointing", 1e-3, 1, checkpointing=True),
+    Case("stage2-split", 1e-3, 2, group_limit=1000),
 ]
 
 
@@ -84,41 +85,26 @@ def config_of(case: Case) -> Config:
     )
 
 
-def train_case(case: Case, world: World) -> dict[str, torch.Tensor]:
-    """The trainer's own parts on a tiny U-Net; returns the trained fp32 weights."""
-    cfg = config_of(case)
-    book = tiny_book()
-    backbone = tiny_backbone(book)
-    half = case.precision == "bf16"
-    if half and case.stage > 0:
-        backbone.unet.to(torch.bfloat16)
-        backbone.embeds = backbone.embeds.to(torch.device("cpu"), torch.bfloat16)
-    backbone.autocast = half and case.stage == 0
-    unet = backbone.unet.train()
-    if case.checkpointing:
-        unet.enable_gradient_checkpointing()
-    names = trainable_names(unet, "attn2")
-    set_trainable(unet, names)
-    teacher = Teacher(unet, names, whole_copy=case.stage == 3)
-    engine = Engine(unet, cfg, world)
-    models = Predictors(backbone, engine, engine.sampler, teacher)
-    rollout = tiny_rollout(models, book, Layout(world.rank, world.world_size, case.batch, case.accumulation), steps=10)
-    method = build_method(cfg)
-    run = Run(cfg, world, method, method.table(), models, rollout, engine)
-    for step in run.table:
-        if step.restart:
-            rollout.restart(step)
-        one_update(run, step)
-        assert engine.grad_norm is not None
-    return engine.full_weights()
+def build_run(case: Case, world: World) -> Run:
+    optimizers.MAX_GROUP_NUMEL = case.group_limit
+    return tiny_run(config_of(case), world, tiny_book(), trainable_names(tiny_unet(), "attn2"))
 
 
 def main(folder: Path) -> None:
     world = connect()
     for case in CASES:
-        weights = train_case(case, world)
-        if world.is_main:
-            save_file(weights, folder / f"{case.name}.safetensors")
+        run = build_run(case, world)
+        weights = {"-start": run.engine.full_weights()} if case.precision == "bf16" else {}
+        update_all(run)
+        assert run.engine.grad_norm is not None
+        weights[""] = run.engine.full_weights()
+        if case.precision == "bf16":
+            run.engine.save(folder / case.name)
+            run = build_run(case, world)
+            run.engine.load(folder / case.name)
+            weights["-loaded"] = run.engine.full_weights()
+        for what, tensors in weights.items() if world.is_main else ():
+            save_file(tensors, folder / f"{case.name}{what}.safetensors")
     print(f"rank {world.rank} done")
 
 

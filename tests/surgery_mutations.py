@@ -49,9 +49,14 @@ MUTATIONS = (
         "stage 2 with offload is not armed", SHARDS, "optimizer.micro_step_id = -1", "pass", "stage2-k1-offload",
     ),
     Mutation(
+        "stage 2 with offload leaves the buffer, into which fp32 gradients are added, with DeepSpeed",
+        SHARDS, "for group in optimizer.averaged_gradients:",
+        "for group in () if self._offload else optimizer.averaged_gradients:", "stage2-k1-offload-fp32",
+    ),
+    Mutation(
         "offload keeps views of the live gradient",
-        SHARDS, "piece.tensor.clone()) for piece in pieces]\n            optimizer.micro_step_id",
-        "piece.tensor) for piece in pieces]\n            optimizer.micro_step_id", "stage2-k1-offload",
+        SHARDS, "piece.tensor.clone()) for piece in pieces]\n                optimizer.micro_step_id",
+        "piece.tensor) for piece in pieces]\n                optimizer.micro_step_id", "stage2-k1-offload",
     ),
     Mutation(
         "a partition's first parameter is not cut at its border",
@@ -68,12 +73,24 @@ MUTATIONS = (
         "no micro-batch counts as the last", ZERO,
         "set_gradient_accumulation_boundary(last)", "set_gradient_accumulation_boundary(False)", "stage2-k2",
     ),
+    Mutation(
+        "the masters start from what bf16 left of the weights", ZERO, "if originals is not None:", "if False:",
+        "stage2-k2-fp32",
+    ),
+    Mutation(
+        "a partition's first parameter is filled from its beginning", SHARDS, "begin, length, skipped\n",
+        "begin, length, 0\n", "stage2-k2-fp32",
+    ),
+    Mutation(
+        "every rank of stage 3 is filled with the first one's part", SHARDS, "torch.distributed.get_rank() * length",
+        "0", "stage3-k1-fp32",
+    ),
 )  # fmt: skip
 
 
 @contextlib.contextmanager
-def applied(mutation: Mutation, worker: types.ModuleType) -> Iterator[None]:
-    """The worker builds its next run from the mutated classes."""
+def applied(mutation: Mutation) -> Iterator[None]:
+    """The next run is built from the mutated classes."""
     real = importlib.import_module(mutation.module)
     source = Path(str(real.__file__)).read_text(encoding="utf-8")
     if source.count(mutation.old) != 1:
@@ -81,7 +98,8 @@ def applied(mutation: Mutation, worker: types.ModuleType) -> Iterator[None]:
     broken = types.ModuleType(f"broken_{mutation.module.rpartition('.')[2]}")
     sys.modules[broken.__name__] = broken  # dataclasses look their module up
     exec(compile(source.replace(mutation.old, mutation.new), str(real.__file__), "exec"), broken.__dict__)
-    places = [(worker, name) for name in ("Engine", "Surgery")] + [(importlib.import_module(ZERO), "GradientShards")]
+    users = (("fastunlearn.trainer", "Engine"), ("tiny_run", "Surgery"), (ZERO, "GradientShards"))
+    places = [(importlib.import_module(module), name) for module, name in users]
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name in places:
         if name in broken.__dict__:

@@ -1,7 +1,10 @@
 """Started by DeepSpeed's launcher in test_surgery_matrix.py: a few updates with surgery in every configuration.
 
-Usage: deepspeed --num_gpus 2 tests/surgery_worker.py FOLDER [CASE ... | mutations]; rank 0 writes one file per case.
-"mutations" runs those of surgery_mutations.py instead and writes FOLDER/mutation-<number>.safetensors.
+Usage: deepspeed --num_gpus N tests/surgery_worker.py FOLDER WHAT ...
+    cases, or the name of one   ``cases()``, for two ranks; writes FOLDER/<case>.safetensors and <case>-start
+    few                         ``cases_for_other_worlds()``, the same files
+    faults                      those of surgery_faults.py; every rank writes what it sees
+    mutations                   those of surgery_mutations.py; writes FOLDER/mutation-<number>.safetensors
 """
 
 from __future__ import annotations
@@ -22,23 +25,18 @@ if __name__ == "__main__":
 
 import torch
 from safetensors.torch import save_file
+from surgery_faults import FAULTS, UPDATES, Fault, suffer
 from surgery_mutations import MUTATIONS, applied
-from tiny import tiny_backbone, tiny_book, tiny_rollout
+from tiny import tiny_book, tiny_unet
+from tiny_run import tiny_run, update_all
 
-from fastunlearn.backbone import Backbone, set_trainable, trainable_names
+from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config
-from fastunlearn.methods import build_method
-from fastunlearn.predictors import Predictors
 from fastunlearn.prompts import PromptBook
-from fastunlearn.retain import Pool, PoolSource
-from fastunlearn.rollout import Layout
-from fastunlearn.surgery import Surgery
-from fastunlearn.teacher import Teacher
-from fastunlearn.trainer import Run, one_update
-from fastunlearn.zero import Engine, World, connect
+from fastunlearn.retain import Pool
+from fastunlearn.trainer import Run
+from fastunlearn.zero import World, connect
 
-UPDATES = 3
-GLOBAL_BATCH = 4
 RETAINED = ["a cat", "a house in ink style", "a tree"]
 # With an epsilon far above the gradients' size AdamW's step is linear in the gradient, so that a wrong length shows.
 # Weighted dot products would then be plain ones, so those cases have an epsilon of the gradients' own size.
@@ -60,12 +58,16 @@ class Case:
     precision: str = "no"
     accumulate: str = "auto"
     extra: tuple[tuple[str, object], ...] = ()
+    batch: int = 4
+    """Over all ranks."""
+    updates: int = 3
 
     @property
     def name(self) -> str:
         flags = [f"stage{self.stage}", f"k{self.accumulation}", self.granularity, self.retain_dtype]
         flags += [flag for flag in ("offload", "overlap", "clip") if getattr(self, flag)]
         flags += [flag for flag in (self.precision, self.accumulate) if flag not in ("no", "auto")]
+        flags += [f"batch{self.batch}"] if self.batch != 4 else []
         return "-".join([*flags, *dict(self.extra)])
 
     @property
@@ -110,8 +112,23 @@ def cases() -> list[Case]:
     for stage in (0, 1, 2):  # where each keeps AdamW's second moment
         found.append(Case(stage=stage, clip=False, extra=(("metric", "optimizer"),), **plain))  # type: ignore[arg-type]
     offloaded = plain | {"offload": True}
+    half = offloaded | {"precision": "bf16", "accumulate": "fp32"}
+    found += [Case(stage=2, clip=True, **(half | {"accumulation": k})) for k in (1, 2)]  # type: ignore[arg-type]
     found += [Case(stage=s, clip=False, extra=(("metric", "optimizer"),), **offloaded) for s in (2, 3)]  # type: ignore[arg-type]
     return list({case.name: case for case in found}.values())
+
+
+def cases_for_other_worlds() -> list[Case]:
+    """A few for one and for three ranks, all clipped, with a batch that both divide."""
+    plain = {"overlap": False, "clip": True, "retain_dtype": "auto", "batch": 6}
+    return [
+        Case(0, False, 1, granularity="tensor", **plain),  # type: ignore[arg-type]
+        Case(1, False, 2, granularity="block", **plain),  # type: ignore[arg-type]
+        Case(2, False, 1, granularity="tensor", **plain),  # type: ignore[arg-type]
+        Case(2, True, 2, granularity="tensor", **plain),  # type: ignore[arg-type]
+        Case(3, False, 2, granularity="global", **plain),  # type: ignore[arg-type]
+        Case(3, True, 1, granularity="tensor", precision="bf16", **plain),  # type: ignore[arg-type]
+    ]
 
 
 def config_of(case: Case, world_size: int) -> Config:
@@ -121,8 +138,8 @@ def config_of(case: Case, world_size: int) -> Config:
             "concepts": ["neon style"],
             "model": {"mixed_precision": case.precision},
             "train": {
-                "max_train_steps": UPDATES,
-                "train_batch_size": GLOBAL_BATCH // world_size // case.accumulation,
+                "max_train_steps": case.updates,
+                "train_batch_size": case.batch // world_size // case.accumulation,
                 "gradient_accumulation_steps": case.accumulation,
                 "learning_rate": case.step[1],
                 "max_grad_norm": CLIP if case.clip else 0.0,
@@ -136,7 +153,7 @@ def config_of(case: Case, world_size: int) -> Config:
                 "grad_accum_dtype": case.accumulate, "offload_optimizer": "cpu" if case.offload else "none",
             },
             "surgery": surgery | dict(case.extra),
-            "retain": {"batch_size": GLOBAL_BATCH // world_size // case.accumulation, "target": "noise"},
+            "retain": {"batch_size": case.batch // world_size // case.accumulation, "target": "noise"},
         }
     )  # fmt: skip
 
@@ -152,41 +169,18 @@ def the_pool() -> Pool:
 
 
 def trained_names(unet: torch.nn.Module) -> list[str]:
-    """Cross-attention, and a bias of four elements, so that a partition begins in the middle of a tensor."""
-    return [*trainable_names(unet, "attn2"), "conv_out.bias"]
+    """Cross-attention, and biases of eight and of four elements, so that a partition begins in the middle of a tensor;
+    with three ranks neither all of them (4,172 elements) nor any of them alone divides evenly."""
+    return [*trainable_names(unet, "attn2"), "conv_in.bias", "conv_out.bias"]
 
 
 def build_run(case: Case, world: World) -> Run:
-    """The trainer's own parts around a tiny U-Net."""
-    cfg = config_of(case, world.world_size)
-    book = the_book()
-    backbone: Backbone = tiny_backbone(book)
-    half = case.precision == "bf16"
-    if half and case.stage > 0:
-        backbone.unet.to(torch.bfloat16)
-        backbone.embeds = backbone.embeds.to(torch.device("cpu"), torch.bfloat16)
-    backbone.autocast = half and case.stage == 0
-    unet = backbone.unet.train()
-    names = trained_names(unet)
-    set_trainable(unet, names)
-    teacher = Teacher(unet, names, whole_copy=case.stage == 3)
-    engine = Engine(unet, cfg, world)
-    models = Predictors(backbone, engine, engine.sampler, teacher)
-    layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, case.accumulation)
-    rollout = tiny_rollout(models, book, layout, steps=10)
-    method = build_method(cfg)
-    run = Run(cfg, world, method, method.table(), models, rollout, engine)
-    run.retain = PoolSource(cfg, models, book, layout, the_pool())
-    run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
-    return run
+    return tiny_run(config_of(case, world.world_size), world, the_book(), trained_names(tiny_unet()), the_pool())
 
 
 def train_case(case: Case, world: World) -> dict[str, torch.Tensor]:
     run = build_run(case, world)
-    for step in run.table:
-        if step.restart:
-            run.rollout.restart(step)
-        one_update(run, step)
+    update_all(run)
     return run.engine.full_weights()
 
 
@@ -195,20 +189,30 @@ def mutated_case(name: str) -> Case:
     stage, accumulation, accumulate = int(name[5]), int(name[8]), "fp32" if name.endswith("fp32") else "auto"
     precision = "bf16" if accumulate == "fp32" else "no"
     return Case(
-        stage, name.endswith("offload"), accumulation, False, True, "tensor", "auto", precision, accumulate=accumulate
+        stage, "offload" in name, accumulation, False, True, "tensor", "auto", precision, accumulate=accumulate
     )
 
 
-def main(folder: Path, names: list[str]) -> None:
+def faulty_case(fault: Fault) -> Case:
+    extra = (("max_skipped_updates", 2),)
+    return Case(fault.stage, fault.offload, 1, False, True, "tensor", "auto", extra=extra, updates=UPDATES)
+
+
+def main(folder: Path, what: list[str]) -> None:
     world = connect()
-    for case in cases() if names != ["mutations"] else []:
-        if names and case.name not in names:
-            continue
-        weights = train_case(case, world)
+    chosen = [case for case in cases() if "cases" in what or case.name in what]
+    for case in chosen + (cases_for_other_worlds() if "few" in what else []):
+        run = build_run(case, world)
+        start = run.engine.full_weights()
+        update_all(run)
+        weights = run.engine.full_weights()
         if world.is_main:
+            save_file(start, folder / f"{case.name}-start.safetensors")
             save_file(weights, folder / f"{case.name}.safetensors")
-    for number, mutation in enumerate(MUTATIONS if names == ["mutations"] else []):
-        with applied(mutation, sys.modules[__name__]), contextlib.suppress(LookupError, RuntimeError, AttributeError):
+    for fault in FAULTS if "faults" in what else []:
+        suffer(fault, build_run(faulty_case(fault), world), folder)
+    for number, mutation in enumerate(MUTATIONS if "mutations" in what else []):
+        with applied(mutation), contextlib.suppress(LookupError, RuntimeError, AttributeError):
             weights = train_case(mutated_case(mutation.case), world)
             if world.is_main:
                 save_file(weights, folder / f"mutation-{number}.safetensors")

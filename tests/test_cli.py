@@ -16,13 +16,17 @@ from fastunlearn import __version__, cli
 
 # command line -> words that the one line on stderr must hold
 BAD = [
-    (["trian"], ("'trian'", "train, evaluate, minicanvas", "nearest: train")),
+    (["trian"], ("'trian'", "train, plan, evaluate, minicanvas", "nearest: train")),
     (["train"], ("concepts", "none given")),
     (["train", "--config", "configs/none.toml"], ("--config", "does not exist")),
     (["train", "--config"], ("--config", "value is missing")),
     (["train", "--concepts", "nein style"], ("'nein style'", "nearest: neon style")),
     (["train", "--concepts", "cat", "--num_gpus", "0"], ("--num_gpus", "'0'")),
     (["train", "--concepts", "cat", "--num_gpus", "two"], ("--num_gpus", "'two'")),
+    (["plan"], ("concepts", "none given")),
+    (["plan", "--concepts", "cat", "--vram", "much"], ("--vram", "'much'")),
+    (["plan", "--concepts", "cat", "--vram", "-1"], ("--vram", "'-1'")),
+    (["plan", "--concepts", "cat", "--num_gpus", "0"], ("--num_gpus", "'0'")),
     (["evaluate"], ("evaluate", "--model")),
     (["evaluate", "--model", "out", "--quik"], ("evaluate", "--quik")),
 ]
@@ -99,6 +103,7 @@ def test_several_ranks_go_through_the_launcher(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(cli.os, "execv", exec_and_leave)
     monkeypatch.setattr(cli, "_gpu_count", lambda: 2)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # set by the command for what it starts, it would stay for all tests
     with pytest.raises(SystemExit):
         cli.main(["train", "--concepts=cat", "--num_gpus=2"])
     (command,) = seen
@@ -114,6 +119,25 @@ def test_too_many_ranks_are_not_launched(
     monkeypatch.setattr(cli, "_gpu_count", lambda: gpus)
     assert cli.main(["train", "--concepts", "cat", "--num_gpus", "100000"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_plan_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def plan(config: Any, ranks: int, gib: float | None, as_json: bool) -> int:
+        seen.append((config.seed, ranks, gib, as_json))
+        return 1
+
+    monkeypatch.setattr("fastunlearn.quiet.prepare_environment", lambda threads: None)
+    replace_module(monkeypatch, "fastunlearn.planning.report", run=plan)
+    assert cli.main(["plan", "--concepts", "cat", "--seed", "3", "--vram", "24", "--num_gpus", "2", "--json"]) == 1
+    assert cli.main(["plan", "--concepts", "cat"]) == 1
+    assert seen == [(3, 2, 24.0, True), (42, 1, None, False)]
+
+
+def test_plan_help_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--help"]) == 0
+    assert "--vram GIB" in capsys.readouterr().out
 
 
 def test_evaluate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,16 +7,15 @@ of mantissa in every activation) and with 8-bit optimizer state (Adam's first st
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_worker import CASES, UPDATES, WORLD, Case, config_of
+from launched import launch
 from safetensors.torch import load_file
-from tiny import tiny_backbone, tiny_book, tiny_rollout, tiny_unet
+from tiny import flat, tiny_backbone, tiny_book, tiny_rollout, tiny_unet
 from torch import Tensor
 
 from fastunlearn.backbone import set_trainable, trainable_names
@@ -25,15 +24,14 @@ from fastunlearn.predictors import Predictors
 from fastunlearn.rollout import GuidedPair, Layout
 from fastunlearn.teacher import Teacher
 
+BF16 = [case for case in CASES if case.precision == "bf16"]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(WORLD), str(WORKER), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (folder / "stdout.txt").write_text(launch(WORKER, folder, world=WORLD))
     return folder
 
 
@@ -72,16 +70,31 @@ def reference(clip: float) -> tuple[Tensor, Tensor]:
     return flat({name: start[name] for name in names}), flat({name: end[name] for name in names})
 
 
-def flat(weights: dict[str, Tensor]) -> Tensor:
-    return torch.cat([weights[name].detach().double().flatten() for name in sorted(weights)])
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_ranks_equal_one_plain_process(case: Case, trained: Path) -> None:
     start, expected = reference(case.clip)
     got = flat(load_file(trained / f"{case.name}.safetensors"))
     error = (got - expected).norm() / (expected - start).norm()
     assert error <= case.tolerance
+
+
+@pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
+def test_with_bf16_the_masters_start_from_the_weights_as_they_were(case: Case, trained: Path) -> None:
+    start, original = load_file(trained / f"{case.name}-start.safetensors"), tiny_unet().state_dict()
+    assert start and all(torch.equal(tensor, original[name]) for name, tensor in start.items())
+    assert not torch.equal(flat(start), flat({name: tensor.bfloat16() for name, tensor in start.items()}))
+
+
+@pytest.mark.parametrize("case", BF16, ids=lambda case: case.name)
+def test_with_bf16_a_checkpoint_restores_the_masters(case: Case, trained: Path) -> None:
+    end = load_file(trained / f"{case.name}.safetensors")
+    loaded = load_file(trained / f"{case.name}-loaded.safetensors")
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in end.items())
+
+
+def test_groups_that_had_to_be_split_are_said_once(trained: Path) -> None:
+    lines = [line for line in (trained / "stdout.txt").read_text().splitlines() if "optimizer:" in line]
+    assert len(lines) == 1 and "6 groups of 768, 768, " in lines[0] and "1,000" in lines[0]
 
 
 def test_the_reference_moves_and_clipping_changes_it() -> None:

@@ -95,6 +95,20 @@ def test_a_running_mean_is_saved_and_continued() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_a_running_mean_begins_anew_after_a_retain_gradient_that_is_not_finite() -> None:
+    surgery, fresh = a_surgery(retain_ema=0.9, rho=1.0), a_surgery(retain_ema=0.9, rho=1.0)
+    bad, good = [torch.tensor([float("inf")] * 8), torch.randn(8)], [torch.randn(8), torch.randn(8)]
+    surgery.keep(pieces(*bad))
+    assert not surgery.is_finite(surgery.project(pieces(torch.ones(8), torch.ones(8)), None, 1e-8))
+    results = []
+    for one in (surgery, fresh):
+        unlearn = [torch.ones(8), torch.ones(8)]
+        one.keep(pieces(*[r.clone() for r in good]))
+        assert one.is_finite(one.project(pieces(*unlearn), None, 1e-8))
+        results.append(unlearn)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_blocks_are_named_after_the_unet() -> None:
     assert block_of("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight") == "down_blocks.1.attentions.0"
     assert block_of("mid_block.attentions.0.proj_in.weight") == "mid_block.attentions.0"

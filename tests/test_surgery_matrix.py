@@ -1,36 +1,37 @@
 """Surgery on ZeRO shards gives the weights of one plain fp64 process with the same global batch, whatever the stage.
 
-One launch trains all cases of `surgery_worker.py` on two ranks. The reference below uses no DeepSpeed, no kernel and no
-shards: gradients of the whole batch in fp64, projected tensor by tensor as the formula says, and torch's AdamW.
+One launch trains all cases of `surgery_worker.py` on two ranks; two more train a few on one and on three ranks. The
+reference below uses no DeepSpeed, no kernel and no shards: gradients of the whole batch in fp64, projected tensor by
+tensor as the formula says, and torch's AdamW.
 Stated tolerances, |w - reference| / |reference - start|: 1e-4 in fp32 (1e-3 where AdamW divides),
 1e-2 with the retain gradient kept in bf16, 2e-2 in 8 bits, 0.1 with bf16 weights and activations.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import subprocess
-import sys
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from launched import launch
 from safetensors.torch import load_file
+from surgery_faults import FAULTS, SOUND, UPDATES, Fault
 from surgery_mutations import MUTATIONS
 from surgery_worker import (
     CLIP,
-    GLOBAL_BATCH,
     Case,
     cases,
+    cases_for_other_worlds,
     config_of,
     mutated_case,
     the_book,
     the_pool,
     trained_names,
 )
-from tiny import tiny_backbone, tiny_rollout, tiny_unet
+from tiny import flat, tiny_backbone, tiny_rollout, tiny_unet
 from torch import Tensor
 
 from fastunlearn.backbone import set_trainable
@@ -45,16 +46,10 @@ CASES = cases()
 WORLD = 2
 
 
-def launch(folder: Path, *names: str, world: int = WORLD) -> None:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world), str(WORKER), str(folder)]
-    done = subprocess.run([*command, *names], capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    launch(folder)
+    launch(WORKER, folder, "cases", "faults", world=WORLD)
     return folder
 
 
@@ -97,10 +92,10 @@ def projected(u: dict[str, Tensor], r: dict[str, Tensor], case: Case, v: dict[st
 
 
 @cache
-def reference(clip: bool, granularity: str, extra: tuple, half: str = "") -> tuple[Tensor, Tensor]:
+def reference(clip: bool, granularity: str, extra: tuple, half: str = "", batch: int = 4) -> tuple[Tensor, Tensor]:
     """Start and end of the run in one process, as flat vectors. ``half``: the network computes in bf16, from "sharded"
     bf16 copies of the fp64 weights, or under "autocast"; everything behind its gradient stays fp64."""
-    case = Case(0, False, 1, False, clip, granularity, "auto", extra=extra)
+    case = Case(0, False, 1, False, clip, granularity, "auto", extra=extra, batch=batch)
     cfg, book = config_of(case, 1), the_book()
     backbone = tiny_backbone(book)
     dtype = {"": torch.float64, "sharded": torch.bfloat16, "autocast": torch.float32}[half]
@@ -112,10 +107,10 @@ def reference(clip: bool, granularity: str, extra: tuple, half: str = "") -> tup
     models = Predictors(backbone, unet, unet, Teacher(unet, names, whole_copy=True))
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     start = tiny_unet().state_dict()
-    start = {name: start[name].to(dtype) for name in names}
-    masters = {name: torch.nn.Parameter(start[name].double().clone()) for name in trained}
+    start = {name: start[name].double() for name in names}
+    masters = {name: torch.nn.Parameter(start[name].clone()) for name in trained}
     optimizer = torch.optim.AdamW(masters.values(), lr=case.step[1], weight_decay=0.0, eps=case.step[0])
-    layout = Layout(0, 1, GLOBAL_BATCH, 1)
+    layout = Layout(0, 1, batch, 1)
     rollout = tiny_rollout(models, book, layout, steps=10)
     retain = PoolSource(cfg, models, book, layout, the_pool())
     method, mean = build_method(cfg), {name: torch.zeros_like(p) for name, p in masters.items()}
@@ -123,10 +118,10 @@ def reference(clip: bool, granularity: str, extra: tuple, half: str = "") -> tup
     for step in method.table():
         if step.restart:
             rollout.restart(step)
-        (batch,) = retain.batches(step, rollout.timesteps[step.index])
-        (student,) = models.train(batch.latents, batch.timesteps, batch.cond)
-        assert batch.noise is not None
-        r = gradients((student - batch.noise).square().mean(), trained)
+        (kept,) = retain.batches(step, rollout.timesteps[step.index])
+        (student,) = models.train(kept.latents, kept.timesteps, kept.cond)
+        assert kept.noise is not None
+        r = gradients((student - kept.noise).square().mean(), trained)
         mean = {name: decay * mean[name] + (1 - decay) * r[name] for name in r}
         (window,) = rollout.windows(step, None)
         outcome = method.loss(models, window)
@@ -150,13 +145,9 @@ def gradients(loss: Tensor, trained: dict[str, torch.nn.Parameter]) -> dict[str,
     return {name: gradient.double() for name, gradient in zip(trained, found, strict=True)}
 
 
-def flat(weights: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([weights[name].detach().double().flatten() for name in sorted(weights)])
-
-
 def error_of(case: Case, folder: Path) -> float:
     half = "" if case.precision == "no" else "sharded" if case.stage else "autocast"
-    start, expected = reference(case.clip, case.granularity, case.extra, half)
+    start, expected = reference(case.clip, case.granularity, case.extra, half, case.batch)
     got = flat(load_file(folder / f"{case.name}.safetensors"))
     return float((got - expected).norm() / (expected - start).norm())
 
@@ -164,6 +155,53 @@ def error_of(case: Case, folder: Path) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_ranks_equal_one_plain_process(case: Case, trained: Path) -> None:
     assert error_of(case, trained) <= case.tolerance
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.precision == "bf16"], ids=lambda case: case.name)
+def test_with_bf16_the_masters_start_from_the_weights_as_they_were(case: Case, trained: Path) -> None:
+    assert_starts_from_the_original(case, trained)
+
+
+def assert_starts_from_the_original(case: Case, folder: Path) -> None:
+    start, original = load_file(folder / f"{case.name}-start.safetensors"), tiny_unet().state_dict()
+    assert start and all(torch.equal(tensor, original[name]) for name, tensor in start.items())
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one rank", "three ranks"])
+def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elsewhere")
+    launch(WORKER, folder, "few", world=request.param)
+    return folder
+
+
+@pytest.mark.parametrize("case", cases_for_other_worlds(), ids=lambda case: case.name)
+def test_one_and_three_ranks_equal_one_plain_process(case: Case, elsewhere: Path) -> None:
+    assert error_of(case, elsewhere) <= case.tolerance
+    assert_starts_from_the_original(case, elsewhere)
+
+
+def test_three_ranks_have_uneven_parts() -> None:
+    unet = tiny_unet().state_dict()
+    sizes = [unet[name].numel() for name in trained_names(tiny_unet())]
+    assert sum(sizes) % 3 and all(size % 3 for size in sizes)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(fault: Fault, trained: Path) -> None:
+    ranks = [load_file(trained / f"{fault.name}-rank-{rank}.safetensors") for rank in range(WORLD)]
+    assert all(torch.equal(tensor, ranks[1][name]) and tensor.isfinite().all() for name, tensor in ranks[0].items())
+    reports = [json.loads((trained / f"{fault.name}-rank-{rank}.json").read_text()) for rank in range(WORLD)]
+    assert reports[0] == reports[1] and reports[0]["skipped"] == UPDATES - 1
+    assert "2 updates in a row" in reports[0]["message"]
+    start, first, sound, last = (at(ranks[0], when) for when in ("start", "after 0", f"after {SOUND}", "after 3"))
+    assert torch.equal(start, first) and not torch.equal(first, sound) and torch.equal(sound, last)
+    # What the skipped window left behind would show in the update after it.
+    plain = at(load_file(trained / f"{FAULTS[0].name}-rank-0.safetensors"), f"after {SOUND}")
+    assert (sound - plain).norm() / (plain - start).norm() <= 1e-4
+
+
+def at(weights: dict[str, Tensor], when: str) -> Tensor:
+    return flat({name: tensor for name, tensor in weights.items() if name.startswith(f"{when}: ")})
 
 
 def test_the_reference_moves_and_every_option_changes_it() -> None:
@@ -185,7 +223,7 @@ def test_the_optimizers_metric_is_another_one() -> None:
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
-    launch(folder, "mutations")
+    launch(WORKER, folder, "mutations", world=WORLD)
     return folder
 
 

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,10 @@ def kill_and_resume(out: Path, arguments: tuple[str, ...], updates_before_the_ki
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    resume(out, arguments)
+
+
+def resume(out: Path, arguments: tuple[str, ...]) -> None:
     assert list(out.glob("checkpoint-*")), "killed before the first checkpoint"
     assert not (out / "unet").exists(), "killed after the end"
     done = run(out, *arguments, "--resume_from_checkpoint", "latest")
@@ -140,19 +146,64 @@ WITH_STATE = {
         "--method", "doco", "--doco.discriminator_warmup", "3", "--prompts.anchor_templates", "a picture of a cat",
         "--prompts.templates", "a picture of a cat in {concept}", *RETAIN,
     ),
+    "surgery with fp32 masters of bf16 weights": (
+        "--surgery.enabled", "true", "--mixed_precision", "bf16", "--zero.stage", "2", *RETAIN,
+    ),
 }  # fmt: skip
+CHECKPOINTS = ("--checkpointing_steps", "2", "--train.logging_steps", "1")
+# Ends its process as a power cut would, in the sixth update: the retain gradient is kept, the unlearning window has not
+# begun.
+KILLED_BETWEEN_THE_WINDOWS = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
+from fastunlearn.quiet import prepare_environment
+prepare_environment(1)
+from fastunlearn.surgery import Surgery
+from fastunlearn.train import main
+keep, calls = Surgery.keep, []
+def fatal(self, pieces):
+    keep(self, pieces)
+    calls.append(len(pieces))
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+Surgery.keep = fatal
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @cache
+    def trained(case: str) -> Path:
+        out = tmp_path_factory.mktemp("whole") / "out"
+        done = run(out, *WITH_STATE[case], *CHECKPOINTS)
+        assert done.returncode == 0, done.stderr
+        assert (out / "samples" / "surgery.png").stat().st_size > 2000
+        return out
+
+    return trained
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WITH_STATE)
-def test_what_methods_carry_on_is_resumed_too(case: str, tmp_path: Path) -> None:
-    arguments = (*WITH_STATE[case], "--checkpointing_steps", "2", "--train.logging_steps", "1")
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    done = run(whole, *arguments)
-    assert done.returncode == 0, done.stderr
-    assert (whole / "samples" / "surgery.png").stat().st_size > 2000
-    kill_and_resume(resumed, arguments, 5)
-    assert_same_end(whole, resumed)
+def test_what_methods_carry_on_is_resumed_too(case: str, uninterrupted: Callable[[str], Path], tmp_path: Path) -> None:
+    kill_and_resume(tmp_path / "out", (*WITH_STATE[case], *CHECKPOINTS), 5)
+    assert_same_end(uninterrupted(case), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_killed_between_the_retain_and_the_unlearning_window_it_ends_with_the_same_bits(
+    uninterrupted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    case, out, driver = "surgery with a running mean in 8 bits", tmp_path / "out", tmp_path / "driver.py"
+    arguments = (*WITH_STATE[case], *CHECKPOINTS)
+    driver.write_text(KILLED_BETWEEN_THE_WINDOWS)
+    _, _, *options = command(out, *arguments)
+    died = subprocess.run([sys.executable, str(driver), *options], capture_output=True, timeout=600, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert (out / "train_log.jsonl").read_text().count("\n") == 5
+    resume(out, arguments)
+    assert_same_end(uninterrupted(case), out)
 
 
 def one_line_refusal(done: subprocess.CompletedProcess[str], *words: str) -> None:

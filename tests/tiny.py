@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from fastunlearn.backbone import Backbone, PromptEmbeds
 from fastunlearn.config import Concept, PromptsConfig
@@ -12,6 +15,11 @@ from fastunlearn.prompts import PromptBook, build_prompt_book
 from fastunlearn.rollout import Layout, Rollout
 
 TEXT_WIDTH, POOLED_WIDTH, TOKENS = 16, 8, 5
+
+
+def flat(weights: Mapping[str, Tensor]) -> Tensor:
+    """All weights as one fp64 vector, in the order of their names."""
+    return torch.cat([weights[name].detach().double().flatten() for name in sorted(weights)])
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:

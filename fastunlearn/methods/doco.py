@@ -97,7 +97,7 @@ class DoCo(Method):
     def _judge(self, models: Predictors, latents: Tensor) -> Judge:
         if self.judge is None:
             doco = self.cfg.doco
-            channels = latents.shape[1] * (2 if doco.discriminator == "conditional" else 1)
+            channels = shown_channels(self.cfg, latents.shape[1])
             self.judge = Judge(
                 channels, latents.shape[-1], latents.device, released=doco.discriminator == "released",
                 learning_rate=doco.discriminator_learning_rate, seed=self.cfg.seed,
@@ -105,6 +105,11 @@ class DoCo(Method):
             if self._saved is not None:
                 self.judge.load_state_dict(self._saved)
         return self.judge
+
+
+def shown_channels(cfg: Config, latent_channels: int) -> int:
+    """What the discriminator is shown: an estimate, and the noisy latents behind it where it is a conditional one."""
+    return latent_channels * (2 if cfg.doco.discriminator == "conditional" else 1)
 
 
 def judge_turn(judge: Judge, concept: Tensor, anchor: Tensor, timesteps: Tensor, share: float) -> Tensor:

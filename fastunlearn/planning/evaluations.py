@@ -1,0 +1,78 @@
+"""How many U-Net evaluations a run will make, from its key-step table.
+
+What this is: the same four counters as ``predictors.Evaluations``, added up per update from the configuration alone. It
+is exact, and ``tests/test_planning.py`` holds it against runs.
+What this is not: seconds.
+"""
+
+from __future__ import annotations
+
+from fastunlearn.config import Config
+from fastunlearn.keysteps import KeyStep
+from fastunlearn.methods import KSCU, build_method
+from fastunlearn.methods.base import Method
+from fastunlearn.predictors import Evaluations
+
+
+def count_evaluations(cfg: Config, world: int) -> Evaluations:
+    """Single-sample evaluations of the whole run, all ranks together."""
+    method = build_method(cfg)
+    micro_batches = cfg.train.gradient_accumulation_steps * world
+    batch, retained = cfg.train.train_batch_size * micro_batches, cfg.retain.batch_size * micro_batches
+    count = Evaluations(teacher=_pool(cfg, method) * world)
+    for step in method.table():
+        trains = cfg.method != "doco" or step.update >= cfg.doco.discriminator_warmup
+        if step.restart:
+            count.rollout += 2 * batch * step.index
+        count.teacher += batch * teacher_conditions(cfg, method)
+        student = batch * trained_conditions(method)
+        if trains:
+            count.student_forward += student
+            count.student_backward += student
+        else:
+            count.rollout += student
+        count.rollout += batch * _left_for_sampler(method, step)
+        if cfg.retains and trains:
+            _add_retain(cfg, count, step, retained)
+    return count
+
+
+def teacher_conditions(cfg: Config, method: Method) -> int:
+    """Conditions per sample of the frozen model's call in an unlearning window."""
+    if isinstance(method, KSCU):
+        return 3 if method.trains_uncond else 2
+    if cfg.method == "doco":
+        return 1 if cfg.doco.guidance_scale == 1.0 else 2
+    return 2
+
+
+def trained_conditions(method: Method) -> int:
+    """Conditions per sample of the student's recorded call in an unlearning window."""
+    return 2 if isinstance(method, KSCU) and method.trains_uncond else 1
+
+
+def _left_for_sampler(method: Method, step: KeyStep) -> int:
+    """Predictions that the trajectory needs and training did not make: see ``methods.base.sampler_pair``."""
+    if not step.continues:
+        return 0
+    return (trained_conditions(method) == 1) + (method.augmentation(step) is not None)
+
+
+def _pool(cfg: Config, method: Method) -> int:
+    """Every rank draws the whole pool of pictures for itself, guided; DoCo's windows and retain set share one."""
+    retain = cfg.retain
+    pictures = 2 * retain.num_images * retain.num_inference_steps
+    drawn = 0 if method.trajectories else pictures
+    if cfg.retains and cfg.retain_source in ("generated", "anchors"):
+        shared = not method.trajectories and cfg.retain_source == "anchors"
+        drawn += 0 if shared else pictures
+    return drawn
+
+
+def _add_retain(cfg: Config, count: Evaluations, step: KeyStep, rows: int) -> None:
+    count.student_forward += rows
+    count.student_backward += rows
+    if cfg.retain.target == "teacher":
+        count.teacher += rows
+    if cfg.retain_source == "prompts":  # trajectories of their own
+        count.rollout += 2 * rows * (step.index if step.restart else 0) + (2 * rows if step.continues else 0)

@@ -1,0 +1,235 @@
+"""What a run will need of memory, before any weights are loaded.
+
+What this is: the table of the rank that needs most, for one configuration. The U-Net is built from ``unet/config.json``
+without weights.
+What this is not: advice (``advice.py``) or the command (``report.py``). Nor is it a measurement:
+``states.py`` and ``activations.py`` say what they follow. On a GPU the CUDA context, convolution workspaces
+and the allocator's fragments come on top (``ALLOWANCE``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastunlearn.backbone import trainable_names
+from fastunlearn.config import Config, resolved_scope
+from fastunlearn.discriminator import Discriminator
+from fastunlearn.errors import UserError
+from fastunlearn.methods import build_method
+from fastunlearn.methods.doco import shown_channels
+from fastunlearn.optimizers import parameter_groups
+from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
+from fastunlearn.planning.evaluations import count_evaluations, teacher_conditions, trained_conditions
+from fastunlearn.planning.states import Row, Sizes, peak, worst_rank
+from fastunlearn.predictors import Evaluations
+from fastunlearn.preflight import COMPONENTS, FIELD, check_safetensors, is_hub_id
+from fastunlearn.prompts import build_prompt_book
+from fastunlearn.retain import folder_captions
+from fastunlearn.retain_prompts import retain_prompts
+
+GIB = 2**30
+CLIP_TOKENS = 77
+# What a GPU's driver and libraries take for themselves; a rule of thumb, not measured here.
+ALLOWANCE = GIB
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan needs to know of a model folder."""
+
+    unet: str
+    """The text of ``unet/config.json``, a key for the measurement of activations."""
+    tokens: int
+    factor: int
+    """Pixels per latent."""
+    loading: int
+    """Bytes of the whole pipeline in fp32, as it is loaded on the host; 0 where it is not known."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The U-Net's configuration."""
+        return json.loads(self.unet)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result for one configuration."""
+
+    cfg: Config
+    world: int
+    sizes: Sizes
+    rows: list[Row]
+    loading: int
+    evaluations: Evaluations
+    changes: tuple[str, ...] = ()
+    """What was changed to get here, as command-line options."""
+
+    @property
+    def device(self) -> int:
+        """Bytes on each device at the peak."""
+        return peak(self.rows)[0]
+
+    @property
+    def host(self) -> int:
+        """Bytes of each rank on the host at the peak."""
+        return max(peak(self.rows)[1], self.loading)
+
+    def fits(self, limit: int) -> bool:
+        """Whether it stays below ``limit`` bytes with the allowance."""
+        return self.device + ALLOWANCE <= limit
+
+
+def read_model(cfg: Config) -> Model:
+    """The configurations in the model's folder; for a hub id, downloaded or from the cache.
+
+    Raises:
+        UserError: there is no such folder, or no U-Net in it.
+    """
+    name = cfg.model.pretrained_model_name_or_path
+    if cfg.uses_minicanvas:
+        from fastunlearn.minicanvas import pipeline_path
+
+        name = str(pipeline_path())
+    folder = Path(name)
+    if not folder.exists() and is_hub_id(name):
+        text = _from_hub(cfg, "unet/config.json")
+        return Model(text, CLIP_TOKENS, 8, 0)
+    file = folder / "unet" / "config.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+        kind = json.loads(text)["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{FIELD}: {str(file)!r} cannot be read; a plan needs the U-Net's configuration") from None
+    if kind != "UNet2DConditionModel":
+        raise UserError(f"{FIELD}: {str(file)!r} is a {kind}; a UNet2DConditionModel is needed")
+    text_encoder, vae = _optional(folder / "text_encoder"), _optional(folder / "vae")
+    factor = 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
+    return Model(text, text_encoder.get("max_position_embeddings", CLIP_TOKENS), factor, _fp32_bytes(folder))
+
+
+def _optional(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _fp32_bytes(folder: Path) -> int:
+    files = [sorted((folder / component).glob("*.safetensors")) for component in COMPONENTS]
+    # Of several variants one is loaded; they have the same number of elements.
+    return sum(4 * max(check_safetensors(file) for file in found) for found in files if found)
+
+
+def _from_hub(cfg: Config, path: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    model = cfg.model
+    try:
+        file = hf_hub_download(
+            model.pretrained_model_name_or_path, path, revision=model.revision, local_files_only=model.local_files_only
+        )
+        return Path(file).read_text(encoding="utf-8")
+    except Exception as error:  # whatever the hub, the network or the cache answers
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{FIELD}: cannot read {path} of {model.pretrained_model_name_or_path!r}: {reason}") from None
+
+
+def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = ()) -> Plan:
+    """The plan of one configuration on this many ranks."""
+    scope = resolved_scope(cfg)
+    sizes = unet_sizes(model, scope)
+    rows = [*worst_rank(cfg, sizes, world), *_latents_and_text(cfg, model), *activation_rows(cfg, model, scope)]
+    return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
+
+
+@lru_cache(maxsize=16)
+def unet_sizes(model: Model, scope: str) -> Sizes:
+    """The U-Net's tensors in the groups of its optimizer."""
+    unet = build_unet(model.config)
+    names = set(trainable_names(unet, scope))
+    groups = parameter_groups((name, p) for name, p in unet.named_parameters() if name in names)
+    return Sizes(
+        tuple((group["bits"], tuple(p.numel() for p in group["params"])) for group in groups),
+        tuple(p.numel() for name, p in unet.named_parameters() if name not in names),
+    )
+
+
+def latent_side(cfg: Config, model: Model) -> int:
+    """Side of the latents, as ``backbone.build_backbone`` finds it."""
+    return cfg.train.resolution // model.factor if cfg.train.resolution else model.config["sample_size"]
+
+
+def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
+    """Prompt embeddings, pictures as latents, and DoCo's discriminator with gradient and Adam."""
+    config, side = model.config, latent_side(cfg, model)
+    pictures = 0
+    retained: list[str] = []
+    if cfg.retains and cfg.retain_source == "folder":
+        retained = [caption for _, caption in folder_captions(cfg)]
+        pictures = len(retained)
+    elif cfg.retains:
+        retained = retain_prompts(cfg)
+    if cfg.method == "doco" or (cfg.retains and cfg.retain_source in ("generated", "anchors")):
+        pictures += cfg.retain.num_images
+    texts = len(build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained).texts)
+    width = 2 if cfg.model.mixed_precision == "bf16" and cfg.zero.stage > 0 else 4
+    embeddings = texts * model.tokens * config["cross_attention_dim"] * width
+    latents = pictures * config["in_channels"] * side * side * 4
+    rows = [Row("prompt embeddings and latents", embeddings + latents)]
+    if cfg.method == "doco":
+        with torch.device("meta"):
+            channels = shown_channels(cfg, config["in_channels"])
+            judge = Discriminator(channels, side, released=cfg.doco.discriminator == "released", seed=cfg.seed)
+        rows.append(Row("discriminator and its Adam", 16 * sum(p.numel() for p in judge.parameters())))
+    return rows
+
+
+def activation_rows(cfg: Config, model: Model, scope: str) -> list[Row]:
+    """The window with the highest peak; there is one at a time."""
+    name, saved, highest = max(_windows(cfg, model, scope), key=lambda window: window[2])
+    return [
+        Row(f"activations kept for the backward pass ({name})", saved, phases=("backward",)),
+        Row("activations beyond that at their peak", highest - saved, phases=("backward",)),
+    ]
+
+
+def _windows(cfg: Config, model: Model, scope: str) -> list[tuple[str, int, int]]:
+    """(name, bytes kept for the backward pass, peak) of everything that calls the U-Net."""
+    method, batch, retained = build_method(cfg), cfg.train.train_batch_size, cfg.retain.batch_size
+    trained, frozen = trained_conditions(method), teacher_conditions(cfg, method)
+
+    def run(rows: int) -> Activations:
+        return _activations(cfg, model, scope, rows)
+
+    # What is evaluated without a gradient while the student's graph waits: the sampler's or the discriminator's share.
+    beside = {"kscu": 3 - trained, "esd": 0, "doco": frozen}[cfg.method] * batch
+    student = run(trained * batch)
+    alone = run(max(2, frozen) * batch).forward
+    windows = [
+        ("unlearning", student.saved, max(student.backward, student.saved + (run(beside).forward if beside else 0))),
+        ("trajectories and teacher", 0, alone),
+    ]
+    if cfg.retains:
+        student = run(retained)
+        teacher = student.forward if cfg.retain.target == "teacher" else 0
+        windows.append(("retain", student.saved, max(student.backward, student.saved + teacher)))
+    if cfg.method == "doco" or (cfg.retains and cfg.retain_source != "folder"):
+        windows.append(("pictures", 0, run(2 * retained).forward))
+    return windows
+
+
+def _activations(cfg: Config, model: Model, scope: str, rows: int) -> Activations:
+    half = cfg.model.mixed_precision == "bf16"
+    autocast = half and cfg.zero.stage == 0
+    shape = Shape(
+        latent_side(cfg, model), model.tokens, torch.bfloat16 if half and not autocast else torch.float32, autocast,
+        cfg.model.gradient_checkpointing, cfg.model.attention == "eager",
+    )  # fmt: skip
+    if autocast:  # casts of weights do not grow with the batch
+        return measure(model.unet, scope, rows, shape)
+    one = measure(model.unet, scope, 1, shape)
+    return Activations(one.saved * rows, one.backward * rows, one.forward * rows)

@@ -1,0 +1,123 @@
+"""``fastunlearn plan``: the command.
+
+What this is: the table as text or JSON, and the exit status: 0 where the run fits or no limit is known, 1 where it does
+not fit.
+What this is not: the figures (``plan.py``) or the options (``cli.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import torch
+
+from fastunlearn.config import Config, resolved_scope
+from fastunlearn.planning.advice import smallest_change
+from fastunlearn.planning.plan import ALLOWANCE, GIB, Plan, make_plan, read_model
+from fastunlearn.planning.states import PHASES, totals
+
+PHASE_WORDS = {
+    "backward": "forward and backward pass",
+    "reduce": "mean over ranks",
+    "keep": "retain gradient put aside",
+    "project": "projection",
+    "update": "optimizer step",
+}
+
+
+def run(cfg: Config, ranks: int, gib: float | None, as_json: bool) -> int:
+    """Print the plan of a configuration; return the exit status. ``gib``: the limit, by default that of the GPU.
+
+    Raises:
+        UserError: the model folder cannot be read.
+    """
+    limit = _gpu_bytes() if gib is None else int(gib * GIB)
+    model = read_model(cfg)
+    plan = make_plan(cfg, ranks, model)
+    fits = limit is None or plan.fits(limit)
+    better = None if fits or limit is None else smallest_change(plan, model, limit)
+    print(json.dumps(as_data(plan, limit, better), indent=2) if as_json else as_text(plan, limit, better))
+    return 0 if fits else 1
+
+
+def _gpu_bytes() -> int | None:
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
+    """The table, the phases, the verdict and the evaluations."""
+    cfg = plan.cfg
+    lines = [
+        f"{cfg.method} on {cfg.model.pretrained_model_name_or_path}: {plan.sizes.total:,} parameters, "
+        f"{sum(plan.sizes.trained):,} trained ({resolved_scope(cfg)})",
+        f"ZeRO-{cfg.zero.stage}, {plan.world} rank{'s' if plan.world > 1 else ''}, "
+        f"{'bf16' if cfg.model.mixed_precision == 'bf16' else 'fp32'}, batch {cfg.train.train_batch_size}"
+        + (f", retain batch {cfg.retain.batch_size}" if cfg.retains else ""),
+        "",
+    ]
+    width = max(len(row.name) for row in plan.rows)
+    lines.append(f"{'each rank':<{width}}  {'device':>10}  {'host':>10}")
+    for row in plan.rows:
+        lines.append(f"{row.name:<{width}}  {size(row.device):>10}  {size(row.host):>10}{_when(row.phases)}")
+    lines.append("")
+    for phase, (device, host) in totals(plan.rows).items():
+        if phase not in ("keep", "project") or cfg.retains:
+            lines.append(f"{'during: ' + PHASE_WORDS[phase]:<{width}}  {size(device):>10}  {size(host):>10}")
+    lines.append(f"{'at most':<{width}}  {size(plan.device):>10}  {size(plan.host):>10}")
+    if 0 < plan.loading == plan.host:
+        lines[-1] += "  (host: while the pipeline is loaded, in fp32)"
+    if plan.world > 1 and plan.host:
+        lines.append(f"{'at most, all ranks':<{width}}  {'':>10}  {size(plan.host * plan.world):>10}")
+    lines += ["", *_verdict(plan, limit, better), *_evaluations(plan)]
+    return "\n".join(lines)
+
+
+def _when(phases: tuple[str, ...]) -> str:
+    return "" if phases == PHASES else "  " + ", ".join(phases)
+
+
+def _verdict(plan: Plan, limit: int | None, better: Plan | None) -> list[str]:
+    if limit is None:
+        return ["no limit known: give --vram"]
+    asked = f"{size(plan.device)} and {size(ALLOWANCE)} for the CUDA context and workspaces, of {size(limit)}"
+    if plan.fits(limit):
+        return [f"fits: {asked}"]
+    if better is None:
+        return [f"does not fit: {asked}", "no change that is known here would make it fit"]
+    return [f"does not fit: {asked}", f"fits with {' '.join(better.changes)} ({size(better.device)})"]
+
+
+def _evaluations(plan: Plan) -> list[str]:
+    count = plan.evaluations
+    return [
+        f"U-Net evaluations, all ranks: {count.total:,}: trajectories {count.rollout:,}, teacher {count.teacher:,}, "
+        f"student forward {count.student_forward:,}, backward {count.student_backward:,}",
+        "(single samples; the pictures and scores before and after a run are not among them)",
+    ]
+
+
+def as_data(plan: Plan, limit: int | None, better: Plan | None) -> dict:
+    """The same for ``--json``, in bytes."""
+    return {
+        "parameters": plan.sizes.total,
+        "trained_parameters": sum(plan.sizes.trained),
+        "ranks": plan.world,
+        "rows": [asdict(row) for row in plan.rows],
+        "phases": {name: {"device": device, "host": host} for name, (device, host) in totals(plan.rows).items()},
+        "device_bytes": plan.device,
+        "host_bytes": plan.host,
+        "loading_host_bytes": plan.loading,
+        "limit_bytes": limit,
+        "allowance_bytes": ALLOWANCE,
+        "fits": None if limit is None else plan.fits(limit),
+        "fits_with": None if better is None else list(better.changes),
+        "unet_evaluations": asdict(plan.evaluations) | {"total": plan.evaluations.total},
+    }
+
+
+def size(count: int) -> str:
+    """1.23 GiB, 12.3 MiB, or a dash for nothing."""
+    if count == 0:
+        return "-"
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,310 @@
+"""How many bytes of weights, gradients and optimizer state one rank holds, at each ZeRO stage.
+
+What this is: arithmetic on the sizes of the U-Net's tensors, following what DeepSpeed 0.19, bitsandbytes and our own
+``teacher.py``, ``gradient_shards.py`` and ``surgery.py`` allocate, padding included.
+What this is not: activations (``activations.py``). Nothing here allocates anything or imports DeepSpeed.
+
+An update goes through phases, and its memory is that of the largest. A row of the table says in which phases it exists:
+    backward    forward and backward pass of a window       reduce    the gradient's mean over ranks
+    keep        the retain gradient is put aside            project   surgery reads both gradients
+    update      the optimizer's step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastunlearn.config import Config
+from fastunlearn.optimizers import MAX_GROUP_NUMEL
+
+PHASES = ("backward", "reduce", "keep", "project", "update")
+BLOCK = 256  # elements that share an absmax, in the kept gradient and in bitsandbytes' state
+FP32 = 4
+SMALLEST_IN_8_BIT = 4096  # elements; below, bitsandbytes keeps 32-bit state
+SMALLEST_PAGED = 100_000
+SUB_GROUP = MAX_GROUP_NUMEL  # stage 3 cuts its groups at this many elements of a rank; see zero.py
+LIVE_PARAMETERS = 10**9  # and gathers at most so many at a time
+PLAIN_REDUCTION = 500_000_000  # elements that stage 0 copies for a reduction
+ALIGNMENT = 2  # elements per rank to which stages 1 and 2 pad a group
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, in bytes."""
+
+    name: str
+    device: int = 0
+    host: int = 0
+    phases: tuple[str, ...] = PHASES
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of the U-Net's tensors: the trained ones by name group, as ``parameter_groups`` makes them."""
+
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
+    """(bits of 8-bit optimizers' state, elements of each tensor) of every group."""
+    frozen: tuple[int, ...]
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Elements of each trained tensor."""
+        return tuple(numel for _, numels in self.groups for numel in numels)
+
+    @property
+    def total(self) -> int:
+        """Elements of the whole U-Net."""
+        return sum(self.trained) + sum(self.frozen)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank owns of one tensor that the optimizer steps: at stages 1 to 3 a flat group."""
+
+    bits: int
+    numel: int
+    """With padding."""
+    pieces: tuple[int, ...]
+    """Elements of each parameter in it."""
+    whole: int
+    """Elements of all parameters of which it holds a piece."""
+
+
+def rank_parts(sizes: Sizes, stage: int, world: int, rank: int) -> list[Part]:
+    """How DeepSpeed cuts the trained tensors."""
+    if stage == 0:
+        return [Part(bits, n, (n,), n) for bits, numels in sizes.groups for n in numels]
+    if stage < 3:
+        return [_flat_part(bits, numels, world, rank) for bits, numels in sizes.groups]
+    parts = []
+    for bits, numels in sizes.groups:
+        pieces: list[int] = []
+        for n in numels:
+            pieces.append(-(-n // world))
+            if sum(pieces) >= SUB_GROUP:
+                parts.append(Part(bits, sum(pieces), tuple(pieces), sum(pieces)))
+                pieces = []
+        if pieces:
+            parts.append(Part(bits, sum(pieces), tuple(pieces), sum(pieces)))
+    return parts
+
+
+def _flat_part(bits: int, numels: Sequence[int], world: int, rank: int) -> Part:
+    length = -(-sum(numels) // (ALIGNMENT * world)) * ALIGNMENT
+    begin, pieces, whole, offset = rank * length, [], 0, 0
+    for n in numels:
+        inside = min(offset + n, begin + length) - max(offset, begin)
+        if inside > 0:
+            pieces.append(inside)
+            whole += n
+        offset += n
+    return Part(bits, length, tuple(pieces), whole)
+
+
+class StateMemory:
+    """The rows of one rank."""
+
+    def __init__(self, cfg: Config, sizes: Sizes, world: int, rank: int) -> None:
+        self.cfg, self.sizes, self.world = cfg, sizes, world
+        self.stage = cfg.zero.stage
+        self.parts = rank_parts(sizes, self.stage, world, rank)
+        self.offload = cfg.zero.offload_optimizer == "cpu"
+        half = cfg.model.mixed_precision == "bf16" and self.stage > 0  # at stage 0 the weights stay fp32
+        self.compute = 2 if half else FP32
+        self.accumulate = FP32 if cfg.zero.grad_accum_dtype == "fp32" else self.compute
+        self.owned = sum(part.numel for part in self.parts)
+        self.exact = sum(sum(part.pieces) for part in self.parts)
+        # bf16 gradients that are added up in fp32 lie in one flat buffer, all others in whole tensors.
+        self.compact = 0 < self.stage < 3 and self.accumulate != self.compute
+        self.bucket = min(cfg.zero.reduce_bucket_size, sum(sizes.trained)) * self.compute if self.stage else 0
+
+    def rows(self) -> list[Row]:
+        """The whole table but for activations; rows of no size are left out."""
+        found = [*self._weights(), *self._gradients(), *self._kept(), *self._update()]
+        return [row for row in found if row.device or row.host]
+
+    def _weights(self) -> list[Row]:
+        size, kind = self.compute, "bf16" if self.compute == 2 else "fp32"
+        trained, total = sum(self.sizes.trained), self.sizes.total
+        weights = self._sharded_weights() * size
+        masters = self.owned * FP32 if self.stage > 0 else 0  # a copy, even of weights that are fp32 themselves
+        state, host_state = self._optimizer_state()
+        rows = [
+            Row(f"U-Net weights ({kind})", weights),
+            Row("teacher: originals of what is trained", trained * size if self.stage < 3 else 0),
+            Row("teacher: a whole U-Net (stage 3)", total * size if self.stage == 3 else 0),
+            self._placed("fp32 master weights", masters),
+            Row(f"optimizer state ({self.cfg.optimizer.name})", state, host_state),
+        ]
+        if self.offload and self.stage < 3:
+            largest = max(self.sizes.trained) * size
+            rows.append(Row("buffers of the offload", largest, self.owned * size + largest))
+        if self.stage == 3 and self.world > 1:
+            gathered = min(total, LIVE_PARAMETERS) * size
+            rows.append(Row("parameters gathered at a time, at most", gathered, phases=("backward",)))
+        return rows
+
+    def _sharded_weights(self) -> int:
+        if self.stage == 0:
+            return self.sizes.total
+        if self.stage == 3:
+            return sum(-(-n // self.world) for n in (*self.sizes.trained, *self.sizes.frozen))
+        return sum(self.sizes.frozen) + self.owned * self.world
+
+    def _optimizer_state(self) -> tuple[int, int]:
+        """(on the device, on the host)"""
+        name, flat = self.cfg.optimizer.name, [0, 0]
+        for part in self.parts:
+            n = part.numel
+            if name == "adamw":
+                flat[self.offload] += 2 * n * FP32 + FP32  # and the step
+            else:
+                paged = name == "paged_adamw8bit" and n >= SMALLEST_PAGED  # and never the absmax
+                # At stage 0 the parameters are stepped as they are, and nobody overrides bitsandbytes' own rule.
+                small = n < SMALLEST_IN_8_BIT or (part.bits == 32 and self.stage > 0)
+                flat[paged] += 2 * n * (FP32 if small else 1)
+                flat[0] += 0 if small else 2 * FP32 * -(-n // BLOCK)
+        return flat[0], flat[1]
+
+    def gradient_bytes(self) -> int:
+        """The averaged gradient that this rank holds after a window."""
+        if self.stage == 0 or self.stage == 3:
+            return self.owned * self.accumulate
+        if self.compact:
+            return self.owned * FP32
+        # One buffer with the whole of every parameter of which this rank owns a piece.
+        return sum(part.whole for part in self.parts) * self.compute
+
+    def _gradients(self) -> list[Row]:
+        cfg, trained = self.cfg, sum(self.sizes.trained) * self.compute
+        several, overlap = cfg.train.gradient_accumulation_steps > 1, cfg.zero.overlap_comm
+        if self.stage == 0:
+            copy = min(sum(self.sizes.trained), PLAIN_REDUCTION) * FP32
+            return [Row("gradients", trained), Row("reduction buffer", copy, phases=("reduce",))]
+        if self.stage == 3:
+            flat = self.gradient_bytes()
+            fp32 = self.owned * FP32 if self.offload else 0
+            return [
+                Row("gradients", 0 if self.offload else flat, flat + fp32 if self.offload else 0),
+                Row("reduction bucket", self.bucket),
+                Row("copy of the reduction bucket", self.bucket, phases=("backward", "reduce")),
+            ]
+        # Without overlap stage 1 keeps whole gradients until the end of the window; otherwise they go as they come.
+        whole = self.stage == 1 and (several or not overlap)
+        after = PHASES[1:] if whole else PHASES
+        buckets = self.bucket * (2 if overlap else 1)
+        name = "reduction buckets" if overlap else "reduction bucket"
+        rows = [Row(name, buckets, phases=("backward",) if whole else ("backward", "reduce"))]
+        if whole:
+            rows.append(Row("whole gradients, before they are reduced", trained, phases=("backward", "reduce")))
+            # What is in the first bucket is no longer elsewhere.
+            rows.append(Row("second reduction bucket", buckets - self.bucket, phases=("reduce",)))
+        if self.offload:
+            added = sum(part.whole for part in self.parts) * self.compute if several else 0
+            flat = self.owned * FP32 if self.compact else 0
+            return [*rows, Row("gradients", flat, self.owned * FP32 + (0 if self.compact else added), after)]
+        rows.append(Row("gradients", self.gradient_bytes(), phases=after))
+        if self.stage == 2 and several and not self.compact:
+            rows.append(Row("gradients of the next micro-batch", self.gradient_bytes(), phases=("backward", "reduce")))
+        return rows
+
+    @property
+    def _piece_dtype(self) -> int:
+        """Bytes per element of the pieces that surgery is handed."""
+        return FP32 if self.offload or self.stage == 0 else self.accumulate
+
+    @property
+    def _taken_without_copy(self) -> bool:
+        return self.stage < 3 and not self.offload
+
+    def kept_bytes(self) -> int:
+        """The retain gradient as ``surgery.py`` stores it; 0 without surgery."""
+        if not self.cfg.retains:
+            return 0
+        surgery = self.cfg.surgery
+        if surgery.retain_dtype == "int8":
+            blocks = sum(-(-piece // BLOCK) for part in self.parts for piece in part.pieces)
+            return blocks * (BLOCK + FP32)
+        if self._same_tensors:
+            return self.gradient_bytes()
+        return self.exact * self._stored_size
+
+    @property
+    def _stored_size(self) -> int:
+        automatic = FP32 if self.cfg.surgery.retain_ema else self._piece_dtype
+        return {"fp32": FP32, "bf16": 2}.get(self.cfg.surgery.retain_dtype, automatic)
+
+    @property
+    def _same_tensors(self) -> bool:
+        """Whether what is kept is the very buffer that DeepSpeed gave away."""
+        surgery = self.cfg.surgery
+        plain = surgery.retain_dtype != "int8" and not surgery.retain_ema
+        return plain and self._taken_without_copy and self._stored_size == self._piece_dtype
+
+    def _kept(self) -> list[Row]:
+        if not self.cfg.retains:
+            return []
+        surgery, kept = self.cfg.surgery, self.kept_bytes()
+        away = surgery.retain_device == "host" and not self.offload
+        copy = 0 if self._taken_without_copy else self.exact * self._piece_dtype
+        converted = surgery.retain_dtype == "int8" or self._stored_size != self._piece_dtype
+        mean = self.exact * FP32 if surgery.retain_ema else 0
+        beside = copy + mean + (kept if converted and not (mean and self._stored_size == FP32) else 0)
+        if mean and (surgery.retain_dtype in ("int8", "bf16") or away):
+            beside += mean  # the old mean, in fp32
+        label = f"retain gradient ({surgery.retain_dtype if surgery.retain_dtype != 'auto' else 'as it came'})"
+        # Without a running mean it is gone after the projection.
+        phases = PHASES if surgery.retain_ema else PHASES[: PHASES.index("update")]
+        if away and not surgery.retain_ema:
+            phases = tuple(phase for phase in phases if phase != "keep")  # a row of its own below
+        rows = [Row(label, host=kept, phases=phases) if away else self._placed(label, kept, phases)]
+        rows.append(self._placed("retain gradient: copies when it is taken", beside, ("keep",)))
+        if away:
+            rows.append(Row("retain gradient, on its way to the host", host=kept, phases=("keep",)))
+            rows.append(Row("retain gradient, brought back", kept, phases=("project",)))
+        if surgery.metric == "optimizer" and self.cfg.optimizer.name != "adamw":
+            largest = max(part.numel for part in self.parts)  # its codes as int64, and two fp32 products
+            extra = self.owned * FP32 + largest * (8 + 2 * FP32)
+            rows.append(Row("second moments out of 8 bits", extra, phases=("project",)))
+        return rows
+
+    def _update(self) -> list[Row]:
+        """The optimizer steps one part after the other, and AdamW makes two temporaries as large as the part."""
+        largest = max(part.numel for part in self.parts)
+        temporaries = 2 * FP32 * largest if self.cfg.optimizer.name == "adamw" else 0
+        if self.offload or self.stage == 0:
+            return [self._placed("AdamW's temporaries", temporaries, ("update",))]
+        if self.compact:
+            gradient, making = 0, 0
+        else:
+            gradient = largest * FP32
+            making = largest * (self.accumulate + FP32 if self.accumulate < FP32 else FP32)
+        label = "fp32 gradient and temporaries, a group at a time"
+        return [Row(label, max(making, gradient + temporaries), phases=("update",))]
+
+    def _placed(self, name: str, size: int, phases: tuple[str, ...] = PHASES) -> Row:
+        """On the host where the optimizer is offloaded, else on the device."""
+        return Row(name, 0 if self.offload else size, size if self.offload else 0, phases)
+
+
+def totals(rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
+    """(device, host) bytes in each phase."""
+    return {
+        phase: (
+            sum(row.device for row in rows if phase in row.phases),
+            sum(row.host for row in rows if phase in row.phases),
+        )
+        for phase in PHASES
+    }
+
+
+def peak(rows: Sequence[Row]) -> tuple[int, int]:
+    """The largest device figure, and the largest host figure, of any phase."""
+    figures = totals(rows).values()
+    return max(device for device, _ in figures), max(host for _, host in figures)
+
+
+def worst_rank(cfg: Config, sizes: Sizes, world: int) -> list[Row]:
+    """The rows of the rank that needs most."""
+    return max((StateMemory(cfg, sizes, world, rank).rows() for rank in range(world)), key=peak)
