@@ -131,8 +131,9 @@ class Recorder:
             with path.open("a", encoding="utf-8") as log:
                 log.writelines(json.dumps(entry) + "\n" for entry in entries)
         except OSError as error:
-            reason = f"{error.strerror}); free some space and resume"
-            raise UserError(f"output_dir: cannot write {path} ({reason}") from error
+            raise UserError(
+                f"output_dir: cannot write {path} ({error.strerror}); free some space and resume"
+            ) from error
 
     def _show(self, entries: list[dict[str, Any]]) -> None:
         self._bar.set_postfix(loss=f"{entries[-1]['loss']:.4g}")

@@ -82,7 +82,6 @@ class RetainSource(ABC):
     def batches(self, step: KeyStep, timestep: int) -> list[RetainBatch]:
         """This rank's micro-batches; ``timestep`` is that of the unlearning window."""
 
-
     def state_dict(self) -> dict:
         """What a checkpoint needs; pictures are made again."""
         return {}
@@ -133,7 +132,6 @@ class TrajectorySource(RetainSource):
         if step.continues:
             self.rollout.walk(step.index)
         return batches
-
 
     def state_dict(self) -> dict:
         """The trajectories."""
@@ -193,8 +191,8 @@ def anchor_prompts(book: PromptBook) -> list[str]:
 
 @torch.no_grad()
 def generate_pool(cfg: Config, models: Predictors, book: PromptBook, prompts: Sequence[str]) -> Pool:
-    """Latents that the frozen model draws for the prompts; no VAE is involved. ``retain_prompts`` in a shuffled order,
-    each as often as the others."""
+    """Latents that the frozen model draws for the prompts; no VAE is involved. Prompts take turns in a
+    shuffled order, each as often as the others."""
     retain, backbone = cfg.retain, models.backbone
     order = random.Random(f"{cfg.seed}:pool")
     chosen: list[str] = []

@@ -1,7 +1,7 @@
 """Planning: what a run will need of memory and of U-Net evaluations, before any weights are loaded.
 
     from fastunlearn.planning.plan import make_plan, read_model
-    plan = make_plan(config, read_model(config), world_size=1)
+    plan = make_plan(config, 1, read_model(config))
 
 What this is not: a measurement. Nothing here is imported by the update loop.
 """

@@ -59,14 +59,15 @@ def _left_for_sampler(method: Method, step: KeyStep) -> int:
 
 
 def _pool(cfg: Config, method: Method) -> int:
-    """Every rank draws the whole pool of pictures for itself, guided; DoCo's windows and retain set share one."""
+    """Every rank draws the whole pool of pictures for itself, guided."""
     retain = cfg.retain
-    pictures = 2 * retain.num_images * retain.num_inference_steps
-    drawn = 0 if method.trajectories else pictures
-    if cfg.retains and cfg.retain_source in ("generated", "anchors"):
-        shared = not method.trajectories and cfg.retain_source == "anchors"
-        drawn += 0 if shared else pictures
-    return drawn
+    return pools(cfg, method) * 2 * retain.num_images * retain.num_inference_steps
+
+
+def pools(cfg: Config, method: Method) -> int:
+    """How many pools of pictures are drawn: for DoCo's windows, and for a retain set that does not share them."""
+    source = cfg.retain_source if cfg.retains else None
+    return (not method.trajectories) + (source == "generated" or (source == "anchors" and method.trajectories))
 
 
 def _add_retain(cfg: Config, count: Evaluations, step: KeyStep, rows: int) -> None:

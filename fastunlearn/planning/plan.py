@@ -25,7 +25,7 @@ from fastunlearn.methods import build_method
 from fastunlearn.methods.doco import shown_channels
 from fastunlearn.optimizers import parameter_groups
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
-from fastunlearn.planning.evaluations import count_evaluations, teacher_conditions, trained_conditions
+from fastunlearn.planning.evaluations import count_evaluations, pools, teacher_conditions, trained_conditions
 from fastunlearn.planning.states import Row, Sizes, peak, worst_rank
 from fastunlearn.predictors import Evaluations
 from fastunlearn.preflight import COMPONENTS, FIELD, check_safetensors, is_hub_id
@@ -173,8 +173,7 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
         pictures = len(retained)
     elif cfg.retains:
         retained = retain_prompts(cfg)
-    if cfg.method == "doco" or (cfg.retains and cfg.retain_source in ("generated", "anchors")):
-        pictures += cfg.retain.num_images
+    pictures += pools(cfg, build_method(cfg)) * cfg.retain.num_images
     texts = len(build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained).texts)
     width = 2 if cfg.model.mixed_precision == "bf16" and cfg.zero.stage > 0 else 4
     embeddings = texts * model.tokens * config["cross_attention_dim"] * width

@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastunlearn.config import Config
-from fastunlearn.optimizers import MAX_GROUP_NUMEL
 
 PHASES = ("backward", "reduce", "keep", "project", "update")
 BLOCK = 256  # elements that share an absmax, in the kept gradient and in bitsandbytes' state
 FP32 = 4
 SMALLEST_IN_8_BIT = 4096  # elements; below, bitsandbytes keeps 32-bit state
 SMALLEST_PAGED = 100_000
-SUB_GROUP = MAX_GROUP_NUMEL  # stage 3 cuts its groups at this many elements of a rank; see zero.py
 LIVE_PARAMETERS = 10**9  # and gathers at most so many at a time
 PLAIN_REDUCTION = 500_000_000  # elements that stage 0 copies for a reduction
 ALIGNMENT = 2  # elements per rank to which stages 1 and 2 pad a group
@@ -77,17 +75,8 @@ def rank_parts(sizes: Sizes, stage: int, world: int, rank: int) -> list[Part]:
         return [Part(bits, n, (n,), n) for bits, numels in sizes.groups for n in numels]
     if stage < 3:
         return [_flat_part(bits, numels, world, rank) for bits, numels in sizes.groups]
-    parts = []
-    for bits, numels in sizes.groups:
-        pieces: list[int] = []
-        for n in numels:
-            pieces.append(-(-n // world))
-            if sum(pieces) >= SUB_GROUP:
-                parts.append(Part(bits, sum(pieces), tuple(pieces), sum(pieces)))
-                pieces = []
-        if pieces:
-            parts.append(Part(bits, sum(pieces), tuple(pieces), sum(pieces)))
-    return parts
+    pieces = [(bits, tuple(-(-n // world) for n in numels)) for bits, numels in sizes.groups]
+    return [Part(bits, sum(own), own, sum(own)) for bits, own in pieces]
 
 
 def _flat_part(bits: int, numels: Sequence[int], world: int, rank: int) -> Part:
