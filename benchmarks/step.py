@@ -107,7 +107,7 @@ def literal(surgery: Any) -> Callable[..., Any]:
 
     def project(pieces: list[Any], *_: Any) -> Figures:
         table = torch.zeros(len(pieces), 3, dtype=torch.float64)
-        for i, (piece, retain) in enumerate(zip(pieces, surgery._kept, strict=True)):
+        for i, (piece, retain) in enumerate(zip(pieces, surgery.kept._kept, strict=True)):
             u, r = piece.tensor, retain.to(piece.tensor.dtype)
             dot = torch.dot(u, r)
             if dot < 0:

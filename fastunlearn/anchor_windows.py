@@ -71,7 +71,7 @@ class AnchorWindows:
             )
 
     def _time(self, draw: random.Random, step: KeyStep, count: int) -> int:
-        """Uniform over the noise schedule, or over the sampler's steps from the key step on."""
+        """Uniform over the noise schedule from the smallest on, or over the sampler's steps from the key step on."""
         if self.cfg.doco.timesteps == "uniform":
-            return draw.randrange(count)
+            return draw.randrange(min(self.cfg.doco.min_timestep, count - 1), count)
         return draw.choice(self.timesteps[step.index :])

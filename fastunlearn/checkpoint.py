@@ -24,7 +24,7 @@ import torch
 
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
-from fastunlearn.zero import Engine, World, barrier
+from fastunlearn.zero import World, barrier
 
 NAME = re.compile(r"checkpoint-(\d+)$")
 # What may differ between a run and its continuation without changing the weights that come out.
@@ -118,7 +118,15 @@ class Part(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def save_checkpoint(cfg: Config, world: World, engine: Engine, parts: Mapping[str, Part], position: Position) -> Path:
+class Saved(Protocol):
+    """An engine, as far as a checkpoint is concerned."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+def save_checkpoint(cfg: Config, world: World, engine: Saved, parts: Mapping[str, Part], position: Position) -> Path:
     """Write ``checkpoint-<update>`` and drop the oldest beyond the limit. Collective."""
     final = Path(cfg.output_dir) / f"checkpoint-{position.update}"
     partial = final.with_name(f"{final.name}.partial")
@@ -142,7 +150,7 @@ def save_checkpoint(cfg: Config, world: World, engine: Engine, parts: Mapping[st
     return final
 
 
-def load_checkpoint(folder: Path, world: World, engine: Engine, parts: Mapping[str, Part]) -> Position:
+def load_checkpoint(folder: Path, world: World, engine: Saved, parts: Mapping[str, Part]) -> Position:
     """Restore engine and parts, and return where the run stands. Collective."""
     engine.load(folder)
     saved_parts = folder / f"parts-rank-{world.rank}.pt"

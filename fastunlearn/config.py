@@ -31,6 +31,7 @@ from fastunlearn.config_sections import (
     EsdConfig,
     EvaluationConfig,
     ExportConfig,
+    FusedConfig,
     KscuConfig,
     ModelConfig,
     OptimizerConfig,
@@ -41,6 +42,7 @@ from fastunlearn.config_sections import (
     SamplerConfig,
     Section,
     SurgeryConfig,
+    TeacherConfig,
     TrainConfig,
     Words,
     ZeroConfig,
@@ -55,6 +57,7 @@ __all__ = [
     "EsdConfig",
     "EvaluationConfig",
     "ExportConfig",
+    "FusedConfig",
     "KscuConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "RetainConfig",
     "SamplerConfig",
     "SurgeryConfig",
+    "TeacherConfig",
     "TrainConfig",
     "ZeroConfig",
     "concept_kind",
@@ -82,6 +86,8 @@ class Config(Section):
 
     method: Literal["kscu", "esd", "doco"] = "kscu"
     """The erasure method."""
+    engine: Literal["zero", "fused"] = "zero"
+    """zero: DeepSpeed, on any number of GPUs; fused: one GPU, layers projected and stepped as their gradients come."""
     concepts: list[Concept] = Field(default_factory=list)
     """What to erase: strings, or tables {name, anchor, kind}."""
     keep: list[Words] = Field(default_factory=list)
@@ -105,6 +111,8 @@ class Config(Section):
     surgery: SurgeryConfig = SurgeryConfig()
     retain: RetainConfig = RetainConfig()
     zero: ZeroConfig = ZeroConfig()
+    fused: FusedConfig = FusedConfig()
+    teacher: TeacherConfig = TeacherConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -143,6 +151,16 @@ class Config(Section):
         """``retain.timesteps`` with auto filled in."""
         auto = "uniform" if self.method == "doco" else "key"
         return auto if self.retain.timesteps == "auto" else self.retain.timesteps
+
+    @property
+    def zero_stage(self) -> int:
+        """What is sharded; 0 under the fused engine."""
+        return self.zero.stage if self.engine == "zero" else 0
+
+    @property
+    def bf16_weights(self) -> bool:
+        """Whether the U-Net is held in bf16. ZeRO-0 has no fp32 masters: there it stays fp32, under autocast."""
+        return self.model.mixed_precision == "bf16" and (self.zero_stage > 0 or self.engine == "fused")
 
     @property
     def uses_minicanvas(self) -> bool:

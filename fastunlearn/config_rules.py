@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from fastunlearn.config_engine_rules import check_engine, check_ranks
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.keysteps import scale_start
 
@@ -122,7 +123,7 @@ def check_config(cfg: Config) -> None:
         _check_minicanvas_names(cfg)
     resolved_scope(cfg)
     _check_prompts(cfg.prompts)
-    _check_optimizer(cfg)
+    check_engine(cfg)
     _check_doco(cfg)
     _check_surgery(cfg)
     _check_evaluation(cfg)
@@ -137,6 +138,7 @@ def check_runtime(cfg: Config, world_size: int, cpu_count: int | None, has_gpu: 
     cores = cpu_count if cpu_count is not None else len(os.sched_getaffinity(0))
     if world_size < 1:
         raise UserError(f"num_gpus: {world_size} ranks; at least 1 is needed")
+    check_ranks(cfg, world_size)
     if not has_gpu and world_size > cores:
         raise UserError(
             f"num_gpus: {world_size} ranks are too many for {cores} CPU cores and no GPU; allowed are 1 to {cores}"
@@ -271,32 +273,15 @@ def _check_doco(cfg: Config) -> None:
                 f"concepts: {concept.name!r} has no anchor; method 'doco' draws pictures of what is to take its place, "
                 "so give the concept an anchor, or prompts.anchor_templates"
             )
+    if cfg.doco.timesteps == "key" and cfg.doco.min_timestep > 0:
+        raise UserError(
+            f"doco.min_timestep: {cfg.doco.min_timestep} is for uniform timesteps; key ones have an end of their own. "
+            "Drop it, or set doco.timesteps to 'uniform'"
+        )
     if cfg.doco.discriminator_warmup >= resolved_steps(cfg):
         raise UserError(
             f"doco.discriminator_warmup: {cfg.doco.discriminator_warmup} leaves no update for the model; "
             f"train.max_train_steps is {resolved_steps(cfg)}"
-        )
-
-
-def _check_optimizer(cfg: Config) -> None:
-    if cfg.zero.grad_accum_dtype == "fp32" and cfg.model.mixed_precision == "bf16" and cfg.zero.stage == 1:
-        raise UserError(
-            "zero.grad_accum_dtype: 'fp32' with model.mixed_precision 'bf16' at zero.stage 1 would keep whole fp32 "
-            "gradients on every rank; use 'auto', or zero.stage 2 or 3"
-        )
-    if cfg.zero.offload_optimizer == "none":
-        return
-    if cfg.zero.stage == 0:
-        raise UserError("zero.offload_optimizer: 'cpu' needs sharded state; set zero.stage to 1, 2 or 3, or use 'none'")
-    if cfg.optimizer.name == "paged_adamw8bit":
-        raise UserError(
-            "zero.offload_optimizer: 'cpu' and optimizer.name 'paged_adamw8bit' both move the state to host memory; "
-            "use 'none' with the paged optimizer, or optimizer.name 'adamw'"
-        )
-    if cfg.optimizer.name == "adamw8bit":
-        raise UserError(
-            "zero.offload_optimizer: 'cpu' would step 8-bit state on the CPU, where bitsandbytes has no fast path; "
-            "use optimizer.name 'adamw', or 'none' with 'paged_adamw8bit'"
         )
 
 

@@ -165,6 +165,8 @@ class DocoConfig(Section):
     """Updates in which only the discriminator learns."""
     timesteps: Literal["uniform", "key"] = "uniform"
     """Timesteps of the noised pictures: all, or the sampler's from the key step on, where estimates are less loud."""
+    min_timestep: Annotated[int, Field(ge=0, lt=1000)] = 0
+    """Smallest of the uniform timesteps. Larger: only the noisy end, where what a prompt asks for is settled."""
     guidance_scale: Annotated[float, Field(ge=1)] = 1.0
     """Guidance of the predictions that the discriminator compares; 1: the published rule, at which it sees least."""
     stop_bos_gradient: bool = False
@@ -235,6 +237,23 @@ class ZeroConfig(Section):
     """In which type gradients are accumulated; auto: that of the computation. fp32 with bf16 needs stage 2 or 3."""
     overlap_comm: bool = False
     """Reduce gradients while the backward pass still runs; needs a second bucket."""
+
+
+class FusedConfig(Section):
+    """The fused engine: one GPU, no sharding, no whole gradient."""
+
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep the optimizer's moments in host memory and bring them layer by layer."""
+
+
+class TeacherConfig(Section):
+    """The frozen original of what is trained."""
+
+    storage: Literal["exact", "int8", "fp8"] = "exact"
+    """exact: in the type of the computation; int8 or fp8: half of bf16, brought back layer by layer. The error that
+    this makes in the targets is measured before training."""
+    max_error: Annotated[float, Field(gt=0)] = 0.02
+    """Largest error of a target that is accepted, relative to the prediction, at any timestep that is measured."""
 
 
 class CheckpointConfig(Section):

@@ -34,8 +34,7 @@ def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
     }
-    # Stage 0 has no sharded fp32 master weights: there the weights stay fp32 and the calls run under autocast.
-    if cfg.model.mixed_precision == "bf16" and cfg.zero.stage > 0:
+    if cfg.bf16_weights:
         result["bf16"] = {"enabled": True}
         result["data_types"] = {"grad_accum_dtype": "bf16"}
     if cfg.zero.grad_accum_dtype == "fp32":

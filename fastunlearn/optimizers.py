@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastunlearn.config import OptimizerConfig
+from fastunlearn_kernels import AdamW8bit
 
 # bitsandbytes keeps the state of tensors below this size in 32 bits. ZeRO flattens a whole group into one tensor, so
 # norms and biases need a group of their own to keep that protection.
@@ -21,13 +22,18 @@ SMALL_TENSOR_NUMEL = 4096
 MAX_GROUP_NUMEL = 2**30
 
 
+def is_small(numel: int) -> bool:
+    """Whether a tensor of this size is a norm or a bias, and its moments stay in 32 bits."""
+    return numel < SMALL_TENSOR_NUMEL
+
+
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict]:
     """Split trainable parameters into groups: small tensors apart, and no group above ``MAX_GROUP_NUMEL`` elements."""
     small: list[nn.Parameter] = []
     large: list[list[nn.Parameter]] = [[]]
     filled = 0
     for _, parameter in named_parameters:
-        if parameter.numel() < SMALL_TENSOR_NUMEL:
+        if is_small(parameter.numel()):
             small.append(parameter)
             continue
         if filled + parameter.numel() > MAX_GROUP_NUMEL and large[-1]:
@@ -65,6 +71,47 @@ def build_optimizer(groups: list[dict], config: OptimizerConfig, learning_rate: 
 
     kind = bnb.optim.PagedAdamW8bit if config.name == "paged_adamw8bit" else bnb.optim.AdamW8bit
     return kind(groups, **options)
+
+
+def fused_optimizer(
+    parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate: float, seed: int
+) -> AdamW8bit:
+    """The kernel package's AdamW, for the fused engine: moments in 8 bits, small tensors apart, or in fp32."""
+    group = {"params": parameters, "bits": 32 if config.name == "adamw" else 8}
+    return AdamW8bit(
+        [group], learning_rate, (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
+        config.adam_weight_decay, min_8bit_size=SMALL_TENSOR_NUMEL, seed=seed,
+    )  # fmt: skip
+
+
+class HostMoments:
+    """Moves the moments of one optimizer between host and device, around its step."""
+
+    KEYS = ("state1", "state2", "absmax1", "absmax2")
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._host: dict[tuple[int, str], torch.Tensor] = {}
+
+    def fetch(self, device: torch.device) -> None:
+        """Before the step: to the device."""
+        for state in self._optimizer.state.values():
+            for key in self.KEYS:
+                if key in state:
+                    state[key] = state[key].to(device, non_blocking=True)
+
+    def put_back(self) -> None:
+        """After the step: into the same host memory each time, page-locked where there is a GPU. The host does not wait
+        for the copies; the next ``fetch`` comes after them in the device's order."""
+        for parameter, state in self._optimizer.state.items():
+            for key in self.KEYS:
+                if key not in state:
+                    continue
+                own = self._host.get((id(parameter), key))
+                if own is None:
+                    own = torch.empty_like(state[key], device="cpu", pin_memory=state[key].is_cuda)
+                    self._host[id(parameter), key] = own
+                state[key] = own.copy_(state[key], non_blocking=True)
 
 
 def keep_small_groups_in_32_bit(flat_groups: list[torch.Tensor], groups: list[dict]) -> None:

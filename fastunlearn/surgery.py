@@ -23,19 +23,10 @@ from torch import Tensor
 from fastunlearn.config import SurgeryConfig
 from fastunlearn.errors import UserError
 from fastunlearn.gradient_shards import Piece
+from fastunlearn.kept_gradient import KeptGradient
 from fastunlearn.zero import World, sum_over_ranks
-from fastunlearn_kernels import (
-    Plan,
-    Quantized,
-    Segments,
-    blockwise_dequantize,
-    blockwise_quantize,
-    surgery_apply,
-    surgery_coefficients,
-    surgery_dots,
-)
+from fastunlearn_kernels import Plan, Segments, surgery_apply, surgery_coefficients, surgery_dots
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK = re.compile(r"((?:down|up)_blocks\.\d+\.[a-z]+\.\d+|mid_block\.[a-z]+\.\d+)")
 
 
@@ -83,6 +74,18 @@ class Figures:
         return self.table[:, 2].sum().sqrt()
 
 
+def coefficients(cfg: SurgeryConfig, table: Tensor, bias_correction: float, max_norm: float | None) -> Plan:
+    """What the configured projection does with a table of inner products."""
+    return surgery_coefficients(
+        table,
+        strength=0.0 if cfg.projection == "none" else cfg.strength,
+        two_sided=cfg.two_sided,
+        released=cfg.projection == "released",
+        rho=cfg.rho / bias_correction,
+        max_norm=max_norm,
+    )
+
+
 class Surgery:
     """The retain gradient that is kept, and the projection."""
 
@@ -95,45 +98,28 @@ class Surgery:
         self.segments = list(dict.fromkeys(of_parameter))
         index = {segment: i for i, segment in enumerate(self.segments)}
         self._segment = {name: index[segment] for name, segment in zip(names, of_parameter, strict=True)}
-        self._kept: list[Tensor] | Quantized | None = None
-        self._windows = 0
+        self.kept = KeptGradient(cfg)
         self._skipped = 0
         self.skipped = 0
 
     def keep(self, pieces: list[Piece]) -> None:
-        """Take over a retain gradient, into its running mean if there is one, in the dtype and place configured."""
-        fresh = [piece.tensor for piece in pieces]
-        decay = self.cfg.retain_ema
-        if decay and self._kept is not None:
-            means = self._loaded(fresh)
-            fresh = [mean.lerp(new.to(mean.dtype), 1 - decay) for mean, new in zip(means, fresh, strict=True)]
-        elif decay:
-            fresh = [(1 - decay) * new.to(torch.float32) for new in fresh]
-        self._windows += 1
-        self._kept = self._stored(fresh)
+        """Take over a retain gradient."""
+        self.kept.keep([piece.tensor for piece in pieces])
 
     def project(self, pieces: list[Piece], second_moments: list[Tensor] | None, epsilon: float) -> Figures:
         """Edit this rank's unlearning gradient in place. Collective."""
         unlearn = [piece.tensor for piece in pieces]
         segments = self._cut(pieces)
-        retain = self._on_device(unlearn)
+        retain = self.kept.at(unlearn[0].device if unlearn else self.world.device)
         weighted = self.cfg.metric == "optimizer" and second_moments is not None
         table = surgery_dots(
             unlearn, retain, segments, second_moment=second_moments if weighted else None, eps=epsilon
         )
         if self.sharded:  # with offload the gradients are on the host, where the group of a GPU run has no backend
             table = sum_over_ranks(table.to(self.world.device)).to(table.device)
-        plan = surgery_coefficients(
-            table,
-            strength=0.0 if self.cfg.projection == "none" else self.cfg.strength,
-            two_sided=self.cfg.two_sided,
-            released=self.cfg.projection == "released",
-            rho=self.cfg.rho / self._bias_correction(),
-            max_norm=self.max_grad_norm or None,
-        )
+        plan = coefficients(self.cfg, table, self.kept.bias_correction, self.max_grad_norm or None)
         surgery_apply(unlearn, retain, segments, plan)
-        if not self.cfg.retain_ema:
-            self._kept = None  # the optimizer's step is where memory peaks; the next window makes a new one
+        self.kept.release()
         return Figures(table, plan)
 
     def is_finite(self, figures: Figures) -> bool:
@@ -147,8 +133,8 @@ class Surgery:
             return True
         self._skipped += 1
         self.skipped += 1
-        if self.cfg.retain_ema and not bool(figures.retain_grad_norm.isfinite()):
-            self._kept, self._windows = None, 0  # it would never leave the running mean
+        if not bool(figures.retain_grad_norm.isfinite()):
+            self.kept.forget()
         if self._skipped >= self.cfg.max_skipped_updates:
             raise UserError(
                 f"the unlearning or the retain gradient was not finite in {self._skipped} updates in a row "
@@ -158,55 +144,13 @@ class Surgery:
         return False
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The running mean, if there is one; without one each update makes its retain gradient anew."""
-        if not self.cfg.retain_ema or self._kept is None:
-            return {}
-        return {f"retain.{i}": tensor.cpu() for i, tensor in enumerate(self._dequantized(torch.float32))} | {
-            "windows": torch.tensor(self._windows)
-        }
+        """The running mean of the retain gradient, if there is one."""
+        return self.kept.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue a saved running mean."""
-        if not state:
-            return
-        self._windows = int(state["windows"])
-        self._kept = self._stored([state[f"retain.{i}"].to(self.world.device) for i in range(len(state) - 1)])
+        """Continue it."""
+        self.kept.load_state_dict(state, self.world.device)
 
     def _cut(self, pieces: list[Piece]) -> Segments:
         rows = tuple((i, 0, piece.tensor.numel(), self._segment[piece.name]) for i, piece in enumerate(pieces))
         return Segments(rows, len(self.segments))
-
-    def _bias_correction(self) -> float:
-        """A running mean that starts at zero is too small by this factor."""
-        return 1.0 - self.cfg.retain_ema**self._windows if self.cfg.retain_ema else 1.0
-
-    def _stored(self, tensors: list[Tensor]) -> list[Tensor] | Quantized:
-        place = torch.device("cpu") if self.cfg.retain_device == "host" else None
-        if self.cfg.retain_dtype == "int8":
-            # Rounding to nearest would never let a running mean take a step smaller than half a code.
-            kept = blockwise_quantize(tensors, stochastic=bool(self.cfg.retain_ema), seed=self._windows)
-            return kept if place is None else Quantized(_moved(kept.codes, place), _moved(kept.absmax, place))
-        if self.cfg.retain_dtype != "auto":
-            tensors = [tensor.to(DTYPES[self.cfg.retain_dtype]) for tensor in tensors]
-        return tensors if place is None else _moved(tensors, place)
-
-    def _on_device(self, like: list[Tensor]) -> list[Tensor] | Quantized:
-        """The kept gradient where the unlearning gradient lies."""
-        if self._kept is None:
-            raise RuntimeError("project() before keep(): there is no retain gradient yet")
-        place = like[0].device if like else self.world.device
-        if isinstance(self._kept, Quantized):
-            return Quantized(_moved(self._kept.codes, place), _moved(self._kept.absmax, place))
-        return _moved(self._kept, place)
-
-    def _loaded(self, like: list[Tensor]) -> list[Tensor]:
-        return _moved(self._dequantized(torch.float32), like[0].device) if like else []
-
-    def _dequantized(self, dtype: torch.dtype) -> list[Tensor]:
-        if isinstance(self._kept, Quantized):
-            return blockwise_dequantize(self._kept, dtype)
-        return [tensor.to(dtype) for tensor in self._kept or []]
-
-
-def _moved(tensors: Sequence[Tensor], place: torch.device) -> list[Tensor]:
-    return [tensor.to(place, non_blocking=True) for tensor in tensors]

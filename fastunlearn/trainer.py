@@ -27,6 +27,7 @@ from fastunlearn.backbone import (
 )
 from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpoint, save_checkpoint
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.fused import FusedEngine
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.methods import Method, build_method
 from fastunlearn.predictors import Evaluations, Predictors
@@ -60,7 +61,7 @@ class Run:
     table: list[KeyStep]
     models: Predictors
     rollout: Rollout | AnchorWindows
-    engine: Engine
+    engine: Engine | FusedEngine
     surgery: Surgery | None = None
     retain: RetainSource | None = None
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
@@ -119,32 +120,38 @@ def prepare(cfg: Config, world: World) -> Run:
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
         run.retain = build_source(cfg, models, book, world, pictures)
-        run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
+        run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero_stage > 0)
     if resume is not None:
         _resume(run, resume)
     return run
 
 
 def weights_dtype(cfg: Config) -> torch.dtype:
-    """In which the U-Net is held: bf16 beside sharded fp32 master weights; fp32 otherwise, also under autocast."""
-    return torch.bfloat16 if cfg.model.mixed_precision == "bf16" and cfg.zero.stage > 0 else torch.float32
+    """In which the U-Net is held."""
+    return torch.bfloat16 if cfg.bf16_weights else torch.float32
 
 
-def shard(cfg: Config, backbone: Backbone, originals: Mapping[str, Tensor], world: World) -> tuple[Predictors, Engine]:
-    """The student under DeepSpeed, and its frozen original. ``originals``: the trained tensors before any cast."""
+def shard(
+    cfg: Config, backbone: Backbone, originals: Mapping[str, Tensor], world: World
+) -> tuple[Predictors, Engine | FusedEngine]:
+    """The student under its engine, and its frozen original. ``originals``: the trained tensors before any cast."""
     unet = backbone.unet.train()
-    rounded = weights_dtype(cfg) != torch.float32
-    backbone.autocast = cfg.model.mixed_precision == "bf16" and not rounded
+    backbone.autocast = cfg.model.mixed_precision == "bf16" and not cfg.bf16_weights
     if cfg.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     attention = install_attention(unet, cfg.model.attention)
     if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
         stop_first_token_gradient(unet)
-    teacher = Teacher(unet, list(originals), whole_copy=cfg.zero.stage == 3)
-    engine = Engine(unet, cfg, world, originals if rounded else None)
+    teacher = Teacher(unet, list(originals), whole_copy=cfg.zero_stage == 3)
+    engine: Engine | FusedEngine
+    if cfg.engine == "fused":
+        engine = FusedEngine(unet, cfg, world)
+    else:
+        engine = Engine(unet, cfg, world, originals if cfg.bf16_weights else None)
     if world.is_main:
         count = sum(p.numel() for p in originals.values())
-        how = f"{attention}; kernels: {describe(world.device)}; ZeRO-{cfg.zero.stage}"
+        sharding = "fused engine" if cfg.engine == "fused" else f"ZeRO-{cfg.zero.stage}"
+        how = f"{attention}; kernels: {describe(world.device)}; {sharding}"
         print(f"{cfg.method}: {len(originals)} tensors, {count:,} parameters trained; {how}")
     return Predictors(backbone, engine, engine.sampler, teacher), engine
 
@@ -217,27 +224,31 @@ def one_update(run: Run, step: KeyStep) -> Update:
 
 
 def apply_gradient(run: Run) -> Figures | None:
-    """Project, clip and step; without surgery, step."""
+    """Project, clip and step; without surgery, step. The fused engine has done all that, and is asked what it saw."""
+    engine = run.engine
     if run.surgery is None:
-        run.engine.step()
+        engine.step()
         return None
-    second_moments = run.engine.second_moments() if run.cfg.surgery.metric == "optimizer" else None
-    figures = run.surgery.project(run.engine.gradient(), second_moments, run.cfg.optimizer.adam_epsilon)
-    if run.surgery.is_finite(figures):
-        run.engine.step(figures.plan.norm)
+    if engine.steps_in_backward:
+        figures = engine.figures()
     else:
-        run.engine.skip_step()
+        second_moments = engine.second_moments() if run.cfg.surgery.metric == "optimizer" else None
+        figures = run.surgery.project(engine.gradient(), second_moments, run.cfg.optimizer.adam_epsilon)
+    if run.surgery.is_finite(figures):
+        engine.step(figures.plan.norm)
+    else:
+        engine.skip_step()
     return figures
 
 
 def retain_window(run: Run, step: KeyStep) -> list[Tensor]:
-    """The gradient of what must be kept, handed to the surgery as this rank's shard of it."""
+    """The gradient of what must be kept, put aside as this rank's shard of it."""
     assert run.surgery is not None and run.retain is not None
     losses = []
     batches = run.retain.batches(step, run.rollout.timesteps[step.index])
-    for number, batch in enumerate(batches, start=1):
-        loss = retain_loss(run.models, batch, run.cfg.retain.target)
-        run.engine.backward(loss, last=number == len(batches))
-        losses.append(loss.detach())
-    run.surgery.keep(run.engine.take_gradient())
+    with run.engine.retain_window(run.surgery):
+        for number, batch in enumerate(batches, start=1):
+            loss = retain_loss(run.models, batch, run.cfg.retain.target)
+            run.engine.backward(loss, last=number == len(batches))
+            losses.append(loss.detach())
     return losses

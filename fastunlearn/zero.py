@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -99,8 +100,16 @@ def sum_over_ranks(table: Tensor) -> Tensor:
     return total
 
 
+class Keeper(Protocol):
+    """What takes over a retain gradient: ``surgery.Surgery``."""
+
+    def keep(self, pieces: list[Piece]) -> None: ...
+
+
 class Engine:
     """The student U-Net under DeepSpeed. Call it like the U-Net."""
+
+    steps_in_backward: Literal[False] = False
 
     def __init__(
         self, unet: nn.Module, cfg: Config, world: World, originals: Mapping[str, Tensor] | None = None
@@ -161,6 +170,12 @@ class Engine:
         rank holds the mean over ranks of its own part."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
+
+    @contextlib.contextmanager
+    def retain_window(self, surgery: Keeper) -> Iterator[None]:
+        """Inside, gradients are those of what must be kept: at the end ``surgery`` takes this rank's shard of them."""
+        yield
+        surgery.keep(self.take_gradient())
 
     def take_gradient(self) -> list[Piece]:
         """This rank's part of the window's gradient, out of the engine's hands: the next window starts from nothing."""

@@ -37,7 +37,7 @@ from fastunlearn.retain_prompts import retain_prompts
 from fastunlearn.rollout import Layout
 from fastunlearn.surgery import Surgery
 from fastunlearn.trainer import Run, build_windows, shard, weights_dtype
-from fastunlearn.zero import World, connect
+from fastunlearn.zero import Engine, World, connect
 
 WORLD = 2
 SCOPE = "full"  # of the tiny U-Net, so that there are partitions large enough for 8-bit state
@@ -132,7 +132,7 @@ def held(cfg: Config, world: World) -> dict[str, int]:
     run.engine.step()  # which makes the optimizer's state
     found = {"keep_peak": _retain(run, step)}
     assert run.surgery is not None
-    kept: Any = run.surgery._kept
+    kept: Any = run.surgery.kept._kept
     found["kept"] = storage_bytes([*kept.codes, *kept.absmax] if hasattr(kept, "codes") else kept or [])
     _unlearn(run, step)
     found |= _states(run)
@@ -150,8 +150,13 @@ def _retain(run: Run, step: KeyStep) -> int:
     for number, batch in enumerate(batches, start=1):
         run.engine.backward(retain_loss(run.models, batch, "noise"), last=number == len(batches))
     with LiveBytes(_all_tensors()) as live:
-        run.surgery.keep(run.engine.take_gradient())
+        run.surgery.keep(_engine(run).take_gradient())
     return live.peak
+
+
+def _engine(run: Run) -> Engine:
+    assert isinstance(run.engine, Engine)
+    return run.engine
 
 
 def _all_tensors() -> list[Tensor]:
@@ -167,11 +172,11 @@ def _unlearn(run: Run, step: KeyStep) -> None:
 
 
 def _states(run: Run) -> dict[str, int]:
-    engine, stage = run.engine.engine, run.cfg.zero.stage
+    engine, stage = _engine(run).engine, run.cfg.zero.stage
     optimizer, module = engine.optimizer, engine.module
     parameters = list(module.parameters())
     weights = [p.ds_tensor if stage == 3 else p for p in parameters]
-    flats = run.engine._shards._flat_partitions() if stage else []
+    flats = _engine(run)._shards._flat_partitions() if stage else []
     teacher: Any = run.models._teacher
     copies = [] if teacher._swap else list(teacher._module.parameters())
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -192,7 +197,7 @@ def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 
 def _gradients(run: Run, optimizer: Any, stage: int, flats: list[Tensor]) -> Iterator[Tensor]:
-    yield from (piece.tensor for piece in run.engine.gradient())
+    yield from (piece.tensor for piece in _engine(run).gradient())
     if stage == 3:
         yield optimizer.grad_partitions_flat_buffer
     if run.cfg.zero.offload_optimizer == "cpu":

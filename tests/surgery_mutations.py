@@ -64,7 +64,7 @@ MUTATIONS = (
     ),
     Mutation("each rank projects by its own dots", SURGERY, "if self.sharded:", "if False:", "stage2-k1"),
     Mutation("all tensors share a coefficient", SURGERY, 'if granularity == "tensor":', "if False:", "stage1-k1"),
-    Mutation("no clipping", SURGERY, "max_norm=self.max_grad_norm or None", "max_norm=None", "stage1-k1"),
+    Mutation("no clipping", SURGERY, "self.max_grad_norm or None)", "None)", "stage1-k1"),
     Mutation(
         "every micro-batch counts as the last", ZERO,
         "set_gradient_accumulation_boundary(last)", "set_gradient_accumulation_boundary(True)", "stage1-k2",

@@ -175,7 +175,7 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
         retained = retain_prompts(cfg)
     pictures += pools(cfg, build_method(cfg)) * cfg.retain.num_images
     texts = len(build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained).texts)
-    width = 2 if cfg.model.mixed_precision == "bf16" and cfg.zero.stage > 0 else 4
+    width = 2 if cfg.bf16_weights else 4
     embeddings = texts * model.tokens * config["cross_attention_dim"] * width
     latents = pictures * config["in_channels"] * side * side * 4
     rows = [Row("prompt embeddings and latents", embeddings + latents)]
@@ -223,7 +223,7 @@ def _windows(cfg: Config, model: Model, scope: str) -> list[tuple[str, int, int]
 
 def _activations(cfg: Config, model: Model, scope: str, rows: int) -> Activations:
     half = cfg.model.mixed_precision == "bf16"
-    autocast = half and cfg.zero.stage == 0
+    autocast = half and not cfg.bf16_weights
     shape = Shape(
         latent_side(cfg, model), model.tokens, torch.bfloat16 if half and not autocast else torch.float32, autocast,
         cfg.model.gradient_checkpointing, cfg.model.attention == "eager",

@@ -96,11 +96,10 @@ class StateMemory:
 
     def __init__(self, cfg: Config, sizes: Sizes, world: int, rank: int) -> None:
         self.cfg, self.sizes, self.world = cfg, sizes, world
-        self.stage = cfg.zero.stage
+        self.stage = cfg.zero_stage
         self.parts = rank_parts(sizes, self.stage, world, rank)
         self.offload = cfg.zero.offload_optimizer == "cpu"
-        half = cfg.model.mixed_precision == "bf16" and self.stage > 0  # at stage 0 the weights stay fp32
-        self.compute = 2 if half else FP32
+        self.compute = 2 if cfg.bf16_weights else FP32
         self.accumulate = FP32 if cfg.zero.grad_accum_dtype == "fp32" else self.compute
         self.owned = sum(part.numel for part in self.parts)
         self.exact = sum(sum(part.pieces) for part in self.parts)
