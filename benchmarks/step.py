@@ -47,9 +47,10 @@ def worker(args: argparse.Namespace) -> None:
     from fastunlearn.quiet import prepare_environment
 
     prepare_environment(cpu_threads=1)
+    from fastunlearn.assembly import prepare
     from fastunlearn.config import load_config
     from fastunlearn.memory import peak_memory_bytes
-    from fastunlearn.trainer import one_update, prepare
+    from fastunlearn.trainer import one_update
     from fastunlearn.zero import connect, disconnect
 
     sent, asked = count_bytes(), count_decisions()  # before DeepSpeed looks its collectives up

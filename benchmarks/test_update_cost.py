@@ -16,9 +16,10 @@ from fastunlearn.quiet import prepare_environment
 
 prepare_environment(cpu_threads=1)
 
+from fastunlearn.assembly import Run, prepare  # noqa: E402
 from fastunlearn.config import load_config  # noqa: E402  (torch must not be imported before the environment is set)
 from fastunlearn.keysteps import KeyStep  # noqa: E402
-from fastunlearn.trainer import Run, one_update, prepare  # noqa: E402
+from fastunlearn.trainer import one_update  # noqa: E402
 from fastunlearn.zero import World, connect, disconnect  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from fastunlearn.config import Config
+from fastunlearn.config import Config, first_student_update
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.predictors import Predictors
 from fastunlearn.prompts import UNCONDITIONAL, PromptBook
@@ -67,7 +67,7 @@ class AnchorWindows:
                 uncond=embeds.select([rows[UNCONDITIONAL]] * len(draws)),
                 augmented=False,
                 advance=False,
-                trains=step.update >= self.cfg.doco.discriminator_warmup,
+                trains=step.update >= first_student_update(self.cfg),
             )
 
     def _time(self, draw: random.Random, step: KeyStep, count: int) -> int:

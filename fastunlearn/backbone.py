@@ -1,35 +1,48 @@
-"""The model that is edited: loading SD and SDXL pipelines, prompt embeddings, added conditions, trainable scope.
+"""The model that is edited: prompt embeddings, added conditions, trainable scope.
 
 What this is: everything that knows how diffusers lays out a Stable Diffusion model. The rest of the package sees a
 ``Backbone`` that turns (latents, timestep, embeddings) into a prediction.
-What this is not: training. Nothing here has a gradient rule, a loss or an optimizer.
+What this is not: loading (``loading.py``, whose functions are offered here too), or training: nothing here has a
+gradient rule, a loss or an optimizer.
 
 Shapes: B batch, C latent channels, H W latent size, L tokens, D embedding width, P pooled width.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.utils.logging import disable_progress_bar
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastunlearn.config import ModelConfig
-from fastunlearn.errors import UserError
+from fastunlearn.loading import Pipeline, first_line, load_pipeline, load_unet, resolve_model, stored_dtype
 
-Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+__all__ = [
+    "SCOPES",
+    "Backbone",
+    "Pipeline",
+    "Predictor",
+    "PromptEmbeds",
+    "build_backbone",
+    "compute_in",
+    "ddim_scheduler",
+    "encode_prompts",
+    "first_line",
+    "load_pipeline",
+    "load_unet",
+    "resolve_model",
+    "set_trainable",
+    "stored_dtype",
+    "trainable_names",
+    "trained_tensors",
+]
+
 Predictor: TypeAlias = Callable[..., tuple[Tensor, ...]]
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -109,84 +122,11 @@ class Backbone:
         return out[0] if out[0].dtype == torch.float64 else out[0].float()
 
 
-def load_pipeline(
-    path: str | os.PathLike[str],
-    *,
-    unet_path: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype = torch.float32,
-    options: ModelConfig | None = None,
-) -> Pipeline:
-    """Load an SD or SDXL text-to-image pipeline from a folder, a hub id or "minicanvas", optionally with another U-Net.
-
-    Raises:
-        UserError: the model cannot be found or read, or is not an SD/SDXL text-to-image pipeline.
-    """
-    disable_progress_bar()  # the loading bars of seven small components say nothing
-    source = str(resolve_model(str(path)))
-    kwargs: dict = {"torch_dtype": dtype, "use_safetensors": True}
-    if options is not None:
-        kwargs |= {"revision": options.revision, "variant": options.variant}
-    kwargs["local_files_only"] = Path(source).exists() or bool(options and options.local_files_only)
-    if unet_path is not None:
-        kwargs["unet"] = load_unet(unet_path, dtype)
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.pretrained_model_name_or_path: cannot load {source!r}: {first_line(error)}") from error
-    # Exact classes: inpainting, refiner and other pipelines subclass or imitate these and need other inputs.
-    if type(pipeline) not in (StableDiffusionPipeline, StableDiffusionXLPipeline):
-        raise UserError(
-            f"model.pretrained_model_name_or_path: {source!r} is a {type(pipeline).__name__}; "
-            "StableDiffusionPipeline and StableDiffusionXLPipeline can be edited"
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_unet(folder: str | os.PathLike[str], dtype: torch.dtype) -> UNet2DConditionModel:
-    """A U-Net from a folder in diffusers format.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return UNet2DConditionModel.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"unet: cannot load {str(folder)!r}: {first_line(error)}") from error
-
-
-def resolve_model(name: str) -> str:
-    """Turn the embedded model's name into its folder; other names pass through."""
-    if name != "minicanvas":
-        return name
-    from fastunlearn.minicanvas import pipeline_path
-
-    return str(pipeline_path())
-
-
-def stored_dtype(model: ModelConfig) -> torch.dtype:
-    """The floating dtype in which the base U-Net's files hold most of their tensors; fp32 where it cannot be read."""
-    name = model.pretrained_model_name_or_path
-    folder = Path(resolve_model(name)) / "unet"
-    if not folder.is_dir():  # a hub model, loaded from the cache
-        return torch.float16 if model.variant == "fp16" else torch.float32
-    counts: Counter[torch.dtype] = Counter()
-    for file in folder.glob("*.safetensors"):
-        if (model.variant is None) == (file.name.count(".") == 1):
-            with safe_open(file, framework="pt") as weights:
-                counts.update(STORED[weights.get_slice(key).get_dtype()] for key in weights.keys())  # noqa: SIM118
-    return counts.most_common(1)[0][0] if counts else torch.float32
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error, for one-line messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 @torch.no_grad()
-def encode_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> PromptEmbeds:
+def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], device: torch.device | None = None) -> PromptEmbeds:
     """Embed prompts as the pipeline would at inference; the empty prompt becomes the pipeline's own unconditional.
+
+    ``device``: where the text encoders are; None: where the pipeline is.
 
     SDXL-base uses zeros for an empty prompt (``force_zeros_for_empty_prompt``), other pipelines encode the empty
     caption. What is erased relative to "nothing" must be what sampling later uses as "nothing".
@@ -195,7 +135,7 @@ def encode_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> PromptEmbeds:
     parts = []
     for prompt in prompts:
         encoded = pipeline.encode_prompt(
-            prompt=prompt, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompt=prompt, device=device or pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         hidden, pooled = encoded[0], encoded[2] if len(encoded) == 4 else None
         if prompt == "" and zeros:
@@ -213,13 +153,22 @@ def ddim_scheduler(pipeline: Pipeline) -> DDIMScheduler:
 def build_backbone(
     pipeline: Pipeline, prompts: Sequence[str], resolution: int | None, device: torch.device, dtype: torch.dtype
 ) -> Backbone:
-    """Embed all prompts of the run, then keep only what training needs: text encoders and VAE are not referenced."""
-    embeds = encode_prompts(pipeline, prompts).to(device, dtype)
+    """Embed all prompts of the run, then keep only what training needs: text encoders and VAE are not referenced.
+
+    The text encoders are on ``device`` only for that time: SDXL's have 0.8 G parameters.
+    """
+    encoders = [pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
+    encoders = [encoder for encoder in encoders if encoder is not None]
+    for encoder in encoders:
+        encoder.to(device)
+    embeds = encode_prompts(pipeline, prompts, device).to(device, dtype)
+    for encoder in encoders:
+        encoder.to("cpu")
     unet = pipeline.unet
     factor = pipeline.vae_scale_factor
     size = resolution // factor if resolution else unet.config["sample_size"]
     time_ids = None
-    if isinstance(pipeline, StableDiffusionXLPipeline):
+    if isinstance(pipeline, StableDiffusionXLPipeline):  # original size, upper left corner of the crop, target size
         pixels = float(size * factor)
         time_ids = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]], device=device)
     return Backbone(
@@ -229,6 +178,28 @@ def build_backbone(
         time_ids=time_ids,
         sample_shape=(unet.config["in_channels"], size, size),
     )
+
+
+def compute_in(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """Hold a U-Net in ``dtype`` and let it take and give what the rest of its pipeline is in, such as fp32.
+
+    A pipeline whose text encoders and VAE are in fp32 can then draw with it. It is for drawing only, not for training.
+    """
+    unet.to(dtype)
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cast(entry) for name, entry in value.items()}
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return tuple(cast(value) for value in args), cast(kwargs)
+
+    def after(_: nn.Module, args: tuple, kwargs: dict, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(value.float() for value in output)
+
+    unet.register_forward_pre_hook(before, with_kwargs=True)
+    unet.register_forward_hook(after, with_kwargs=True)
 
 
 SCOPES = ("attn2", "attn2_kv", "noxattn", "selfattn", "full")

@@ -1,4 +1,4 @@
-"""The ``fastunlearn`` command: ``train``, ``plan``, ``evaluate`` and ``minicanvas``.
+"""The ``fastunlearn`` command: ``train``, ``plan``, ``evaluate``, ``doctor`` and ``minicanvas``.
 
 What this is: dispatch, and the one place where a ``UserError`` becomes ``error: ...`` and exit status 2.
 What this is not: work. Torch and the rest are imported by the command that needs them, so that ``--help`` is instant.
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "erase concepts from a model",
     "plan": "say what a run will need of memory, and whether it fits",
     "evaluate": "measure what a run erased and what it kept",
+    "doctor": "say what this machine has for a run; make models with random weights",
     "minicanvas": "the embedded model: its folder, pictures from it, rebuilding it",
 }
 PLAN_USAGE = """usage: fastunlearn plan [--config FILE] [--num_gpus N] [--vram GIB] [--json] [--section.field VALUE ...]
@@ -71,6 +72,8 @@ def run(argv: list[str]) -> int:
         return plan(rest)
     if command == "evaluate":
         return evaluate(rest)
+    if command == "doctor":
+        return doctor(rest)
     if command == "minicanvas":
         return minicanvas(rest)
     raise UserError(f"{command!r}: unknown command; allowed are {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
@@ -172,6 +175,18 @@ def evaluate(argv: list[str]) -> int:
     from fastunlearn.scoring.command import run as run_evaluation
 
     return run_evaluation(args)
+
+
+def doctor(argv: list[str]) -> int:
+    """``fastunlearn doctor [--json] [--make-random KIND DIR ...]``."""
+    from fastunlearn import doctor as examination
+    from fastunlearn.quiet import prepare_environment
+
+    parser = Parser(prog="fastunlearn doctor", description=COMMANDS["doctor"], allow_abbrev=False)
+    examination.add_arguments(parser)
+    args = parser.parse_args(argv)
+    prepare_environment()
+    return examination.run(args)
 
 
 def minicanvas(argv: list[str]) -> int:

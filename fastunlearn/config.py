@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fastunlearn import config_rules, config_text
 from fastunlearn.config_rules import (
     concept_kind,
+    first_student_update,
     resolved_keep,
     resolved_scope,
     resolved_start,
@@ -72,6 +73,7 @@ __all__ = [
     "concept_kind",
     "config_from_arguments",
     "deepspeed_config",
+    "first_student_update",
     "load_config",
     "resolved_keep",
     "resolved_scope",

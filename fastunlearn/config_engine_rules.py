@@ -23,7 +23,10 @@ def check_engine(cfg: Config) -> None:
         _check_fused(cfg)
     else:
         _check_zero(cfg)
-    if cfg.teacher.storage != "exact" and cfg.zero_stage == 3:
+    _check_speed(cfg)
+    if cfg.teacher.storage == "cached":
+        _check_cached(cfg)
+    elif cfg.teacher.storage != "exact" and cfg.zero_stage == 3:
         raise UserError(
             f"teacher.storage: {cfg.teacher.storage!r} is for a teacher that shares the student's frozen tensors; at "
             "zero.stage 3 it is a sharded whole; use 'exact', or another stage"
@@ -38,6 +41,36 @@ def check_ranks(cfg: Config, world_size: int) -> None:
     """
     if cfg.engine == "fused" and world_size > 1:
         raise UserError(f"num_gpus: {world_size} ranks, and engine 'fused' has one; use 1, or engine 'zero'")
+
+
+def _check_speed(cfg: Config) -> None:
+    if cfg.model.compile != "no" and cfg.zero_stage == 3:
+        raise UserError(
+            f"model.compile: {cfg.model.compile!r} with zero.stage 3, which gathers each module's weights in hooks; "
+            "use 'no', or zero.stage 2"
+        )
+    if cfg.model.compile != "no" and cfg.teacher.storage in ("int8", "fp8"):
+        raise UserError(
+            f"model.compile: {cfg.model.compile!r} with teacher.storage {cfg.teacher.storage!r}, which brings weights "
+            "back in hooks; use 'no', or teacher.storage 'exact' or 'cached'"
+        )
+    if cfg.model.channels_last and cfg.zero_stage == 3:
+        raise UserError(
+            "model.channels_last: true with zero.stage 3, which flattens all weights; use false, or zero.stage 2"
+        )
+
+
+def _check_cached(cfg: Config) -> None:
+    if cfg.method == "doco":
+        raise UserError(
+            "teacher.storage: 'cached' is for methods that train on trajectories; 'doco' draws its samples anew in "
+            "every update; use 'int8' or 'exact'"
+        )
+    if cfg.retains and cfg.retain.target == "teacher":
+        raise UserError(
+            "teacher.storage: 'cached' leaves no frozen model for retain.target 'teacher'; set retain.target to "
+            "'noise', or use 'int8'"
+        )
 
 
 def _check_fused(cfg: Config) -> None:

@@ -6,13 +6,13 @@ What this is not: single-field ranges (in the schema) or anything that reads the
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from fastunlearn.attention_rules import attention_refusal
 from fastunlearn.config_engine_rules import check_engine, check_ranks
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.keysteps import scale_start
@@ -79,7 +79,12 @@ def resolved_steps(cfg: Config) -> int:
 
 def student_updates(cfg: Config) -> int:
     """How many of the run's updates change the model, over which its learning rate is planned: not DoCo's warm-up."""
-    return resolved_steps(cfg) - (cfg.doco.discriminator_warmup if cfg.method == "doco" else 0)
+    return resolved_steps(cfg) - first_student_update(cfg)
+
+
+def first_student_update(cfg: Config) -> int:
+    """The first update that changes the model: before it, only DoCo's discriminator learns."""
+    return cfg.doco.discriminator_warmup if cfg.method == "doco" else 0
 
 
 def resolved_scope(cfg: Config) -> str:
@@ -148,11 +153,10 @@ def check_runtime(cfg: Config, world_size: int, cpu_count: int | None, has_gpu: 
             f"train.cpu_threads: {cfg.train.cpu_threads} on each of {world_size} ranks exceed {cores} CPU cores; "
             f"allowed are 0 (auto) to {cores // world_size}"
         )
-    if cfg.model.attention == "xformers":
-        if not has_gpu:
-            raise UserError("model.attention: 'xformers' needs a GPU and none was found; use 'auto' or 'sdpa'")
-        if importlib.util.find_spec("xformers") is None:
-            raise UserError("model.attention: 'xformers' is not installed; install the 'gpu' extra, or use 'auto'")
+    dtype = "bf16" if cfg.model.mixed_precision == "bf16" else "fp32"
+    refusal = attention_refusal(cfg.model.attention, "cuda" if has_gpu else "cpu", dtype)
+    if refusal is not None:
+        raise UserError(refusal)
 
 
 def _words(name: str) -> str:
@@ -278,7 +282,7 @@ def _check_doco(cfg: Config) -> None:
             f"doco.min_timestep: {cfg.doco.min_timestep} is for uniform timesteps; key ones have an end of their own. "
             "Drop it, or set doco.timesteps to 'uniform'"
         )
-    if cfg.doco.discriminator_warmup >= resolved_steps(cfg):
+    if student_updates(cfg) < 1:
         raise UserError(
             f"doco.discriminator_warmup: {cfg.doco.discriminator_warmup} leaves no update for the model; "
             f"train.max_train_steps is {resolved_steps(cfg)}"

@@ -42,19 +42,33 @@ class ModelConfig(Section):
     """Which model is edited, and how it is run."""
 
     pretrained_model_name_or_path: Place = "minicanvas"
-    """"minicanvas" (the embedded model), a diffusers folder, or a hub id such as "org/name"."""
+    """"minicanvas" (the embedded model), a diffusers folder, one .safetensors file, or a hub id such as "org/name"."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     variant: str | None = None
     """Variant of the weight files, such as "fp16"."""
+    cache_dir: Place | None = None
+    """Where hub models are kept; none: the hub's own cache (HF_HOME)."""
     local_files_only: bool = False
     """Never download: use what is in the hub cache."""
+    vae: Place | None = None
+    """Another VAE, a folder or a file, such as SDXL's made for fp16. VAEs compute in fp32 here, where all are safe."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the U-Net predicts; auto: as the scheduler's configuration, or the single file, says."""
+    rescale_betas_zero_snr: Literal["auto", True, False] = "auto"
+    """Whether the noise schedule ends in pure noise (zero terminal SNR); auto: as the model says."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """"bf16" computes in bfloat16 with fp32 master weights; "no" computes in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    attention: Literal["auto", "sdpa", "xformers", "eager"] = "auto"
+    attention: Literal[
+        "auto", "eager", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "xformers", "flash3"
+    ] = "auto"
     """Attention implementation of the U-Net; only auto may fall back."""
+    channels_last: bool = False
+    """Hand every convolution its input with the channels last in memory; same results, not measured on a GPU yet."""
+    compile: Literal["no", "regional"] = "no"
+    """"regional" compiles the repeated transformer blocks when they are first called; not at ZeRO stage 3."""
 
 
 class PromptsConfig(Section):
@@ -99,6 +113,8 @@ class TrainConfig(Section):
     """Updates between two entries in the TensorBoard curves."""
     cpu_threads: NotNegative = 0
     """Threads per rank on a CPU; 0: cores divided by ranks."""
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"
+    """What happens where the memory plan says that the run cannot fit, with room for the plan's own error."""
     scope: Literal["auto", "attn2", "attn2_kv", "noxattn", "selfattn", "full"] = "auto"
     """Which U-Net tensors are trained; auto: by method and kind of concept."""
 
@@ -249,9 +265,11 @@ class FusedConfig(Section):
 class TeacherConfig(Section):
     """The frozen original of what is trained."""
 
-    storage: Literal["exact", "int8", "fp8"] = "exact"
+    storage: Literal["exact", "int8", "fp8", "cached"] = "exact"
     """exact: in the type of the computation; int8 or fp8: half of bf16, brought back layer by layer. The error that
-    this makes in the targets is measured before training."""
+    this makes in the targets is measured before training. cached: none, targets are made once, before training."""
+    trajectories: Positive = 16
+    """cached: how many of the original model's trajectories are stored for each concept, on the host."""
     max_error: Annotated[float, Field(gt=0)] = 0.02
     """Largest error of a target that is accepted, relative to the prediction, at any timestep that is measured."""
 

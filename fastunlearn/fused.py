@@ -14,7 +14,6 @@ tensor is stepped before the next one's gradient is known:
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from fastunlearn.config import Config, student_updates
 from fastunlearn.errors import UserError
 from fastunlearn.kept_gradient import KeptGradient
-from fastunlearn.optimizers import HostMoments, fused_optimizer, is_small
+from fastunlearn.optimizers import HostMoments, fused_optimizer, layer_of
 from fastunlearn.surgery import Figures, Surgery, coefficients
 from fastunlearn.zero import World
 from fastunlearn_kernels import Plan, surgery_dots
@@ -34,16 +33,6 @@ from fastunlearn_kernels.segments import per_tensor
 
 STATE_FILE = "fused.pt"
 CLIP_EPSILON = 1e-6
-LAYER = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.[a-z]+\.\d+(?:\.transformer_blocks\.\d+)?")
-
-
-def layer_of(name: str, numel: int) -> str:
-    """What is stepped together with a parameter: the matrices of a transformer block or a ResNet block, whose gradients
-    arrive one after the other; and all small tensors of the model, for the sake of few launches."""
-    if is_small(numel):
-        return "small"
-    found = LAYER.match(name)
-    return found[0] if found else name.partition(".")[0]
 
 
 class Layer:
@@ -97,6 +86,8 @@ class FusedEngine:
         self._table: Tensor | None = None
         self._loss_is_bad = torch.zeros((), device=world.device)
         self._norm: Tensor | None = None
+        """Of the last update that was applied, for clipping."""
+        self._skipped = False
         anchor = torch.optim.SGD([torch.zeros(1)], lr=cfg.train.learning_rate)  # whose rate the schedule moves
         self._schedule = get_scheduler(
             cfg.train.lr_scheduler, optimizer=anchor, num_warmup_steps=cfg.train.lr_warmup_steps,
@@ -114,8 +105,8 @@ class FusedEngine:
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global norm of the last update's gradient, before clipping."""
-        return self._norm
+        """Global norm of the last update's gradient, before clipping; None where it was skipped."""
+        return None if self._skipped else self._norm
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Make the gradients; the hooks use them up. ``last`` is always true: there is one micro-batch."""
@@ -145,13 +136,13 @@ class FusedEngine:
     def step(self, grad_norm: Tensor | None = None) -> None:
         """The weights have moved; the learning rate follows."""
         self._norm = self.figures().plan.norm if grad_norm is None else grad_norm
-        self._table = None
+        self._table, self._skipped = None, False
         self._schedule.optimizer.step()  # a scheduler warns where it is ahead of its optimizer
         self._schedule.step()
 
     def skip_step(self) -> None:
         """Something was not finite: the learning rate stays, and no running mean is continued with it."""
-        self._table = None
+        self._table, self._skipped = None, True
         for layer in self._layers:
             layer.kept.forget()
 

@@ -6,6 +6,7 @@ What this is not: the sharding (``zero.py``) or the learning-rate plan (diffuser
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastunlearn_kernels import AdamW8bit
 SMALL_TENSOR_NUMEL = 4096
 # bitsandbytes counts elements in int32; half of that leaves room for padding.
 MAX_GROUP_NUMEL = 2**30
+LAYER = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.[a-z]+\.\d+(?:\.transformer_blocks\.\d+)?")
 
 
 def is_small(numel: int) -> bool:
@@ -45,6 +47,15 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> li
     if small:
         groups.append({"params": small, "name": "small", "bits": 32})
     return groups
+
+
+def layer_of(name: str, numel: int) -> str:
+    """What the fused engine steps together with a parameter: the matrices of a transformer block or a ResNet block,
+    whose gradients arrive one after the other; and all small tensors of the model, for the sake of few launches."""
+    if is_small(numel):
+        return "small"
+    found = LAYER.match(name)
+    return found[0] if found else name.partition(".")[0]
 
 
 def split_note(groups: list[dict]) -> str | None:

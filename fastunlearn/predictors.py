@@ -39,8 +39,8 @@ class Predictors:
         self.backbone = backbone
         self.evaluations = Evaluations()
         self._student = student
-        self._sampler = sampler
-        self._teacher = teacher
+        self.sampler = sampler
+        self.teacher = teacher
 
     def train(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student, recorded for the backward pass that follows."""
@@ -52,13 +52,13 @@ class Predictors:
     def rollout(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student without a gradient, for the sampler."""
         self.evaluations.rollout += len(conditions) * len(latents_BCHW)
-        return self._call(self._sampler, latents_BCHW, timestep, conditions)
+        return self._call(self.sampler, latents_BCHW, timestep, conditions)
 
     @torch.no_grad()
     def frozen(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The original model."""
         self.evaluations.teacher += len(conditions) * len(latents_BCHW)
-        return self._call(self._teacher, latents_BCHW, timestep, conditions)
+        return self._call(self.teacher, latents_BCHW, timestep, conditions)
 
     def _call(
         self, unet: Predictor, latents: Tensor, timestep: int | Tensor, conditions: tuple[PromptEmbeds, ...]

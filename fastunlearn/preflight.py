@@ -2,32 +2,40 @@
 
 What this is: standard library only, reads file headers and writes nothing that stays. On several ranks call it before
 any rank writes, since it refuses an output folder that already holds a run.
-What this is not: loading. A hub id is only checked for its shape; ``backbone.py`` reports what the hub answers.
+What this is not: loading. Of a hub id only what the hub's cache holds is checked; ``loading.py`` reports what the hub
+answers. The files of models are read in ``model_files.py`` and ``single_file.py``.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from fastunlearn.config import Config, resolved_scope
+from fastunlearn.architectures import ARCHITECTURES
+from fastunlearn.config import Config, ModelConfig, resolved_scope
 from fastunlearn.errors import UserError, nearest
+from fastunlearn.model_files import (
+    FIELD,
+    check_folder,
+    check_kind,
+    check_safetensors,
+    is_hub_id,
+    read_header,
+    read_json,
+    unet_files,
+    vae_folder,
+)
+from fastunlearn.single_file import is_vae, read_single_file
 
-FIELD = "model.pretrained_model_name_or_path"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # What a run writes into output_dir; any of these says that a run was started there.
 RUN_FILES = ("config.toml", "unet", "delta.safetensors", "metrics.json", "train_log.jsonl", "samples", "README.md")
 KERNELS_VARIABLE, KERNEL_CHOICES = "FASTUNLEARN_KERNELS", ("auto", "reference", "triton")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Rough share of the U-Net's parameters per scope (SDXL; SD 1.4 differs by a few points), to estimate disk space.
 SCOPE_SHARES = {"attn2": 0.22, "attn2_kv": 0.14, "noxattn": 0.8, "selfattn": 0.3, "full": 1.0}
 STATE_BYTES = 12  # a checkpoint holds an fp32 master weight and two fp32 moments per trained parameter
@@ -56,13 +64,13 @@ def check_all(cfg: Config) -> None:
     Raises:
         UserError: the first problem.
     """
-    folder = check_model(cfg)
+    model = check_model(cfg)
     check_output_dir(cfg)
-    check_disk_space(cfg, folder)
+    check_disk_space(cfg, model)
 
 
 def check_model(cfg: Config) -> Path | None:
-    """Refuse a model that is missing, of another kind, or damaged; return its folder, or None for a hub id.
+    """Refuse a model that is missing, of another kind, or damaged; return its folder or file, or None for a hub id.
 
     Raises:
         UserError: with the path, and the nearest sibling where there is one.
@@ -71,96 +79,119 @@ def check_model(cfg: Config) -> Path | None:
     if cfg.uses_minicanvas:
         from fastunlearn.minicanvas import pipeline_path
 
-        folder = pipeline_path()
+        place = pipeline_path()
     else:
-        folder = Path(name)
-    if not folder.exists() and is_hub_id(name):
+        place = Path(name)
+    if not place.exists() and is_hub_id(name):
+        check_hub_cache(cfg.model)
+        check_noise(cfg.model, {})
         return None
-    if not folder.is_dir():
-        _refuse_path(name, folder)
-    components = _pipeline_components(folder)
-    for component in components:
-        _check_component(folder / component, cfg.model.variant)
-    return folder
+    if place.is_file():
+        _check_file(place, cfg)
+    elif place.is_dir():
+        check_folder(place, cfg.model.variant)
+        check_noise(cfg.model, read_json(place / "scheduler" / "scheduler_config.json"))
+        check_vae(cfg.model, read_json(place / "vae" / "config.json"))
+    else:
+        _refuse_path(name, place)
+    return place
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether ``name`` reads as "org/name" and not as a path: its first part is no folder here."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name.partition("/")[0]).exists()
+def _check_file(file: Path, cfg: Config) -> None:
+    found = read_single_file(file)
+    architecture = found.architecture(cfg.model)
+    if cfg.model.variant is not None:
+        raise UserError(f"model.variant: {cfg.model.variant!r} is for folders and hub ids; {str(file)!r} is one file")
+    if cfg.model.vae is None and not found.has_vae:
+        raise UserError(f"{FIELD}: {str(file)!r} holds no VAE; give one in model.vae")
+    check_noise(cfg.model, architecture.scheduler)
+    check_vae(cfg.model, architecture.vae)
+
+
+def check_noise(model: ModelConfig, scheduler: Mapping[str, Any]) -> None:
+    """Refuse a model that predicts the noise on a schedule that ends in nothing else.
+
+    Raises:
+        UserError: the two do not go together.
+    """
+    zero_snr, prediction = model.rescale_betas_zero_snr, model.prediction_type
+    ends_in_noise = scheduler.get("rescale_betas_zero_snr", False) if zero_snr == "auto" else zero_snr
+    predicts = scheduler.get("prediction_type", "v_prediction") if prediction == "auto" else prediction
+    if ends_in_noise and predicts == "epsilon":
+        raise UserError(
+            "model.rescale_betas_zero_snr: true needs model.prediction_type 'v_prediction': at the last step of such a "
+            "schedule there is nothing but noise, and predicting it says nothing; this model predicts 'epsilon'"
+        )
+
+
+def check_vae(model: ModelConfig, usual: Mapping[str, Any]) -> None:
+    """Refuse another VAE that is missing, damaged, none, or made for other latents than the model's.
+
+    ``usual``: the configuration of the model's own VAE.
+
+    Raises:
+        UserError: names the file or folder.
+    """
+    if model.vae is None:
+        return
+    place = Path(model.vae)
+    if place.is_dir():
+        folder = vae_folder(place)
+        config = read_json(folder / "config.json")
+        if config.get("_class_name") != "AutoencoderKL":
+            found = f"holds a {config['_class_name']}" if "_class_name" in config else "has no VAE's config.json"
+            raise UserError(f"model.vae: {model.vae!r} {found}; a folder with an AutoencoderKL is needed")
+        for field, default in (("latent_channels", 4), ("scaling_factor", 0.18215)):
+            ours, theirs = usual.get(field, default), config.get(field, default)
+            if usual and ours != theirs:
+                raise UserError(
+                    f"model.vae: {model.vae!r} has {field} {theirs}, and the model's own VAE {ours}; it is made for "
+                    "another model"
+                )
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"model.vae: {str(folder)!r} holds no *.safetensors weights; pickled weights are not read")
+        for file in files:
+            check_safetensors(file)
+    elif not place.is_file():
+        siblings = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise UserError(
+            f"model.vae: {model.vae!r} does not exist; a folder or a .safetensors file is needed"
+            + nearest(place.name, siblings)
+        )
+    elif place.suffix.lower() != ".safetensors" or not is_vae(read_header(place)[0]):
+        raise UserError(f"model.vae: {model.vae!r} is no VAE in a .safetensors file")
+
+
+def check_hub_cache(model: ModelConfig) -> None:
+    """Refuse a hub model of another kind as far as the hub's cache knows it, and one that is not there when offline.
+
+    Raises:
+        UserError: with the kind by name, or the remedy.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    name = model.pretrained_model_name_or_path
+    options = {"cache_dir": model.cache_dir, "revision": model.revision}
+    index = try_to_load_from_cache(name, "model_index.json", **options)
+    if isinstance(index, str):
+        check_kind(Path(index).parent, name)
+    elif model.local_files_only or constants.HF_HUB_OFFLINE:
+        why = "model.local_files_only is set" if model.local_files_only else "HF_HUB_OFFLINE is set"
+        at = f" at revision {model.revision!r}" if model.revision else ""
+        raise UserError(
+            f"{FIELD}: {name!r}{at} is not in {model.cache_dir or constants.HF_HUB_CACHE}, and {why}; "
+            "download it first, or give a folder or a file"
+        )
 
 
 def _refuse_path(name: str, folder: Path) -> None:
-    if folder.is_file():
-        raise UserError(f"{FIELD}: {name!r} is a file; a diffusers folder with model_index.json is needed")
     siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
     known = siblings if "/" in name else ["minicanvas", *siblings]
     raise UserError(
-        f'{FIELD}: {name!r} does not exist; allowed are "minicanvas", a diffusers folder or a hub id "org/name"'
-        + nearest(folder.name, known)
+        f'{FIELD}: {name!r} does not exist; allowed are "minicanvas", a diffusers folder, a .safetensors file or a hub '
+        'id "org/name"' + nearest(folder.name, known)
     )
-
-
-def _pipeline_components(folder: Path) -> list[str]:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{FIELD}: {str(folder)!r} has no model_index.json; a whole diffusers pipeline is needed")
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        name = content["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError):
-        raise UserError(f"{FIELD}: {str(index)!r} is damaged: no JSON with a _class_name") from None
-    if name not in PIPELINES:
-        raise UserError(f"{FIELD}: {str(folder)!r} is a {name}; allowed are {' and '.join(PIPELINES)}")
-    return [component for component in COMPONENTS if content.get(component, [None])[0] is not None]
-
-
-def _check_component(folder: Path, variant: str | None) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{FIELD}: {str(folder)!r} is missing, though model_index.json lists it")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{FIELD}: {str(folder)!r} holds no *.safetensors weights; pickled weights are not read")
-    variants = {_variant(file) for file in files}
-    known = ", ".join(sorted(repr(known) for known in variants if known))
-    if variant not in variants:
-        if variant is None:
-            raise UserError(f"model.variant: none given, but {str(folder)!r} only holds the variant {known}; set it")
-        if folder.name == "unet" or None not in variants:  # other parts may lack the variant; diffusers falls back
-            raise UserError(f"model.variant: {variant!r} is not in {str(folder)!r}; allowed: {known or 'none'}")
-    for file in files:
-        if _variant(file) == (variant if variant in variants else None):
-            check_safetensors(file)
-
-
-def _variant(file: Path) -> str | None:
-    """``model.fp16.safetensors`` -> "fp16"; ``model.fp16-00001-of-00002.safetensors`` -> "fp16"; else None."""
-    parts = re.sub(r"-\d{5}-of-\d{5}", "", file.name).split(".")
-    return parts[1] if len(parts) == 3 else None
-
-
-def check_safetensors(file: Path) -> int:
-    """Compare what a safetensors header declares with the size of the file; return its number of elements.
-
-    Raises:
-        UserError: the file is truncated, is not safetensors, or declares more or less data than it holds.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise UserError(f"{str(file)!r} is corrupt: no safetensors header in {size} bytes; download it again")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        declared = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        elements = sum(math.prod(entry["shape"]) for entry in header.values())
-    except OSError as error:
-        raise UserError(f"{str(file)!r} cannot be read: {error.strerror or error}") from None
-    except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(f"{str(file)!r} is corrupt: its safetensors header is unreadable; download it again") from None
-    if declared != size:
-        raise UserError(f"{str(file)!r} is corrupt: it declares {declared} bytes and has {size}; download it again")
-    return elements
 
 
 def check_output_dir(cfg: Config) -> None:
@@ -237,14 +268,14 @@ def _check_writable(folder: Path, named: str) -> None:
         raise UserError(f"output_dir: {named!r} cannot be written: {error.strerror or error}") from None
 
 
-def check_disk_space(cfg: Config, model_folder: Path | None) -> None:
+def check_disk_space(cfg: Config, model: Path | None) -> None:
     """Refuse a disk that cannot hold what the run leaves (roughly; unknown for a hub model that is not here yet).
 
     Raises:
         UserError: with the space that is needed and the space that is free.
     """
     place = _existing_ancestor(Path(cfg.output_dir))
-    needed = MARGIN_BYTES if model_folder is None else needed_bytes(cfg, model_folder)
+    needed = MARGIN_BYTES if model is None else needed_bytes(cfg, model)
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
@@ -253,11 +284,16 @@ def check_disk_space(cfg: Config, model_folder: Path | None) -> None:
         )
 
 
-def needed_bytes(cfg: Config, model_folder: Path) -> int:
+def needed_bytes(cfg: Config, place: Path) -> int:
     """The edited U-Net, the changed tensors in fp32, and as many checkpoints as exist at one time."""
-    files = [file for file in (model_folder / "unet").glob("*.safetensors") if _variant(file) == cfg.model.variant]
-    trained = SCOPE_SHARES[resolved_scope(cfg)] * sum(check_safetensors(file) for file in files)
+    if place.is_file():
+        file = read_single_file(place)
+        parameters, unet = ARCHITECTURES[file.name].unet_parameters, file.unet_bytes
+    else:
+        files = unet_files(place, cfg.model.variant)
+        parameters = sum(check_safetensors(file) for file in files)
+        unet = sum(file.stat().st_size for file in files)
+    trained = SCOPE_SHARES[resolved_scope(cfg)] * parameters
     # One more than the limit: a new checkpoint is complete before the oldest is removed.
     kept = cfg.checkpoint.checkpoints_total_limit + 1 if cfg.checkpoint.checkpointing_steps else 0
-    unet = sum(file.stat().st_size for file in files)
     return int(MARGIN_BYTES + unet + trained * (4 + STATE_BYTES * kept))

@@ -31,6 +31,7 @@ from fastunlearn.exporting import (
     write_unet,
 )
 from fastunlearn.files import atomic_write_text
+from fastunlearn.fused import unrounded
 from fastunlearn.memory import peak_memory_bytes
 from fastunlearn.preflight import RUN_FILES
 from fastunlearn.scoring import evaluate_pair, why_not_judged
@@ -71,6 +72,8 @@ def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigure
     cfg = cfg.resolved()  # the card and the delta name the kept concepts also where they were left to the default
     folder = Path(cfg.output_dir)
     base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
+    if cfg.engine == "fused" and cfg.bf16_weights:
+        weights = unrounded(base.unet.state_dict(), weights)
     dtype = DTYPES.get(cfg.export.dtype) or stored_dtype(cfg.model)
     write_unet(base.unet, folder / "unet", dtype, state_dict={**base.unet.state_dict(), **weights})
     delta = {name: tensor.to(dtype) for name, tensor in weights.items()}

@@ -10,7 +10,7 @@ prompt are drawn from (seed, update, number) alone: the same global batch gives 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,8 @@ class Window:
     advance: bool
     trains: bool = True
     """False where the model is only looked at."""
+    targets: Mapping[str, Tensor] | None = None
+    """The frozen model's predictions by condition, where they were made before training."""
 
 
 @dataclass
@@ -105,7 +107,7 @@ class Rollout:
                 latents=latents,
                 timestep=self.timesteps[step.index],
                 cond=cond,
-                trained=cond if augmentation is None else self._augment(step, augmentation, mine),
+                trained=cond if augmentation is None else self.augmented(step, augmentation, mine),
                 anchor=self._embeds([variant.anchor for variant in group]),
                 uncond=uncond,
                 augmented=augmentation is not None,
@@ -157,7 +159,8 @@ class Rollout:
             ]
         )
 
-    def _augment(self, step: KeyStep, augmentation: Augmentation, numbers: list[int]) -> PromptEmbeds:
+    def augmented(self, step: KeyStep, augmentation: Augmentation, numbers: list[int]) -> PromptEmbeds:
+        """Perturbed conditions for trajectories with these numbers."""
         pool = self.book.augmented[step.concept]
         clean = self._embeds([pool[self._draw(step.update, number) % len(pool)] for number in numbers])
         noise = torch.stack(

@@ -24,7 +24,6 @@ from fastunlearn.quiet import prepare_environment
 
 def main(argv: list[str]) -> int:
     """Run a training from command-line arguments; returns the exit status."""
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
         cfg = config_from_arguments(argv)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -33,14 +32,19 @@ def main(argv: list[str]) -> int:
         check_all(cfg)
         run(cfg, world_size)
     except UserError as error:
-        if is_main:
+        if is_main():
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if is_main:
+        if is_main():
             print("interrupted; continue with --resume_from_checkpoint latest", file=sys.stderr)
         return 130
     return 0
+
+
+def is_main() -> bool:
+    """Whether this rank talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def gpu_present() -> bool:
@@ -56,6 +60,10 @@ def run(cfg: Config, world_size: int) -> None:
     resume = find_checkpoint(cfg)
     if resume is not None:
         check_resumable(resume, cfg, world_size)
+    if is_main():
+        from fastunlearn.planning.guard import check_memory
+
+        check_memory(cfg, world_size)
     from fastunlearn.trainer import train
     from fastunlearn.zero import connect, disconnect
 

@@ -162,7 +162,7 @@ class Engine:
 
     @property
     def grad_norm(self) -> Tensor | float | None:
-        """Global norm of the last update's gradient, before clipping."""
+        """Global norm of the last update's gradient, before clipping; None where it was skipped."""
         return self._grad_norm
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -201,6 +201,7 @@ class Engine:
     def skip_step(self) -> None:
         """Drop the window's gradient and leave the weights, the optimizer and the learning rate as they are."""
         self._shards.take()
+        self._grad_norm = None
 
     def full_weights(self) -> dict[str, Tensor]:
         """The trained parameters in fp32 on the host, from the master weights. Collective: every rank must call it."""

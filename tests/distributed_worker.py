@@ -23,9 +23,9 @@ from tiny import tiny_book, tiny_unet
 from tiny_run import tiny_run, update_all
 
 from fastunlearn import optimizers
+from fastunlearn.assembly import Run
 from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config
-from fastunlearn.trainer import Run
 from fastunlearn.zero import World, connect
 
 UPDATES = 4

@@ -26,6 +26,7 @@ from tiny import tiny_backbone, tiny_unet
 from tiny_run import tiny_run, update_all
 from torch import Tensor
 
+from fastunlearn.assembly import Run, build_windows, shard, weights_dtype
 from fastunlearn.backbone import set_trainable, trainable_names, trained_tensors
 from fastunlearn.config import Config
 from fastunlearn.keysteps import KeyStep
@@ -36,7 +37,6 @@ from fastunlearn.retain import Pool, anchor_prompts, build_source, generate_pool
 from fastunlearn.retain_prompts import retain_prompts
 from fastunlearn.rollout import Layout
 from fastunlearn.surgery import Surgery
-from fastunlearn.trainer import Run, build_windows, shard, weights_dtype
 from fastunlearn.zero import Engine, World, connect
 
 WORLD = 2
@@ -177,7 +177,7 @@ def _states(run: Run) -> dict[str, int]:
     parameters = list(module.parameters())
     weights = [p.ds_tensor if stage == 3 else p for p in parameters]
     flats = _engine(run)._shards._flat_partitions() if stage else []
-    teacher: Any = run.models._teacher
+    teacher: Any = run.models.teacher
     copies = [] if teacher._swap else list(teacher._module.parameters())
     inner = getattr(optimizer, "optimizer", optimizer)
     return {

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastunlearn.assembly import Run
 from fastunlearn.errors import UserError
-from fastunlearn.trainer import Run, one_update
+from fastunlearn.trainer import one_update
 
 SOUND, UPDATES = 1, 4
 TENSOR = "conv_out.bias"

@@ -98,7 +98,7 @@ def applied(mutation: Mutation) -> Iterator[None]:
     broken = types.ModuleType(f"broken_{mutation.module.rpartition('.')[2]}")
     sys.modules[broken.__name__] = broken  # dataclasses look their module up
     exec(compile(source.replace(mutation.old, mutation.new), str(real.__file__), "exec"), broken.__dict__)
-    users = (("fastunlearn.trainer", "Engine"), ("tiny_run", "Surgery"), (ZERO, "GradientShards"))
+    users = (("fastunlearn.assembly", "Engine"), ("tiny_run", "Surgery"), (ZERO, "GradientShards"))
     places = [(importlib.import_module(module), name) for module, name in users]
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name in places:

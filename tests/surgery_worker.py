@@ -30,11 +30,11 @@ from surgery_mutations import MUTATIONS, applied
 from tiny import tiny_book, tiny_unet
 from tiny_run import tiny_run, update_all
 
+from fastunlearn.assembly import Run
 from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config
 from fastunlearn.prompts import PromptBook
 from fastunlearn.retain import Pool
-from fastunlearn.trainer import Run
 from fastunlearn.zero import World, connect
 
 RETAINED = ["a cat", "a house in ink style", "a tree"]

@@ -16,7 +16,7 @@ from fastunlearn import __version__, cli
 
 # command line -> words that the one line on stderr must hold
 BAD = [
-    (["trian"], ("'trian'", "train, plan, evaluate, minicanvas", "nearest: train")),
+    (["trian"], ("'trian'", "train, plan, evaluate, doctor, minicanvas", "nearest: train")),
     (["train"], ("concepts", "none given")),
     (["train", "--config", "configs/none.toml"], ("--config", "does not exist")),
     (["train", "--config"], ("--config", "value is missing")),
@@ -28,6 +28,7 @@ BAD = [
     (["plan", "--concepts", "cat", "--vram", "-1"], ("--vram", "'-1'")),
     (["plan", "--concepts", "cat", "--num_gpus", "0"], ("--num_gpus", "'0'")),
     (["evaluate"], ("evaluate", "--model")),
+    (["doctor", "--make-randon", "sdxl", "x"], ("doctor", "--make-randon")),
     (["evaluate", "--model", "out", "--quik"], ("evaluate", "--quik")),
 ]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from fastunlearn.assembly import prepare
 from fastunlearn.config import load_config
-from fastunlearn.trainer import one_update, prepare
+from fastunlearn.trainer import one_update
 from fastunlearn.zero import World, connect, disconnect
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -96,8 +96,8 @@ def test_the_unconditional_gradient_is_negligible_at_the_published_weight() -> N
         models, _ = perturbed_models(book)
         with torch.no_grad():  # back to the start: the student is the teacher
             for name, parameter in models.backbone.unet.named_parameters():
-                if name in models._teacher.frozen:  # type: ignore[attr-defined]
-                    parameter.copy_(models._teacher.frozen[name])  # type: ignore[attr-defined]
+                if name in models.teacher.frozen:  # type: ignore[attr-defined]
+                    parameter.copy_(models.teacher.frozen[name])  # type: ignore[attr-defined]
         rollout = tiny_rollout(models, book)
         rollout.restart(STEP)
         (window,) = rollout.windows(STEP, None)

@@ -8,15 +8,13 @@ within 10 %; activations within 10 % of what autograd saves in a real forward pa
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from launched import launch
 from plan_worker import COUNT_CASES, SCOPE, STATE_CASES, WORLD, count_config, state_config
 from tiny import tiny_unet
 from tiny_run import SMALL_TENSOR_NUMEL
@@ -48,13 +46,7 @@ MINICANVAS = ["--concepts", "neon style"]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port, "--num_gpus", str(WORLD)]
-    command += [str(WORKER), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    launch(WORKER, folder, world=WORLD)
     return folder
 
 

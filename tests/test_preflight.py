@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastunlearn import preflight
+from fastunlearn import cli, preflight
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn_kernels import backend
@@ -56,6 +56,23 @@ def set_class(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
 
 
+def set_unet(**fields: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / "unet" / "config.json").write_text(json.dumps(fields))
+
+
+def set_index(**fields: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | fields))
+
+    return change
+
+
+def as_sdxl(**fields: object) -> Callable[[Path], object]:
+    both: dict[str, object] = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+    return set_index(_class_name="StableDiffusionXLPipeline", **both | fields)
+
+
 def truncate(folder: Path) -> None:
     (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-1])
 
@@ -75,7 +92,21 @@ def only_pickle(folder: Path) -> None:
 # what happens to the model folder -> words that the one line must hold
 DAMAGE: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
     (set_class("StableDiffusionInpaintPipeline"), ("StableDiffusionInpaintPipeline", "StableDiffusionXLPipeline")),
-    (set_class("FluxPipeline"), ("FluxPipeline", "allowed")),
+    (set_class("FluxPipeline"), ("FLUX", "FluxPipeline", "allowed", "SDXL-base")),
+    (set_class("StableDiffusion3Pipeline"), ("is SD3", "StableDiffusion3Pipeline")),
+    (set_class("PixArtSigmaPipeline"), ("is PixArt", "PixArtSigmaPipeline")),
+    (set_class("StableDiffusionXLImg2ImgPipeline"), ("SDXL's refiner", "StableDiffusionXLImg2ImgPipeline")),
+    (set_class("WuerstchenCombinedPipeline"), ("is a WuerstchenCombinedPipeline",)),
+    (set_unet(in_channels=9), ("an inpainting model", "9 channels")),
+    (set_unet(in_channels=8), ("InstructPix2Pix", "8 channels")),
+    (set_unet(addition_embed_type="text_image"), ("added condition 'text_image'",)),
+    (set_unet(time_cond_proj_dim=256), ("a latent consistency model",)),
+    (set_unet(_class_name="UNetFlatConditionModel"), ("UNetFlatConditionModel",)),
+    (set_index(text_encoder=[None, None]), ("has no text encoder",)),
+    (as_sdxl(text_encoder=[None, None]), ("SDXL's refiner",)),
+    (as_sdxl(requires_aesthetics_score=True), ("SDXL's refiner", "aesthetic")),
+    (as_sdxl(text_encoder_2=[None, None]), ("no second text encoder",)),
+    (lambda folder: (folder / "unet" / "config.json").write_text("{"), ("unet/config.json", "damaged")),
     (lambda folder: (folder / "model_index.json").unlink(), ("no model_index.json",)),
     (lambda folder: (folder / "model_index.json").write_text("{"), ("model_index.json", "damaged")),
     (lambda folder: (folder / "model_index.json").write_text("[]"), ("model_index.json", "damaged")),
@@ -113,12 +144,67 @@ def test_a_variant_is_found_or_named(model: Path) -> None:
 
 def test_names_that_are_no_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent.parent)
-    assert preflight.check_model(config("org/some-model")) is None  # a hub id
+    assert "HF_HUB_OFFLINE is set" in refusal(preflight.check_model, config("org/some-model"))  # a hub id
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert preflight.check_model(config("org/some-model")) is None
     assert "nearest: tiny-sd" in refusal(preflight.check_model, config("models/tiny-ds"))
     assert "nearest: tiny-sd" in refusal(preflight.check_model, config(f"{model}x"))
     assert "nearest: minicanvas" in refusal(preflight.check_model, config("minicanva"))
     assert "does not exist" in refusal(preflight.check_model, config("/no/such/folder"))
-    assert "is a file" in refusal(preflight.check_model, config(model / UNET))
+    assert "no model that is known" in refusal(preflight.check_model, config(model / UNET))  # one file, but of what?
+
+
+def write_vae(folder: Path, **fields: object) -> Path:
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **fields}))
+    return folder
+
+
+def test_another_vae_must_be_one_for_this_model(model: Path, tmp_path: Path) -> None:
+    write_vae(model / "vae", scaling_factor=0.18215, latent_channels=4)
+    good = write_vae(tmp_path / "good", scaling_factor=0.18215, latent_channels=4)
+    preflight.check_model(config(model, "out", "--model.vae", str(good)))
+    preflight.check_model(config(model, "out", "--model.vae", str(model)))  # that of a whole pipeline
+    sdxl = write_vae(tmp_path / "sdxl", scaling_factor=0.13025, latent_channels=4)
+    damaged = write_vae(tmp_path / "damaged", scaling_factor=0.18215)
+    (damaged / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 20)
+    wrong = write_vae(tmp_path / "wrong", _class_name="AutoencoderTiny")
+    for place, words in (
+        (sdxl, ("model.vae", "scaling_factor 0.13025", "0.18215")),
+        (damaged, ("corrupt",)),
+        (wrong, ("model.vae", "AutoencoderTiny")),
+        (model / "text_encoder", ("model.vae", "no VAE's config.json")),
+        (tmp_path / "goof", ("model.vae", "does not exist", "nearest: good")),
+        (model / UNET, ("model.vae", "is no VAE")),
+    ):
+        message = refusal(preflight.check_model, config(model, "out", "--model.vae", str(place)))
+        assert not [word for word in words if word not in message], message
+
+
+def test_a_schedule_that_ends_in_noise_needs_v_prediction(model: Path) -> None:
+    zero_snr = ("--model.rescale_betas_zero_snr", "true")
+    (model / "scheduler").mkdir()
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({"prediction_type": "epsilon"}))
+    message = refusal(preflight.check_model, config(model, "out", *zero_snr))
+    assert "model.rescale_betas_zero_snr" in message and "v_prediction" in message
+    preflight.check_model(config(model, "out", *zero_snr, "--model.prediction_type", "v_prediction"))
+    scheduler.write_text(json.dumps({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}))
+    preflight.check_model(config(model))
+    assert "epsilon" in refusal(preflight.check_model, config(model, "out", "--model.prediction_type", "epsilon"))
+    preflight.check_model(
+        config(model, "out", "--model.prediction_type", "epsilon", "--model.rescale_betas_zero_snr", "false")
+    )
+
+
+def test_a_single_file_passes_and_says_how_much_space_it_needs(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    make_random = ["doctor", "--make-random", "tiny-sd15", str(tmp_path / "d"), "--single-file", str(file)]
+    assert cli.main(make_random) == 0
+    assert preflight.check_model(config(file)) == file
+    # The U-Net in fp16, and the changed tensors (attn2: 22 %) in fp32.
+    assert preflight.needed_bytes(config(file), file) == 32 * 2**20 + int(1_106_212 * (2 + 0.22 * 4))
+    assert "model.variant" in refusal(preflight.check_model, config(file, "out", "--variant", "fp16"))
 
 
 @pytest.mark.parametrize("trace", ["config.toml", "unet/config.json", "README.md", "checkpoint-20/state.json"])

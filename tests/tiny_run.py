@@ -11,6 +11,7 @@ import torch
 from tiny import tiny_backbone, tiny_rollout
 
 from fastunlearn import optimizers
+from fastunlearn.assembly import Run, shard, weights_dtype
 from fastunlearn.backbone import set_trainable, trained_tensors
 from fastunlearn.config import Config
 from fastunlearn.methods import build_method
@@ -18,7 +19,7 @@ from fastunlearn.prompts import PromptBook
 from fastunlearn.retain import Pool, PoolSource
 from fastunlearn.rollout import Layout
 from fastunlearn.surgery import Surgery
-from fastunlearn.trainer import Run, one_update, shard, weights_dtype
+from fastunlearn.trainer import one_update
 from fastunlearn.zero import World
 
 SMALL_TENSOR_NUMEL = 100  # so that matrices and biases are in groups of their own, as SDXL's are

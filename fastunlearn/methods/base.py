@@ -61,6 +61,13 @@ class Method(ABC):
         return None
 
 
+def frozen_predictions(models: Predictors, window: Window, *conditions: str) -> tuple[Tensor, ...]:
+    """The frozen model's predictions at a window's conditions ("cond", "anchor", "uncond"), made now or long ago."""
+    if window.targets is not None:
+        return tuple(window.targets[name] for name in conditions)
+    return models.frozen(window.latents, window.timestep, *(getattr(window, name) for name in conditions))
+
+
 def sampler_pair(models: Predictors, window: Window, cond: Tensor | None, uncond: Tensor | None) -> GuidedPair | None:
     """The guided pair that advances a trajectory, from predictions at hand where possible.
 

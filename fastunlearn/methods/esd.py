@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from fastunlearn.config import resolved_steps
 from fastunlearn.keysteps import KeyStep, uniform_table
-from fastunlearn.methods.base import Method, Outcome, sampler_pair
+from fastunlearn.methods.base import Method, Outcome, frozen_predictions, sampler_pair
 from fastunlearn.predictors import Predictors
 from fastunlearn.rollout import Window
 from fastunlearn_kernels import guided_noise_loss
@@ -27,7 +27,7 @@ class ESD(Method):
     def loss(self, models: Predictors, window: Window) -> Outcome:
         """Evaluate teacher and student at the drawn step."""
         x, t = window.latents, window.timestep
-        teacher_cond, teacher_anchor = models.frozen(x, t, window.cond, window.anchor)
+        teacher_cond, teacher_anchor = frozen_predictions(models, window, "cond", "anchor")
         (student_cond,) = models.train(x, t, window.trained)
         pair = sampler_pair(models, window, student_cond, None)
         loss, *_ = guided_noise_loss(

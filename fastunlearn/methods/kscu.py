@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from fastunlearn.config import resolved_start, resolved_steps
 from fastunlearn.keysteps import KeyStep, key_step_table
-from fastunlearn.methods.base import Method, Outcome, sampler_pair
+from fastunlearn.methods.base import Method, Outcome, frozen_predictions, sampler_pair
 from fastunlearn.predictors import Predictors
 from fastunlearn.rollout import Augmentation, Window
 from fastunlearn_kernels import guided_noise_loss
@@ -53,12 +53,12 @@ class KSCU(Method):
         x, t = window.latents, window.timestep
         teacher_uncond = student_uncond = None
         if self.trains_uncond:
-            teacher_cond, teacher_anchor, teacher_uncond = models.frozen(
-                x, t, window.cond, window.anchor, window.uncond
+            teacher_cond, teacher_anchor, teacher_uncond = frozen_predictions(
+                models, window, "cond", "anchor", "uncond"
             )
             student_cond, student_uncond = models.train(x, t, window.trained, window.uncond)
         else:
-            teacher_cond, teacher_anchor = models.frozen(x, t, window.cond, window.anchor)
+            teacher_cond, teacher_anchor = frozen_predictions(models, window, "cond", "anchor")
             (student_cond,) = models.train(x, t, window.trained)
         pair = sampler_pair(models, window, None if window.augmented else student_cond, student_uncond)
 

@@ -86,6 +86,8 @@ def _changes(plan: Plan, model: Model) -> Iterator[Change]:
     plain = cfg.optimizer.name == "adamw" and cfg.zero.offload_optimizer == "none"
     yield from _set(plain, "optimizer.name", "adamw8bit")
     yield from _set(cfg.model.mixed_precision == "no", "model.mixed_precision", "bf16")
+    yield from _fused(cfg, plan.world)
+    yield from _set(cfg.zero_stage < 3 and cfg.teacher.storage == "exact", "teacher.storage", "int8")
     yield from _offload(cfg)
     yield from _batches(cfg)
     yield from _scopes(cfg, model)
@@ -97,8 +99,19 @@ def _set(wanted: bool, name: str, value: Any) -> Iterator[Change]:
         yield Change(((name, value),))
 
 
+def _fused(cfg: Config, world: int) -> Iterator[Change]:
+    """The other engine, where it takes the configuration as it is (``apply`` finds out)."""
+    if cfg.engine == "zero" and world == 1:
+        fields: list[tuple[str, Any]] = [("engine", "fused")]
+        fields += [("zero.stage", 1)] if cfg.zero.stage > 1 else []
+        fields += [("optimizer.name", "adamw8bit")] if cfg.optimizer.name != "adamw8bit" else []
+        yield Change(tuple(fields))
+
+
 def _offload(cfg: Config) -> Iterator[Change]:
-    if cfg.zero.offload_optimizer == "none":
+    if cfg.engine == "fused":
+        yield from _set(cfg.fused.offload_optimizer == "none", "fused.offload_optimizer", "cpu")
+    elif cfg.zero.offload_optimizer == "none":
         fields: list[tuple[str, Any]] = [("zero.offload_optimizer", "cpu")]
         fields += [("zero.stage", 1)] if cfg.zero.stage == 0 else []
         fields += [("optimizer.name", "adamw")] if cfg.optimizer.name != "adamw" else []
@@ -124,6 +137,8 @@ def _scopes(cfg: Config, model: Model) -> Iterator[Change]:
 
 
 def _ranks(cfg: Config, world: int) -> Iterator[Change]:
+    if cfg.engine == "fused":
+        return
     for stage in (2, 3):
         for ranks in RANKS:
             if ranks >= world and (ranks > world or stage > cfg.zero.stage) and ranks > 1:

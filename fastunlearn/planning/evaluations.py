@@ -7,7 +7,7 @@ What this is not: seconds.
 
 from __future__ import annotations
 
-from fastunlearn.config import Config
+from fastunlearn.config import Config, first_student_update
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.methods import KSCU, build_method
 from fastunlearn.methods.base import Method
@@ -20,21 +20,33 @@ def count_evaluations(cfg: Config, world: int) -> Evaluations:
     micro_batches = cfg.train.gradient_accumulation_steps * world
     batch, retained = cfg.train.train_batch_size * micro_batches, cfg.retain.batch_size * micro_batches
     count = Evaluations(teacher=_pool(cfg, method) * world)
+    cached = cfg.teacher.storage == "cached"
+    if cached:
+        _add_targets(cfg, count, method.table(), world)
     for step in method.table():
-        trains = cfg.method != "doco" or step.update >= cfg.doco.discriminator_warmup
-        if step.restart:
-            count.rollout += 2 * batch * step.index
-        count.teacher += batch * teacher_conditions(cfg, method)
+        trains = step.update >= first_student_update(cfg)
+        if not cached:
+            count.rollout += 2 * batch * step.index if step.restart else 0
+            count.teacher += batch * teacher_conditions(cfg, method)
+            count.rollout += batch * _left_for_sampler(method, step)
         student = batch * trained_conditions(method)
         if trains:
             count.student_forward += student
             count.student_backward += student
         else:
             count.rollout += student
-        count.rollout += batch * _left_for_sampler(method, step)
         if cfg.retains and trains:
             _add_retain(cfg, count, step, retained)
     return count
+
+
+def _add_targets(cfg: Config, count: Evaluations, table: list[KeyStep], world: int) -> None:
+    """The original's trajectories, which every rank walks: ``cached_windows.sample_targets``."""
+    trajectories = cfg.teacher.trajectories * world
+    for concept in {step.concept for step in table}:
+        wanted = {step.index for step in table if step.concept == concept}
+        count.teacher += 3 * trajectories * len(wanted)
+        count.rollout += 2 * trajectories * (max(wanted) + 1 - len(wanted))
 
 
 def teacher_conditions(cfg: Config, method: Method) -> int:

@@ -10,6 +10,7 @@ and the allocator's fragments come on top (``ALLOWANCE``).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,17 +22,19 @@ from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.discriminator import Discriminator
 from fastunlearn.errors import UserError
+from fastunlearn.loading import hub_file
 from fastunlearn.methods import build_method
 from fastunlearn.methods.doco import shown_channels
-from fastunlearn.optimizers import parameter_groups
+from fastunlearn.model_files import COMPONENTS, FIELD, check_kind, check_safetensors, is_hub_id, variant_of
+from fastunlearn.optimizers import is_small, layer_of, parameter_groups
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.evaluations import count_evaluations, pools, teacher_conditions, trained_conditions
-from fastunlearn.planning.states import Row, Sizes, peak, worst_rank
+from fastunlearn.planning.states import Row, Sizes, peak, totals, worst_rank
 from fastunlearn.predictors import Evaluations
-from fastunlearn.preflight import COMPONENTS, FIELD, check_safetensors, is_hub_id
 from fastunlearn.prompts import build_prompt_book
 from fastunlearn.retain import folder_captions
 from fastunlearn.retain_prompts import retain_prompts
+from fastunlearn.single_file import read_single_file
 
 GIB = 2**30
 CLIP_TOKENS = 77
@@ -71,6 +74,11 @@ class Plan:
     """What was changed to get here, as command-line options."""
 
     @property
+    def phases(self) -> dict[str, tuple[int, int]]:
+        """(device, host) bytes in each phase."""
+        return totals(self.rows)
+
+    @property
     def device(self) -> int:
         """Bytes on each device at the peak."""
         return peak(self.rows)[0]
@@ -86,10 +94,11 @@ class Plan:
 
 
 def read_model(cfg: Config) -> Model:
-    """The configurations in the model's folder; for a hub id, downloaded or from the cache.
+    """The configurations in the model's folder; for a hub id, downloaded or from the cache; for a file, as its header
+    tells.
 
     Raises:
-        UserError: there is no such folder, or no U-Net in it.
+        UserError: there is no such folder, no U-Net in it, or a kind of model that cannot be edited.
     """
     name = cfg.model.pretrained_model_name_or_path
     if cfg.uses_minicanvas:
@@ -98,8 +107,15 @@ def read_model(cfg: Config) -> Model:
         name = str(pipeline_path())
     folder = Path(name)
     if not folder.exists() and is_hub_id(name):
-        text = _from_hub(cfg, "unet/config.json")
+        check_kind(hub_file(name, "model_index.json", cfg.model).parent, name)
+        text = hub_file(name, "unet/config.json", cfg.model).read_text(encoding="utf-8")
         return Model(text, CLIP_TOKENS, 8, 0)
+    if folder.is_file():
+        found = read_single_file(folder)
+        known = found.architecture(cfg.model)
+        return Model(json.dumps(dict(known.unet)), CLIP_TOKENS, known.factor, 4 * found.elements)
+    if (folder / "model_index.json").is_file():
+        check_kind(folder)
     file = folder / "unet" / "config.json"
     try:
         text = file.read_text(encoding="utf-8")
@@ -119,23 +135,14 @@ def _optional(folder: Path) -> dict[str, Any]:
 
 
 def _fp32_bytes(folder: Path) -> int:
-    files = [sorted((folder / component).glob("*.safetensors")) for component in COMPONENTS]
-    # Of several variants one is loaded; they have the same number of elements.
-    return sum(4 * max(check_safetensors(file) for file in found) for found in files if found)
-
-
-def _from_hub(cfg: Config, path: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    model = cfg.model
-    try:
-        file = hf_hub_download(
-            model.pretrained_model_name_or_path, path, revision=model.revision, local_files_only=model.local_files_only
-        )
-        return Path(file).read_text(encoding="utf-8")
-    except Exception as error:  # whatever the hub, the network or the cache answers
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{FIELD}: cannot read {path} of {model.pretrained_model_name_or_path!r}: {reason}") from None
+    total = 0
+    for component in COMPONENTS:
+        elements: Counter[str | None] = Counter()
+        for file in (folder / component).glob("*.safetensors"):
+            elements[variant_of(file)] += check_safetensors(file)
+        # Of several variants one is loaded; they have the same number of elements.
+        total += 4 * max(elements.values(), default=0)
+    return total
 
 
 def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = ()) -> Plan:
@@ -152,9 +159,14 @@ def unet_sizes(model: Model, scope: str) -> Sizes:
     unet = build_unet(model.config)
     names = set(trainable_names(unet, scope))
     groups = parameter_groups((name, p) for name, p in unet.named_parameters() if name in names)
+    layers: dict[str, list[int]] = {}
+    for name, parameter in unet.named_parameters():
+        if name in names and not is_small(parameter.numel()):
+            layers.setdefault(layer_of(name, parameter.numel()), []).append(parameter.numel())
     return Sizes(
         tuple((group["bits"], tuple(p.numel() for p in group["params"])) for group in groups),
         tuple(p.numel() for name, p in unet.named_parameters() if name not in names),
+        tuple(tuple(numels) for numels in layers.values()),
     )
 
 
@@ -179,6 +191,10 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
     embeddings = texts * model.tokens * config["cross_attention_dim"] * width
     latents = pictures * config["in_channels"] * side * side * 4
     rows = [Row("prompt embeddings and latents", embeddings + latents)]
+    if cfg.teacher.storage == "cached":
+        indices = len({(step.concept, step.index) for step in build_method(cfg).table()})
+        stored = 4 * indices * cfg.teacher.trajectories * config["in_channels"] * side * side * 4
+        rows.append(Row("targets of the original model", host=stored))
     if cfg.method == "doco":
         with torch.device("meta"):
             channels = shown_channels(cfg, config["in_channels"])
@@ -226,7 +242,7 @@ def _activations(cfg: Config, model: Model, scope: str, rows: int) -> Activation
     autocast = half and not cfg.bf16_weights
     shape = Shape(
         latent_side(cfg, model), model.tokens, torch.bfloat16 if half and not autocast else torch.float32, autocast,
-        cfg.model.gradient_checkpointing, cfg.model.attention == "eager",
+        cfg.model.gradient_checkpointing, cfg.model.attention in ("eager", "sdpa-math"),
     )  # fmt: skip
     if autocast:  # casts of weights do not grow with the batch
         return measure(model.unet, scope, rows, shape)

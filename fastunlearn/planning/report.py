@@ -15,7 +15,7 @@ import torch
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.planning.advice import smallest_change
 from fastunlearn.planning.plan import ALLOWANCE, GIB, Plan, make_plan, read_model
-from fastunlearn.planning.states import PHASES, totals
+from fastunlearn.planning.states import PHASES
 
 PHASE_WORDS = {
     "backward": "forward and backward pass",
@@ -51,7 +51,8 @@ def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
     lines = [
         f"{cfg.method} on {cfg.model.pretrained_model_name_or_path}: {plan.sizes.total:,} parameters, "
         f"{sum(plan.sizes.trained):,} trained ({resolved_scope(cfg)})",
-        f"ZeRO-{cfg.zero.stage}, {plan.world} rank{'s' if plan.world > 1 else ''}, "
+        f"{'fused engine' if cfg.engine == 'fused' else f'ZeRO-{cfg.zero.stage}'}, "
+        f"{plan.world} rank{'s' if plan.world > 1 else ''}, "
         f"{'bf16' if cfg.model.mixed_precision == 'bf16' else 'fp32'}, batch {cfg.train.train_batch_size}"
         + (f", retain batch {cfg.retain.batch_size}" if cfg.retains else ""),
         "",
@@ -61,7 +62,7 @@ def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
     for row in plan.rows:
         lines.append(f"{row.name:<{width}}  {size(row.device):>10}  {size(row.host):>10}{_when(row.phases)}")
     lines.append("")
-    for phase, (device, host) in totals(plan.rows).items():
+    for phase, (device, host) in plan.phases.items():
         if phase not in ("keep", "project") or cfg.retains:
             lines.append(f"{'during: ' + PHASE_WORDS[phase]:<{width}}  {size(device):>10}  {size(host):>10}")
     lines.append(f"{'at most':<{width}}  {size(plan.device):>10}  {size(plan.host):>10}")
@@ -104,7 +105,7 @@ def as_data(plan: Plan, limit: int | None, better: Plan | None) -> dict:
         "trained_parameters": sum(plan.sizes.trained),
         "ranks": plan.world,
         "rows": [asdict(row) for row in plan.rows],
-        "phases": {name: {"device": device, "host": host} for name, (device, host) in totals(plan.rows).items()},
+        "phases": {name: {"device": device, "host": host} for name, (device, host) in plan.phases.items()},
         "device_bytes": plan.device,
         "host_bytes": plan.host,
         "loading_host_bytes": plan.loading,

@@ -44,6 +44,8 @@ class Sizes:
     groups: tuple[tuple[int, tuple[int, ...]], ...]
     """(bits of 8-bit optimizers' state, elements of each tensor) of every group."""
     frozen: tuple[int, ...]
+    layers: tuple[tuple[int, ...], ...] = ()
+    """Elements of the tensors that the fused engine steps together, but for the small ones."""
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -114,13 +116,13 @@ class StateMemory:
 
     def _weights(self) -> list[Row]:
         size, kind = self.compute, "bf16" if self.compute == 2 else "fp32"
-        trained, total = sum(self.sizes.trained), self.sizes.total
+        total = self.sizes.total
         weights = self._sharded_weights() * size
         masters = self.owned * FP32 if self.stage > 0 else 0  # a copy, even of weights that are fp32 themselves
         state, host_state = self._optimizer_state()
         rows = [
             Row(f"U-Net weights ({kind})", weights),
-            Row("teacher: originals of what is trained", trained * size if self.stage < 3 else 0),
+            *(teacher_bytes(self.cfg, self.sizes, size) if self.stage < 3 else []),
             Row("teacher: a whole U-Net (stage 3)", total * size if self.stage == 3 else 0),
             self._placed("fp32 master weights", masters),
             Row(f"optimizer state ({self.cfg.optimizer.name})", state, host_state),
@@ -276,6 +278,24 @@ class StateMemory:
         return Row(name, 0 if self.offload else size, size if self.offload else 0, phases)
 
 
+def teacher_bytes(cfg: Config, sizes: Sizes, compute: int) -> list[Row]:
+    """The originals of what is trained: as they were, or in 8 bits; then a layer of them is brought back at a time."""
+    storage = cfg.teacher.storage
+    if storage == "cached":
+        return []
+    if storage == "exact":
+        return [Row("teacher: originals of what is trained", sum(sizes.trained) * compute)]
+    small = sum(n for bits, numels in sizes.groups for n in numels if bits == 32)
+    matrices = [n for bits, numels in sizes.groups for n in numels if bits == 8]
+    blocks = sum(-(-n // BLOCK) for n in matrices)  # fp8 has a scale for each row, which is next to nothing
+    stored = small * compute + (blocks * (BLOCK + FP32) if storage == "int8" else sum(matrices))
+    largest = max(matrices, default=0) * (compute if storage == "int8" else FP32 + compute)
+    return [
+        Row(f"teacher: originals of what is trained ({storage})", stored),
+        Row("teacher: the tensor that is brought back", largest, phases=("backward",)),
+    ]
+
+
 def totals(rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
     """(device, host) bytes in each phase."""
     return {
@@ -295,4 +315,8 @@ def peak(rows: Sequence[Row]) -> tuple[int, int]:
 
 def worst_rank(cfg: Config, sizes: Sizes, world: int) -> list[Row]:
     """The rows of the rank that needs most."""
+    if cfg.engine == "fused":
+        from fastunlearn.planning.fused_states import fused_rows  # which is written with this module's words
+
+        return fused_rows(cfg, sizes)
     return max((StateMemory(cfg, sizes, world, rank).rows() for rank in range(world)), key=peak)

@@ -1,0 +1,180 @@
+"""How a run is put together: model, engine, teacher, windows, retain samples, surgery.
+
+What this is: the order in which the parts come to be, and in which what is no longer needed goes.
+What this is not: the algorithm (``trainer.py``), or any of the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastunlearn.anchor_windows import AnchorWindows
+from fastunlearn.attention import check_attention, install_attention, stop_first_token_gradient
+from fastunlearn.backbone import (
+    Backbone,
+    build_backbone,
+    load_pipeline,
+    set_trainable,
+    trainable_names,
+    trained_tensors,
+)
+from fastunlearn.cached_windows import CachedWindows, Targets, sample_targets
+from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpoint
+from fastunlearn.config import Config, resolved_scope
+from fastunlearn.fused import FusedEngine
+from fastunlearn.keysteps import KeyStep
+from fastunlearn.methods import Method, build_method
+from fastunlearn.predictors import Evaluations, Predictors
+from fastunlearn.prompts import PromptBook, build_prompt_book
+from fastunlearn.retain import (
+    Pool,
+    RetainSource,
+    anchor_prompts,
+    build_source,
+    encode_folder,
+    generate_pool,
+)
+from fastunlearn.retain_prompts import retain_prompts
+from fastunlearn.rollout import Layout, Rollout
+from fastunlearn.speed import apply_channels_last, compile_blocks
+from fastunlearn.surgery import Surgery
+from fastunlearn.teacher import Teacher, no_teacher
+from fastunlearn.teacher_error import check_teacher, target_errors
+from fastunlearn.zero import Engine, World
+from fastunlearn_kernels.backend import describe
+
+
+@dataclass
+class Run:
+    """The parts of a run, ready for its first update."""
+
+    cfg: Config
+    world: World
+    method: Method
+    table: list[KeyStep]
+    models: Predictors
+    rollout: Rollout | AnchorWindows | CachedWindows
+    engine: Engine | FusedEngine
+    surgery: Surgery | None = None
+    retain: RetainSource | None = None
+    position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What else carries state from one update to the next."""
+        found: dict[str, Part | None] = {
+            "rollout": self.rollout, "method": self.method, "surgery": self.surgery, "retain": self.retain,
+        }  # fmt: skip
+        return {name: part for name, part in found.items() if part is not None}
+
+
+def prepare(cfg: Config, world: World) -> Run:
+    """Load the model, embed all prompts once, free what training does not need, shard the rest, resume if asked."""
+    check_attention(cfg.model.attention, world.device, compute_dtype(cfg))
+    method = build_method(cfg)
+    resume = find_checkpoint(cfg)
+    pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
+    folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None
+    retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
+    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained)
+    set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
+    originals = trained_tensors(pipeline.unet)
+    backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
+    del pipeline  # with it go the text encoders and the VAE
+    models, engine = shard(cfg, backbone, originals, world)
+    del originals
+    if cfg.teacher.storage in ("int8", "fp8"):
+        accepted = check_teacher(cfg.teacher, target_errors(models, book, cfg.seed))
+        if world.is_main:
+            print(accepted)
+    layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
+    pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
+    table = method.table()
+    targets = sample_targets(cfg, models, book, table, world.is_main) if cfg.teacher.storage == "cached" else None
+    rollout = build_windows(cfg, models, book, layout, pool, targets)
+    run = Run(cfg, world, method, table, models, rollout, engine)
+    if cfg.retains:
+        pictures = pool if cfg.retain_source == "anchors" else folder
+        run.retain = build_source(cfg, models, book, world, pictures)
+        run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero_stage > 0)
+    if targets is not None:
+        models.teacher = no_teacher  # from the first update on, the student is no longer the original
+    if resume is not None:
+        _resume(run, resume)
+    return run
+
+
+def weights_dtype(cfg: Config) -> torch.dtype:
+    """In which the U-Net is held."""
+    return torch.bfloat16 if cfg.bf16_weights else torch.float32
+
+
+def compute_dtype(cfg: Config) -> torch.dtype:
+    """In which the U-Net computes, from bf16 weights or under autocast."""
+    return torch.bfloat16 if cfg.model.mixed_precision == "bf16" else torch.float32
+
+
+def shard(
+    cfg: Config, backbone: Backbone, originals: Mapping[str, Tensor], world: World
+) -> tuple[Predictors, Engine | FusedEngine]:
+    """The student under its engine, and its frozen original. ``originals``: the trained tensors before any cast."""
+    unet = backbone.unet.train()
+    backbone.autocast = cfg.model.mixed_precision == "bf16" and not cfg.bf16_weights
+    if cfg.model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    attention = install_attention(unet, cfg.model.attention, device=world.device, dtype=compute_dtype(cfg))
+    if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
+        stop_first_token_gradient(unet)
+    teacher = None
+    if cfg.teacher.storage != "cached":
+        teacher = Teacher(unet, list(originals), whole_copy=cfg.zero_stage == 3, storage=cfg.teacher.storage)
+    engine: Engine | FusedEngine
+    if cfg.engine == "fused":
+        engine = FusedEngine(unet, cfg, world)
+    else:
+        engine = Engine(unet, cfg, world, originals if cfg.bf16_weights else None)
+    if cfg.model.channels_last:
+        apply_channels_last(unet)
+    if cfg.model.compile == "regional":
+        compile_blocks(unet)
+    if world.is_main:
+        count = sum(p.numel() for p in originals.values())
+        sharding = "fused engine" if cfg.engine == "fused" else f"ZeRO-{cfg.zero.stage}"
+        how = f"{attention}; kernels: {describe(world.device)}; {sharding}"
+        print(f"{cfg.method}: {len(originals)} tensors, {count:,} parameters trained; {how}")
+    # As long as nothing is trained, the student is its own teacher.
+    return Predictors(backbone, engine, engine.sampler, teacher or engine.sampler), engine
+
+
+def build_windows(
+    cfg: Config,
+    models: Predictors,
+    book: PromptBook,
+    layout: Layout,
+    pool: Pool | None = None,
+    targets: Targets | None = None,
+) -> Rollout | AnchorWindows | CachedWindows:
+    """Where the unlearning windows come from: trajectories of the student, those that the original walked before the
+    training, or noised pictures of the anchors."""
+    if pool is not None:
+        return AnchorWindows(cfg, models, book, layout, pool)
+    if targets is not None:
+        return CachedWindows(cfg, models, book, layout, targets)
+    sampler = cfg.sampler
+    return Rollout(
+        models, book, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale, seed=cfg.seed
+    )
+
+
+def _resume(run: Run, folder: Path) -> None:
+    run.position = load_checkpoint(folder, run.world, run.engine, run.parts)
+    run.models.evaluations = Evaluations(**run.position.evaluations)
+    if run.world.is_main:
+        print(f"resumed from {folder} at update {run.position.update}")
+
+
