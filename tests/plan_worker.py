@@ -1,6 +1,7 @@
 """Started by DeepSpeed's launcher in test_planning.py: what a rank really holds, and how often it calls the U-Net.
 
-Usage: deepspeed --num_gpus 2 tests/plan_worker.py FOLDER; every rank writes FOLDER/<case>-<rank>.json.
+Usage: deepspeed --num_gpus N tests/plan_worker.py FOLDER [STATE_CASE ...]; every rank writes FOLDER/<case>-<rank>.json,
+without names for all cases.
 """
 
 from __future__ import annotations
@@ -225,15 +226,16 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     return asdict(models.evaluations)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, chosen: list[str]) -> None:
     world = connect()
     gc.collect()
     gc.freeze()  # what the libraries have made need not be looked at for every case
-    for name in STATE_CASES:
+    for name in chosen or STATE_CASES:
         (folder / f"{name}-{world.rank}.json").write_text(json.dumps(held(state_config(name), world)))
-    for name in COUNT_CASES:
+    for name in () if chosen else COUNT_CASES:
         (folder / f"{name}-{world.rank}.json").write_text(json.dumps(counted(count_config(name), world)))
 
 
 if __name__ == "__main__":
-    main(Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))))
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    main(Path(arguments[0]), arguments[1:])

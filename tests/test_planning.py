@@ -30,6 +30,7 @@ from fastunlearn.planning.plan import ALLOWANCE, GIB, Model, Plan, make_plan, re
 from fastunlearn.planning.states import Row, Sizes, StateMemory
 
 WORKER = Path(__file__).with_name("plan_worker.py")
+OTHER_WORLDS = ("stage1-bf16-kept-fp32", "stage2-bf16", "stage3-bf16-offload")
 STATE_BYTES = 64  # a few elements of padding that DeepSpeed allocates apart
 PEAK_SHARE = ACTIVATION_SHARE = 0.1
 SDXL = {
@@ -76,9 +77,21 @@ def planned(rows: list[Row]) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", STATE_CASES)
 def test_every_row_is_what_a_rank_holds(name: str, measured: Path, tiny_sizes: Sizes) -> None:
-    for rank in range(WORLD):
-        plan = planned(StateMemory(state_config(name), tiny_sizes, WORLD, rank).rows())
-        held = json.loads((measured / f"{name}-{rank}.json").read_text())
+    hold_against_plan(name, WORLD, measured, tiny_sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 4])
+def test_and_so_on_one_and_on_four_ranks(world: int, tmp_path: Path, tiny_sizes: Sizes) -> None:
+    launch(WORKER, tmp_path, *OTHER_WORLDS, world=world)
+    for name in OTHER_WORLDS:
+        hold_against_plan(name, world, tmp_path, tiny_sizes)
+
+
+def hold_against_plan(name: str, world: int, folder: Path, tiny_sizes: Sizes) -> None:
+    for rank in range(world):
+        plan = planned(StateMemory(state_config(name), tiny_sizes, world, rank).rows())
+        held = json.loads((folder / f"{name}-{rank}.json").read_text())
         for what, size in held.items():
             bound = STATE_BYTES + (PEAK_SHARE * size if what.endswith("_peak") else 0)
             assert abs(plan[what] - size) <= bound, (what, plan[what], size)
