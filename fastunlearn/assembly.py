@@ -28,7 +28,7 @@ from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpo
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.fused import FusedEngine
 from fastunlearn.keysteps import KeyStep
-from fastunlearn.methods import Method, build_method
+from fastunlearn.methods import Method, build_method, rank_table
 from fastunlearn.predictors import Evaluations, Predictors
 from fastunlearn.prompts import PromptBook, build_prompt_book
 from fastunlearn.retain import (
@@ -68,7 +68,8 @@ class Run:
     def parts(self) -> dict[str, Part]:
         """What else carries state from one update to the next."""
         found: dict[str, Part | None] = {
-            "rollout": self.rollout, "method": self.method, "surgery": self.surgery, "retain": self.retain,
+            "models": self.models, "rollout": self.rollout, "method": self.method,
+            "surgery": self.surgery, "retain": self.retain,
         }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
 
@@ -94,7 +95,7 @@ def prepare(cfg: Config, world: World) -> Run:
             print(accepted)
     layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
     pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
-    table = method.table()
+    table = rank_table(cfg, world.rank, world.world_size)
     targets = sample_targets(cfg, models, book, table, world.is_main) if cfg.teacher.storage == "cached" else None
     rollout = build_windows(cfg, models, book, layout, pool, targets)
     run = Run(cfg, world, method, table, models, rollout, engine)
@@ -173,7 +174,6 @@ def build_windows(
 
 def _resume(run: Run, folder: Path) -> None:
     run.position = load_checkpoint(folder, run.world, run.engine, run.parts)
-    run.models.evaluations = Evaluations(**run.position.evaluations)
     if run.world.is_main:
         print(f"resumed from {folder} at update {run.position.update}")
 

@@ -45,6 +45,8 @@ def sample_targets(cfg: Config, models: Predictors, book: PromptBook, table: lis
     batch, total = cfg.train.train_batch_size, cfg.teacher.trajectories
     for concept in range(len(book.variants)):
         wanted = sorted({step.index for step in table if step.concept == concept})
+        if not wanted:
+            continue  # another rank's concept
         starts = range(0, total, batch)
         for first in tqdm(starts, desc="targets", unit="batch", disable=not progress, leave=False):
             walker = _walker(cfg, models, book, min(batch, total - first))

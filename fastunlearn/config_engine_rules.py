@@ -24,6 +24,11 @@ def check_engine(cfg: Config) -> None:
     else:
         _check_zero(cfg)
     _check_speed(cfg)
+    if cfg.train.spread_concepts and cfg.zero_stage == 3:
+        raise UserError(
+            "train.spread_concepts: true with zero.stage 3, where all ranks must call the U-Net equally often; use "
+            "false, or zero.stage 2"
+        )
     if cfg.teacher.storage == "cached":
         _check_cached(cfg)
     elif cfg.teacher.storage != "exact" and cfg.zero_stage == 3:

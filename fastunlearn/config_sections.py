@@ -97,6 +97,8 @@ class TrainConfig(Section):
     """Number of optimizer updates; none: the default of the method and the concept's kind."""
     train_batch_size: Positive = 1
     """Trajectories that each rank walks in lockstep."""
+    spread_concepts: bool = False
+    """Give each rank concepts of its own instead of all ranks the same one in turn; not at ZeRO stage 3."""
     gradient_accumulation_steps: Positive = 1
     """Batches whose gradients are averaged into one update."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5

@@ -42,6 +42,14 @@ class Predictors:
         self.sampler = sampler
         self.teacher = teacher
 
+    def state_dict(self) -> dict:
+        """The count so far."""
+        return asdict(self.evaluations)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting."""
+        self.evaluations = Evaluations(**state)
+
     def train(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student, recorded for the backward pass that follows."""
         self.evaluations.student_forward += len(conditions) * len(latents_BCHW)

@@ -21,7 +21,7 @@ from fastunlearn.results import RunFigures, start_output, write_results
 from fastunlearn.retain import retain_loss
 from fastunlearn.rollout import GuidedPair
 from fastunlearn.surgery import Figures
-from fastunlearn.zero import World
+from fastunlearn.zero import World, sum_of_counts
 
 
 def train(cfg: Config, world: World) -> None:
@@ -31,6 +31,7 @@ def train(cfg: Config, world: World) -> None:
         start_output(cfg, resumed=run.position.update > 0)
     update_loop(run)
     weights = run.engine.full_weights()
+    evaluations = sum_of_counts(asdict(run.models.evaluations), world)
     if world.is_main:
         done = run.position
         figures = RunFigures(
@@ -40,8 +41,7 @@ def train(cfg: Config, world: World) -> None:
                 "rollout": done.rollout_seconds,
                 "train": done.seconds - done.rollout_seconds,
             },
-            # Every rank evaluates as much as this one.
-            unet_evaluations={name: count * world.world_size for name, count in done.evaluations.items()},
+            unet_evaluations=evaluations,
             world_size=world.world_size,
             device=world.device,
         )

@@ -100,6 +100,12 @@ def sum_over_ranks(table: Tensor) -> Tensor:
     return total
 
 
+def sum_of_counts(counts: Mapping[str, int], world: World) -> dict[str, int]:
+    """The same counters over all ranks."""
+    table = torch.tensor(list(counts.values()), dtype=torch.int64, device=world.device)
+    return dict(zip(counts, sum_over_ranks(table).tolist(), strict=True))
+
+
 class Keeper(Protocol):
     """What takes over a retain gradient: ``surgery.Surgery``."""
 

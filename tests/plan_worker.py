@@ -31,7 +31,7 @@ from fastunlearn.assembly import Run, build_windows, shard, weights_dtype
 from fastunlearn.backbone import set_trainable, trainable_names, trained_tensors
 from fastunlearn.config import Config
 from fastunlearn.keysteps import KeyStep
-from fastunlearn.methods import build_method
+from fastunlearn.methods import build_method, rank_table
 from fastunlearn.planning.activations import LiveBytes
 from fastunlearn.prompts import PromptBook, build_prompt_book
 from fastunlearn.retain import Pool, anchor_prompts, build_source, generate_pool, retain_loss
@@ -79,6 +79,11 @@ COUNT_CASES: dict[str, dict[str, Any]] = {
     "kscu-generated": SURGERY | {"train": {"gradient_accumulation_steps": 2, "train_batch_size": 2}},
     "kscu-prompts": SURGERY | {"retain": {"source": "prompts"}},
     "esd": {"method": "esd"},
+    "kscu-spread": {  # two concepts whose slices differ, so that the ranks do not evaluate the same
+        "concepts": ["neon style", "cat"], "keep": ["tree"], "kscu": {"loop": 1}, "train": {
+            "max_train_steps": 4, "spread_concepts": True, "scope": "attn2",
+        },
+    },
     "doco-guided": DOCO | {"doco": {"discriminator_warmup": 1, "guidance_scale": 3.0}},
     "doco-generated": DOCO | {"retain": {"source": "generated", "target": "noise"}},
 }
@@ -218,7 +223,8 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     method = build_method(cfg)
     layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
     pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
-    run = Run(cfg, world, method, method.table(), models, build_windows(cfg, models, book, layout, pool), engine)
+    table = rank_table(cfg, world.rank, world.world_size)
+    run = Run(cfg, world, method, table, models, build_windows(cfg, models, book, layout, pool), engine)
     if cfg.retains:
         run.retain = build_source(cfg, models, book, world, pool if cfg.retain_source == "anchors" else None)
         run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastunlearn.attention import stop_first_token_gradient
 from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config
 from fastunlearn.discriminator import Discriminator, Judge, says
+from fastunlearn.errors import UserError
 from fastunlearn.methods import build_method
 from fastunlearn.methods.doco import DoCo, image_estimate
 from fastunlearn.predictors import Predictors
@@ -177,6 +179,19 @@ def test_key_timesteps_come_from_the_samplers_tail() -> None:
     for update in range(6):
         (window,) = windows.windows(method.table()[update], None)
         assert isinstance(window.timestep, Tensor) and set(window.timestep.tolist()) <= allowed
+
+
+def test_timesteps_begin_at_the_smallest_one_allowed() -> None:
+    cfg = a_config(min_timestep=700, discriminator_warmup=0)
+    _, windows, method = the_parts(cfg)
+    drawn: list[int] = []
+    for update in range(200):
+        (window,) = windows.windows(replace(method.table()[0], update=update), None)
+        assert isinstance(window.timestep, torch.Tensor)
+        drawn += window.timestep.tolist()
+    assert 700 <= min(drawn) < 705 and 994 < max(drawn) < 1000
+    with pytest.raises(UserError, match=r"^doco\.min_timestep: 5 is for uniform timesteps"):
+        a_config(min_timestep=5, timesteps="key")
 
 
 def test_a_batch_does_not_depend_on_how_it_is_spread() -> None:

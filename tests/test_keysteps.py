@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fastunlearn.keysteps import key_step_table, scale_start, uniform_table
+from fastunlearn.config import Config
+from fastunlearn.errors import UserError
+from fastunlearn.keysteps import KeyStep, key_step_table, scale_start, uniform_table
+from fastunlearn.methods import rank_table
 
 # (starts, updates) -> (restarts, sampler steps spent on restarts, free advances), counted on the released trainer.
 PUBLISHED = [
@@ -55,3 +58,41 @@ def test_the_uniform_table_covers_the_schedule_and_repeats_with_its_seed() -> No
     assert {step.index for step in table} == set(range(50))
     assert all(step.restart and not step.continues for step in table)
     assert [step.concept for step in table[:4]] == [0, 1, 0, 1]
+
+
+CONCEPTS = ["neon style", "ink style", "cat", "popart style", "car"]
+
+
+def spread(concepts: list[str], world: int, method: str = "kscu") -> list[list[KeyStep]]:
+    train = {"spread_concepts": True, "max_train_steps": 160, "scope": "attn2"}
+    named = [{"name": name, "anchor": "flat style" if "style" in name else "tree"} for name in concepts]
+    doco = {"discriminator_warmup": 3}
+    cfg = Config.model_validate({"concepts": named, "keep": ["fish"], "train": train, "method": method, "doco": doco})
+    return [rank_table(cfg, rank, world) for rank in range(world)]
+
+
+@pytest.mark.parametrize("method", ["kscu", "esd", "doco"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_spread_concepts_are_all_somebodys_and_nobody_waits(method: str, world: int) -> None:
+    tables = spread(CONCEPTS, world, method)
+    assert [len(table) for table in tables] == [160] * world
+    owned = [{step.concept for step in table} for table in tables]
+    assert owned == [set(range(rank, len(CONCEPTS), world)) for rank in range(world)]
+    assert all([step.update for step in table] == list(range(160)) for table in tables)
+
+
+def test_a_rank_walks_its_own_concepts_as_a_run_of_them_alone_would() -> None:
+    alone = Config.model_validate({"concepts": ["ink style", "popart style"], "train": {"max_train_steps": 160}})
+    expected = [(step.index, step.restart, step.continues, (1, 3)[step.concept]) for step in rank_table(alone, 0, 1)]
+    assert [(s.index, s.restart, s.continues, s.concept) for s in spread(CONCEPTS[:4], 2)[1]] == expected
+
+
+def test_ranks_beyond_the_concepts_share_them() -> None:
+    assert [{step.concept for step in table} for table in spread(CONCEPTS[:2], 4)] == [{0}, {1}, {0}, {1}]
+
+
+def test_without_it_all_ranks_have_one_table_and_at_stage_3_it_is_refused() -> None:
+    cfg = Config.model_validate({"concepts": CONCEPTS[:2]})
+    assert rank_table(cfg, 0, 2) == rank_table(cfg, 1, 2)
+    with pytest.raises(UserError, match=r"^train\.spread_concepts:"):
+        Config.model_validate({"concepts": CONCEPTS[:2], "train": {"spread_concepts": True}, "zero": {"stage": 3}})

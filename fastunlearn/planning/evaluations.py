@@ -9,21 +9,31 @@ from __future__ import annotations
 
 from fastunlearn.config import Config, first_student_update
 from fastunlearn.keysteps import KeyStep
-from fastunlearn.methods import KSCU, build_method
+from fastunlearn.methods import KSCU, build_method, rank_table
 from fastunlearn.methods.base import Method
 from fastunlearn.predictors import Evaluations
 
 
 def count_evaluations(cfg: Config, world: int) -> Evaluations:
     """Single-sample evaluations of the whole run, all ranks together."""
+    count = Evaluations(teacher=_pool(cfg, build_method(cfg)) * world)
+    if cfg.train.spread_concepts:
+        for rank in range(world):
+            _add_table(cfg, count, rank_table(cfg, rank, world), 1)
+    else:
+        _add_table(cfg, count, rank_table(cfg, 0, world), world)
+    return count
+
+
+def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int) -> None:
+    """What ``ranks`` ranks evaluate that share a table."""
     method = build_method(cfg)
-    micro_batches = cfg.train.gradient_accumulation_steps * world
+    micro_batches = cfg.train.gradient_accumulation_steps * ranks
     batch, retained = cfg.train.train_batch_size * micro_batches, cfg.retain.batch_size * micro_batches
-    count = Evaluations(teacher=_pool(cfg, method) * world)
     cached = cfg.teacher.storage == "cached"
     if cached:
-        _add_targets(cfg, count, method.table(), world)
-    for step in method.table():
+        _add_targets(cfg, count, table, ranks)
+    for step in table:
         trains = step.update >= first_student_update(cfg)
         if not cached:
             count.rollout += 2 * batch * step.index if step.restart else 0
@@ -37,12 +47,11 @@ def count_evaluations(cfg: Config, world: int) -> Evaluations:
             count.rollout += student
         if cfg.retains and trains:
             _add_retain(cfg, count, step, retained)
-    return count
 
 
-def _add_targets(cfg: Config, count: Evaluations, table: list[KeyStep], world: int) -> None:
+def _add_targets(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int) -> None:
     """The original's trajectories, which every rank walks: ``cached_windows.sample_targets``."""
-    trajectories = cfg.teacher.trajectories * world
+    trajectories = cfg.teacher.trajectories * ranks
     for concept in {step.concept for step in table}:
         wanted = {step.index for step in table if step.concept == concept}
         count.teacher += 3 * trajectories * len(wanted)
