@@ -20,6 +20,7 @@ from fastunlearn.backbone import (
     build_backbone,
     load_pipeline,
     set_trainable,
+    stored_dtype,
     trainable_names,
     trained_tensors,
 )
@@ -79,7 +80,8 @@ def prepare(cfg: Config, world: World) -> Run:
     check_attention(cfg.model.attention, world.device, compute_dtype(cfg))
     method = build_method(cfg)
     resume = find_checkpoint(cfg)
-    pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
+    stored = stored_dtype(cfg.model) if cfg.bf16_weights else None  # loses nothing, and SDXL in fp32 takes 10 GB
+    pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
     folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
     book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained)

@@ -7,17 +7,21 @@ What this is not: a measurement. A figure that was not measured is not on the ca
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastunlearn.errors import UserError
 from fastunlearn.files import atomic_write_text
 from fastunlearn.scoring.metrics import FIGURES, clear_difference
 from fastunlearn.scoring.protocol import known_concepts
+from fastunlearn.single_file import read_single_file
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
 METHODS = {
     "kscu": "KSCU, Key Step Concept Unlearning (arXiv:2507.06526)",
+    "doco": "DoCo, Concept Domain Correction (arXiv:2405.15304)",
     "esd": "ESD, Erased Stable Diffusion (arXiv:2303.07345)",
 }
 MEANINGS = {
@@ -64,17 +68,30 @@ def usage(cfg: Config) -> str:
     options = {name: getattr(cfg.model, name) for name in ("revision", "variant") if getattr(cfg.model, name)}
     extra = "".join(f", {name}={value!r}" for name, value in options.items())
     prompt = cfg.concepts[0].name if cfg.concepts else ""
-    lines = ["from diffusers import DiffusionPipeline, UNet2DConditionModel"]
+    pipeline = _pipeline_class(cfg)
+    reader = f"{pipeline}.{'from_pretrained' if pipeline == 'DiffusionPipeline' else 'from_single_file'}"
+    lines = [f"from diffusers import {pipeline}, UNet2DConditionModel"]
     lines += ["from fastunlearn.minicanvas import pipeline_path", ""] if minicanvas else [""]
     lines += [
         f"folder = {cfg.output_dir!r}  # where this file lies",
         'unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")',
-        f"pipe = DiffusionPipeline.from_pretrained({base}, unet=unet, torch_dtype=unet.dtype{extra})",
+        f"pipe = {reader}({base}, unet=unet, torch_dtype=unet.dtype{extra})",
     ]
     settings = f"num_inference_steps={cfg.evaluation.num_inference_steps}, guidance_scale="
     settings += f"{cfg.evaluation.guidance_scale:g}" if minicanvas else "5"
     lines += [f"image = pipe({prompt!r}, {settings}).images[0]", 'image.save("sample.png")', ""]
     return "\n".join(lines)
+
+
+def _pipeline_class(cfg: Config) -> str:
+    """What reads the base model: only the pipelines' own classes read a single file."""
+    file = Path(cfg.model.pretrained_model_name_or_path)
+    if cfg.uses_minicanvas or file.suffix != ".safetensors":
+        return "DiffusionPipeline"
+    try:
+        return read_single_file(file).architecture(cfg.model).pipeline
+    except UserError:  # it is no longer there
+        return "StableDiffusionXLPipeline"
 
 
 def _front_matter(cfg: Config) -> str:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from fastunlearn.backbone import load_pipeline, stored_dtype
+from fastunlearn.backbone import compute_in, load_pipeline, stored_dtype
 from fastunlearn.checkpoint import list_checkpoints
 from fastunlearn.config import Config
 from fastunlearn.exporting import (
@@ -71,19 +70,22 @@ def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigure
     """Write everything that remains of a run. ``weights``: the trained tensors, fp32, on the host."""
     cfg = cfg.resolved()  # the card and the delta name the kept concepts also where they were left to the default
     folder = Path(cfg.output_dir)
-    base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
+    stored = stored_dtype(cfg.model)
+    base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
     if cfg.engine == "fused" and cfg.bf16_weights:
         weights = unrounded(base.unet.state_dict(), weights)
-    dtype = DTYPES.get(cfg.export.dtype) or stored_dtype(cfg.model)
+    dtype = DTYPES.get(cfg.export.dtype) or stored
     write_unet(base.unet, folder / "unet", dtype, state_dict={**base.unet.state_dict(), **weights})
     delta = {name: tensor.to(dtype) for name, tensor in weights.items()}
     write_delta(delta, folder / "delta.safetensors", delta_metadata(cfg))
 
-    edited = UNet2DConditionModel.from_pretrained(str(folder / "unet"))
+    if cfg.train.resolution:
+        base.unet.register_to_config(sample_size=cfg.train.resolution // base.vae_scale_factor)
+    compute_in(base.unet, torch.bfloat16 if cfg.model.mixed_precision == "bf16" else torch.float32)
     base.to(figures.device)
     before_after(
         base,
-        edited.to(figures.device),
+        delta,
         choose_validation_rows(cfg),
         folder / "samples" / "before_after.png",
         seeds=cfg.evaluation.seeds[: cfg.report.num_validation_seeds],
@@ -94,7 +96,7 @@ def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigure
     )
     draw_surgery(folder / SURGERY_LOG_NAME, folder / "samples" / "surgery.png")
     metrics = collect_metrics(cfg, figures)
-    del base, edited
+    del base
     if cfg.evaluation.mode == "auto" and why_not_judged(cfg) is None:
         metrics["evaluation"] = evaluate_pair(cfg, cfg.model.pretrained_model_name_or_path, folder / "unet")
     atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

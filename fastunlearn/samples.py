@@ -7,7 +7,7 @@ What this is not: a measurement (`scoring/`).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ def _minicanvas_rows(concepts: Sequence[Erased]) -> list[ValidationRow]:
 
 def before_after(
     pipe: Pipeline,
-    edited_unet: nn.Module,
+    edited: nn.Module | Mapping[str, Tensor],
     rows: Sequence[ValidationRow],
     path: str | os.PathLike[str],
     *,
@@ -100,15 +100,19 @@ def before_after(
 ) -> None:
     """Draw every row with the pipeline's own U-Net and with the edited one, from the same noise; write the picture.
 
-    ``pipe`` is the base pipeline with its text encoders and VAE; its U-Net is put back.
+    ``pipe`` is the base pipeline with its text encoders and VAE; its U-Net is put back. ``edited``: another U-Net, or
+    the tensors that differ, which then go into the pipeline's own and stay there: one U-Net in memory.
     """
     prompts = [row.prompt for row in rows for _ in seeds]
     noise = list(seeds) * len(rows)
     own_unet = pipe.unet
     drawn = []
     try:
-        for label, unet in (("samples before", own_unet), ("samples after", edited_unet)):
-            pipe.unet = unet
+        for label in ("samples before", "samples after"):
+            if label == "samples after" and isinstance(edited, nn.Module):
+                pipe.unet = edited
+            elif label == "samples after":
+                own_unet.load_state_dict(edited, strict=False)
             bar = label if progress else False
             drawn.append(generate(pipe, prompts, noise, steps, guidance, batch_size, bar).split(len(seeds)))
     finally:

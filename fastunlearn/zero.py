@@ -76,9 +76,13 @@ def _remove_stale_build_lock() -> None:
 
 
 def disconnect() -> None:
-    """Leave the process group."""
+    """Leave the process group, and take along what DeepSpeed leaves in shared memory (64 MiB a rank)."""
     if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '-')}_{rank}"
+        for buffer in Path("/dev/shm").glob(name):
+            buffer.unlink(missing_ok=True)
 
 
 def barrier() -> None:

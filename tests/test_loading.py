@@ -51,6 +51,13 @@ def test_the_vocabulary_is_clips(tmp_path: Path) -> None:
     assert tokenizer("a", padding="max_length").input_ids == [49406, 320, 49407] + 74 * [0]
 
 
+def test_each_text_encoder_has_the_padding_that_it_was_trained_with(models: Path) -> None:
+    padding = {"tiny-sdxl": {"tokenizer": 49407, "tokenizer_2": 0}, "tiny-sd15": {"tokenizer": 49407}}
+    for kind, expected in (padding | {"tiny-sd21": {"tokenizer": 0}}).items():
+        found = {place.name: CLIPTokenizer.from_pretrained(place) for place in (models / kind).glob("tokenizer*")}
+        assert {name: tokenizer.pad_token_id for name, tokenizer in found.items()} == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_file_gives_the_pipeline_that_the_folder_gives(kind: str, models: Path) -> None:
     folder, file = (load_pipeline(models / name) for name in (kind, f"{kind}.safetensors"))
