@@ -6,6 +6,8 @@
 #
 # make kernels-report   compile every kernel for six GPUs that need not be here; writes kernels/REPORT.md
 # make triton-matrix    the kernels' tests, interpreted, on Triton 3.4, 3.6 and the newest
+# make bench-step     what an update of the whole trainer costs, beside the published ways, on this machine
+# make gpu-step       on a GPU: full-size SDXL with random weights; STEP=tables, levers, caps, baselines, wholes, profile
 # make gpu-kernels      on a GPU: the kernels' tests, compute-sanitizer, benchmarks; writes benchmarks/results/
 #
 # Each target installs what it needs into .venv first; once that is done, it costs nothing.
@@ -26,7 +28,7 @@ export CXX
 export DS_ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels clean
+.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels bench-step gpu-step clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -107,6 +109,15 @@ triton-matrix: $(READY)
 
 gpu-kernels: $(READY)
 	VENV=$(VENV) bash benchmarks/gpu_proof.sh
+
+bench-step: $(READY)
+	@mkdir -p output
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/throughput.py --sweep engine=zero,fused surgery=off,int8 \
+		--sweep baseline=paper_kscu,quick_kscu,esd_sdxl,doco_loop --markdown output/throughput.md
+
+STEP ?= all
+gpu-step: $(READY)
+	VENV=$(VENV) bash benchmarks/gpu_whole_step.sh $(STEP)
 
 clean:
 	rm -rf output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks

@@ -48,6 +48,12 @@ METHODS = {
     "doco: retain gradient in 8 bits": ["--surgery.retain_dtype", "int8"],
     "doco: unguided": ["--doco.guidance_scale", "1"],
     "doco: released discriminator": ["--doco.discriminator", "released"],
+    # What makes an update smaller or cheaper, against the plain run.
+    "kscu: bf16, fp32 masters": ["--mixed_precision", "bf16"],
+    "kscu: fused, bf16": ["--engine", "fused", "--mixed_precision", "bf16"],
+    "kscu: fused, bf16, 8-bit": ["--engine", "fused", "--mixed_precision", "bf16", "--optimizer.name", "adamw8bit"],
+    "kscu: teacher in 8 bits": ["--teacher.storage", "int8"],
+    "kscu: cached teacher": ["--teacher.storage", "cached"],
 }
 DEFAULT_METHODS = [method for method in METHODS if ":" not in method]
 
