@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     rows = [row(args.model, stage, gpus) for gpus in args.gpus for stage in args.stages]
-    head = ("GPUs", "ZeRO stage", "GiB per GPU", "concepts", "updates", "U-Net evaluations per GPU", "GB sent per update")
-    lines = ["| " + " | ".join(head) + " |"]
+    head = "GPUs | ZeRO stage | GiB per GPU | concepts | updates | U-Net evaluations per GPU | GB sent per update"
+    lines = [f"| {head} |"]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += ["| " + " | ".join(f"{value:,}" for value in _ordered(r)) + " |" for r in rows]
     print("\n".join(lines))

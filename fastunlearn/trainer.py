@@ -7,6 +7,7 @@ What this is not: how a run is put together (``assembly.py``), the mathematics o
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import asdict
 
@@ -30,21 +31,13 @@ def train(cfg: Config, world: World) -> None:
     if world.is_main:
         start_output(cfg, resumed=run.position.update > 0)
     update_loop(run)
-    weights = run.engine.full_weights()
+    weights, done = run.engine.full_weights(), run.position
     evaluations = sum_of_counts(asdict(run.models.evaluations), world)
+    del run
+    gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
     if world.is_main:
-        done = run.position
-        figures = RunFigures(
-            updates=done.update,
-            seconds={
-                "total": done.seconds,
-                "rollout": done.rollout_seconds,
-                "train": done.seconds - done.rollout_seconds,
-            },
-            unet_evaluations=evaluations,
-            world_size=world.world_size,
-            device=world.device,
-        )
+        seconds = {"total": done.seconds, "rollout": done.rollout_seconds, "train": done.seconds - done.rollout_seconds}
+        figures = RunFigures(done.update, seconds, evaluations, world.world_size, world.device)
         write_results(cfg, weights, figures)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastunlearn_kernels.noise import rounding_bits, rounding_bits_of_words
 
-
 PIECE = 2**14
 
 
