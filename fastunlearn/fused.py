@@ -14,7 +14,9 @@ tensor is stepped before the next one's gradient is known:
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -191,14 +193,16 @@ class FusedEngine:
         for row, (name, parameter) in enumerate(self.named.items()):
             members.setdefault(layer_of(name, parameter.numel()), []).append(row)
         layers = []
+        engine = weakref.ref(self)  # the garbage collector cannot see into a hook: it would keep all of this alive
         for number, rows in enumerate(members.values()):
-            layer = Layer(self.cfg, number, rows, [parameters[row] for row in rows])
-            layers.append(layer)
-            for parameter in layer.parameters:
-                parameter.register_post_accumulate_grad_hook(lambda _, layer=layer: self._arrived(layer))
+            layers.append(Layer(self.cfg, number, rows, [parameters[row] for row in rows]))
+            for row in rows:
+                parameters[row].register_post_accumulate_grad_hook(partial(_arrived, engine, number))
         return layers
 
-    def _arrived(self, layer: Layer) -> None:
+    def arrived(self, number: int) -> None:
+        """A gradient of this layer is there."""
+        layer = self._layers[number]
         layer.missing -= 1
         if layer.missing == 0:
             self._complete(layer)
@@ -244,6 +248,12 @@ class FusedEngine:
         if self._table is None:
             self._table = table.new_zeros(len(self.named), table.shape[1])
         self._table[layer.rows] = table
+
+
+def _arrived(engine: weakref.ref[FusedEngine], number: int, _: Tensor) -> None:
+    alive = engine()
+    if alive is not None:
+        alive.arrived(number)
 
 
 def unrounded(originals: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,8 +6,10 @@ the fused engine is held to the very weights to which the ZeRO engine is held.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,18 @@ def test_at_most_one_layer_of_gradients_is_alive() -> None:
     largest = max(size for layer, size in sizes.items() if layer != "small")
     assert 0 < max(alive) <= largest + sizes["small"] < sum(sizes.values())
     assert all(p.grad is None for p in engine.named.values())
+
+
+def test_nothing_of_it_outlives_the_run() -> None:
+    """What comes after training, the pictures and the files, needs the memory."""
+    run = fused_run(the_case(updates=1))
+    update_all(run)
+    engine = run.engine
+    assert isinstance(engine, FusedEngine)
+    left = [weakref.ref(thing) for thing in (engine, run.models.backbone.unet, engine._layers[0].optimizer)]
+    del run, engine
+    gc.collect()
+    assert [thing() for thing in left] == [None, None, None]
 
 
 def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
