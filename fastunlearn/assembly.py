@@ -29,6 +29,9 @@ from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpo
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.fused import FusedEngine
 from fastunlearn.keysteps import KeyStep
+from fastunlearn.meta.prompts import meta_texts
+from fastunlearn.meta.sets import MetaSets, draw_sets
+from fastunlearn.meta.term import MetaTerm
 from fastunlearn.methods import Method, build_method, rank_table
 from fastunlearn.predictors import Evaluations, Predictors
 from fastunlearn.prompts import PromptBook, build_prompt_book
@@ -63,7 +66,14 @@ class Run:
     engine: Engine | FusedEngine
     surgery: Surgery | None = None
     retain: RetainSource | None = None
+    meta: MetaTerm | None = None
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
+
+    @property
+    def gradient_edits(self) -> list[Surgery]:
+        """What is done to an update's gradient before its step, in this order. The last one clips."""
+        addition = None if self.meta is None else self.meta.addition
+        return [edit for edit in (self.surgery, addition) if edit is not None]
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -84,7 +94,8 @@ def prepare(cfg: Config, world: World) -> Run:
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
     folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
-    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained)
+    others = meta_texts(cfg)
+    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet)
     backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
@@ -104,7 +115,12 @@ def prepare(cfg: Config, world: World) -> Run:
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
         run.retain = build_source(cfg, models, book, world, pictures)
-        run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero_stage > 0)
+        limit = 0.0 if cfg.has_meta else cfg.train.max_grad_norm
+        run.surgery = Surgery(cfg.surgery, limit, list(engine.named), world, cfg.zero_stage > 0)
+    if cfg.has_meta:
+        run.meta = MetaTerm(
+            cfg, models, MetaSets(cfg, models, book, world, draw_sets(cfg, models, book)), engine, world
+        )
     if targets is not None:
         models.teacher = no_teacher  # from the first update on, the student is no longer the original
     if resume is not None:
@@ -178,5 +194,3 @@ def _resume(run: Run, folder: Path) -> None:
     run.position = load_checkpoint(folder, run.world, run.engine, run.parts)
     if run.world.is_main:
         print(f"resumed from {folder} at update {run.position.update}")
-
-

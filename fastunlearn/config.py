@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastunlearn import config_rules, config_text
+from fastunlearn.config_meta import MetaConfig, is_active
 from fastunlearn.config_rules import (
     concept_kind,
     first_student_update,
@@ -60,6 +61,7 @@ __all__ = [
     "ExportConfig",
     "FusedConfig",
     "KscuConfig",
+    "MetaConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PromptsConfig",
@@ -112,6 +114,7 @@ class Config(Section):
     doco: DocoConfig = DocoConfig()
     surgery: SurgeryConfig = SurgeryConfig()
     retain: RetainConfig = RetainConfig()
+    meta: MetaConfig = MetaConfig()
     zero: ZeroConfig = ZeroConfig()
     fused: FusedConfig = FusedConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -141,6 +144,11 @@ class Config(Section):
         """Whether there is a retain gradient, and so a retain set: where surgery is on, which it always is for DoCo."""
         idle = self.surgery.projection == "none" and self.surgery.rho == 0.0
         return (self.surgery.enabled or self.method == "doco") and not idle
+
+    @property
+    def has_meta(self) -> bool:
+        """Whether updates have a meta term that has any influence."""
+        return is_active(self.meta)
 
     @property
     def retain_source(self) -> str:

@@ -46,6 +46,11 @@ def check_ranks(cfg: Config, world_size: int) -> None:
     """
     if cfg.engine == "fused" and world_size > 1:
         raise UserError(f"num_gpus: {world_size} ranks, and engine 'fused' has one; use 1, or engine 'zero'")
+    if cfg.has_meta and cfg.meta.order == "second" and world_size > 1:
+        raise UserError(
+            f"num_gpus: {world_size} ranks, and meta.order 'second' does not see the attack of the others; use 1, or "
+            "'first'"
+        )
 
 
 def _check_speed(cfg: Config) -> None:

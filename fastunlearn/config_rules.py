@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fastunlearn.attention_rules import attention_refusal
 from fastunlearn.config_engine_rules import check_engine, check_ranks
+from fastunlearn.config_meta import check_meta
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.keysteps import scale_start
 
@@ -131,6 +132,7 @@ def check_config(cfg: Config) -> None:
     check_engine(cfg)
     _check_doco(cfg)
     _check_surgery(cfg)
+    check_meta(cfg)
     _check_evaluation(cfg)
     if not cfg.output_dir.strip():
         raise UserError("output_dir: '' is empty; give the folder that receives the results")

@@ -17,6 +17,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):

@@ -24,8 +24,8 @@ def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
         "train_batch_size": train.train_batch_size * train.gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": train.train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        # Surgery clips in its own pass: with offload DeepSpeed would clip by the norm of the gradient before it.
-        "gradient_clipping": 0.0 if cfg.retains else train.max_grad_norm,
+        # Where a gradient is edited, the last edit clips: with offload DeepSpeed would clip by the norm before it.
+        "gradient_clipping": 0.0 if cfg.retains or cfg.has_meta else train.max_grad_norm,
         "zero_optimization": _zero(cfg),
         # bitsandbytes is not on DeepSpeed's list of tested optimizers, and offload would insist on DeepSpeedCPUAdam,
         # which compiles C++ at start-up.

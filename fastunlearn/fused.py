@@ -24,13 +24,13 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from fastunlearn.config import Config, student_updates
+from fastunlearn.config import Config, SurgeryConfig, student_updates
 from fastunlearn.errors import UserError
 from fastunlearn.kept_gradient import KeptGradient
 from fastunlearn.optimizers import HostMoments, fused_optimizer, layer_of
-from fastunlearn.surgery import Figures, Surgery, coefficients
-from fastunlearn.zero import World
-from fastunlearn_kernels import Plan, surgery_dots
+from fastunlearn.surgery import ADDITION, Figures, Surgery, coefficients
+from fastunlearn.zero import Kept, World
+from fastunlearn_kernels import Plan, Quantized, surgery_apply, surgery_dots
 from fastunlearn_kernels.segments import per_tensor
 
 STATE_FILE = "fused.pt"
@@ -48,6 +48,8 @@ class Layer:
         self.moments = HostMoments(self.optimizer) if cfg.fused.offload_optimizer == "cpu" else None
         dtype = "int8" if cfg.surgery.retain_dtype == "auto" else cfg.surgery.retain_dtype
         self.kept = KeptGradient(cfg.surgery.model_copy(update={"retain_dtype": dtype}), stream=number)
+        self.meta = KeptGradient(SurgeryConfig(retain_dtype=cfg.meta.gradient_dtype), stream=number)
+        """The meta term's gradient, which is added after the projection."""
         self.missing = len(parameters)
 
     def gradients(self) -> list[Tensor]:
@@ -84,8 +86,10 @@ class FusedEngine:
         self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self._device = world.device
         self._layers = self._make_layers()
-        self._retaining = False
+        self._keeping: Kept | None = None
         self._table: Tensor | None = None
+        self._sums: Tensor | None = None
+        """As ``_table``, of the gradient that is stepped; apart from it only with a meta term."""
         self._loss_is_bad = torch.zeros((), device=world.device)
         self._norm: Tensor | None = None
         """Of the last update that was applied, for clipping."""
@@ -111,8 +115,8 @@ class FusedEngine:
         return None if self._skipped else self._norm
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Make the gradients; the hooks use them up. ``last`` is always true: there is one micro-batch."""
-        if not last:
+        """Make the gradients; the hooks use them up. ``last``: there is one micro-batch, but for a meta term's."""
+        if not last and self._keeping != "meta":
             raise RuntimeError("the fused engine steps in the backward pass, so that a window can have only one")
         self._loss_is_bad = 1.0 - loss.detach().isfinite().float()
         loss.backward()
@@ -121,32 +125,37 @@ class FusedEngine:
                 self._complete(layer)
 
     @contextlib.contextmanager
-    def retain_window(self, _: Surgery) -> Iterator[None]:
-        """Inside, gradients are put aside instead of used."""
-        self._retaining = True
+    def kept_window(self, _: Surgery, what: Kept) -> Iterator[None]:
+        """Inside, gradients are put aside instead of used; those of a meta term are added up."""
+        self._keeping = what
         try:
             yield
         finally:
-            self._retaining = False
+            self._keeping = None
 
     def figures(self) -> Figures:
         """The evidence of the update whose backward pass has just ended."""
         assert self._table is not None, "figures() before backward()"
         plan = coefficients(self.cfg.surgery, self._table, self._layers[0].kept.bias_correction, None)
-        return Figures(self._table, plan._replace(found_inf=torch.maximum(plan.found_inf, self._loss_is_bad)))
+        plan = plan._replace(found_inf=torch.maximum(plan.found_inf, self._loss_is_bad))
+        if self._sums is not None:
+            added = coefficients(ADDITION, self._sums, 1.0, None)
+            plan = plan._replace(norm=added.norm, found_inf=torch.maximum(plan.found_inf, added.found_inf))
+        return Figures(self._table, plan)
 
     def step(self, grad_norm: Tensor | None = None) -> None:
         """The weights have moved; the learning rate follows."""
         self._norm = self.figures().plan.norm if grad_norm is None else grad_norm
-        self._table, self._skipped = None, False
+        self._table, self._sums, self._skipped = None, None, False
         self._schedule.optimizer.step()  # a scheduler warns where it is ahead of its optimizer
         self._schedule.step()
 
     def skip_step(self) -> None:
         """Something was not finite: the learning rate stays, and no running mean is continued with it."""
-        self._table, self._skipped = None, True
+        self._table, self._sums, self._skipped = None, None, True
         for layer in self._layers:
             layer.kept.forget()
+            layer.meta.forget()
 
     def full_weights(self) -> dict[str, Tensor]:
         """The trained parameters in fp32 on the host."""
@@ -211,8 +220,10 @@ class FusedEngine:
     def _complete(self, layer: Layer) -> None:
         """All gradients of a layer are there."""
         gradients = layer.gradients()
-        if self._retaining:
+        if self._keeping == "retain":
             layer.kept.keep(gradients)
+        elif self._keeping == "meta":
+            layer.meta.add(gradients)
         else:
             self._update(layer, gradients)
         layer.free()
@@ -226,13 +237,27 @@ class FusedEngine:
         segments = per_tensor(gradients)
         second = layer.second_moments() if cfg.retains and cfg.surgery.metric == "optimizer" else None
         table = surgery_dots(gradients, retain, segments, second_moment=second, eps=cfg.optimizer.adam_epsilon)
-        self._note(layer, table)
+        self._table = self._noted(self._table, layer, table)
         plan = self._plan(layer, table)
+        if layer.meta.there:
+            retain, plan = self._added(layer, gradients, retain, plan)
         layer.optimizer.param_groups[0]["lr"] = self.learning_rate
         layer.optimizer.step(retain=retain, plan=plan, segments=segments)
         layer.kept.release()
+        layer.meta.release()
         if layer.moments is not None:
             layer.moments.put_back()
+
+    def _added(
+        self, layer: Layer, gradients: list[Tensor], retain: list[Tensor] | Quantized | None, plan: Plan
+    ) -> tuple[list[Tensor] | Quantized, Plan]:
+        """Project now, so that the step can add the meta term's gradient in the place of the retain gradient."""
+        segments, meta = per_tensor(gradients), layer.meta.at(self._device)
+        surgery_apply(gradients, retain, segments, plan)
+        table = surgery_dots(gradients, meta, segments)
+        self._sums = self._noted(self._sums, layer, table)
+        added = coefficients(ADDITION, table, 1.0, None)
+        return meta, added._replace(found_inf=torch.maximum(added.found_inf, plan.found_inf))
 
     def _plan(self, layer: Layer, table: Tensor) -> Plan:
         """Coefficients of the layer's tensors; the scale of the clipping; and no step where the loss is not finite."""
@@ -244,10 +269,12 @@ class FusedEngine:
             plan = plan._replace(scale=plan.scale * scale.to(plan.scale.dtype))
         return plan._replace(found_inf=torch.maximum(plan.found_inf, self._loss_is_bad))
 
-    def _note(self, layer: Layer, table: Tensor) -> None:
-        if self._table is None:
-            self._table = table.new_zeros(len(self.named), table.shape[1])
-        self._table[layer.rows] = table
+    def _noted(self, whole: Tensor | None, layer: Layer, table: Tensor) -> Tensor:
+        """A layer's rows of inner products, entered in the table of all."""
+        if whole is None:
+            whole = table.new_zeros(len(self.named), table.shape[1])
+        whole[layer.rows] = table
+        return whole
 
 
 def _arrived(engine: weakref.ref[FusedEngine], number: int, _: Tensor) -> None:

@@ -49,6 +49,14 @@ class KeptGradient:
         self._windows += 1
         self._kept = self._stored(fresh)
 
+    def add(self, fresh: list[Tensor]) -> None:
+        """Take over a gradient on top of the one that is kept, if there is one."""
+        if self._kept is not None:
+            place = fresh[0].device if fresh else torch.device("cpu")
+            before = _moved(self._dequantized(torch.float32), place)
+            fresh = [(old + new.to(old.dtype)).to(new.dtype) for old, new in zip(before, fresh, strict=True)]
+        self.keep(fresh)
+
     def at(self, place: torch.device) -> list[Tensor] | Quantized:
         """The kept gradient on this device."""
         if self._kept is None:

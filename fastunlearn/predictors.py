@@ -56,6 +56,13 @@ class Predictors:
         self.evaluations.student_backward += len(conditions) * len(latents_BCHW)
         return self._call(self._student, latents_BCHW, timestep, conditions)
 
+    def attacked(self, unet: Predictor, latents_BCHW: Tensor, timestep: int | Tensor, cond: PromptEmbeds) -> Tensor:
+        """The weights that a simulated attack changes, recorded, in a call that the engine does not see."""
+        self.evaluations.student_forward += len(latents_BCHW)
+        self.evaluations.student_backward += len(latents_BCHW)
+        (prediction,) = self._call(unet, latents_BCHW, timestep, (cond,))
+        return prediction
+
     @torch.no_grad()
     def rollout(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student without a gradient, for the sampler."""

@@ -39,13 +39,15 @@ class PromptBook:
     variants: list[list[Variant]]
     augmented: list[list[str]]
     retained: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    """Whatever else a run asks for."""
     rows: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         texts = [UNCONDITIONAL]
         for variants, augmented in zip(self.variants, self.augmented, strict=True):
             texts += [text for variant in variants for text in (variant.prompt, variant.anchor)] + augmented
-        texts += self.retained
+        texts += [*self.retained, *self.others]
         self.rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
 
     @property
@@ -55,16 +57,21 @@ class PromptBook:
 
 
 def build_prompt_book(
-    concepts: Sequence[Concept], config: PromptsConfig, seed: int, retained: Sequence[str] = ()
+    concepts: Sequence[Concept],
+    config: PromptsConfig,
+    seed: int,
+    retained: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> PromptBook:
-    """Expand the templates of every concept and draw its pool of augmented prompts; add the prompts to be retained."""
+    """Expand the templates of every concept and draw its pool of augmented prompts; add the prompts to be retained, and
+    others."""
     draw = random.Random(seed)
     variants = [concept_variants(concept, config) for concept in concepts]
     augmented = [
         [augment(concept.name, options[i % len(options)].prompt, i % 4, draw) for i in range(config.augment_pool)]
         for concept, options in zip(concepts, variants, strict=True)
     ]
-    return PromptBook(variants, augmented, list(retained))
+    return PromptBook(variants, augmented, list(retained), list(others))
 
 
 def concept_variants(concept: Concept, config: PromptsConfig) -> list[Variant]:

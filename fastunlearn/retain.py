@@ -145,21 +145,29 @@ class TrajectorySource(RetainSource):
 def retain_loss(models: Predictors, batch: RetainBatch, target: str) -> Tensor:
     """Mean squared error of the student against the frozen model's prediction, or against the noise that was added."""
     (student,) = models.train(batch.latents, batch.timesteps, batch.cond)
-    rows = len(batch.latents)
-    device = student.device
-    everything = torch.zeros(rows, dtype=torch.long, device=device), torch.ones(1, device=device)
-    if target == "teacher":
-        (teacher,) = models.frozen(batch.latents, batch.timesteps, batch.cond)
-        return weighted_noise_loss(student, teacher, *everything).loss
+    if target == "noise":
+        return noise_loss(models, batch, student)
+    (teacher,) = models.frozen(batch.latents, batch.timesteps, batch.cond)
+    return weighted_noise_loss(student, teacher, *one_set(student)).loss
+
+
+def noise_loss(models: Predictors, batch: RetainBatch, prediction: Tensor) -> Tensor:
+    """The ordinary training loss of a diffusion model: mean squared error against what the noise makes of a target."""
     assert batch.noise is not None
     return weighted_noise_loss(
-        student,
+        prediction,
         batch.noise,
-        *everything,
+        *one_set(prediction),
         x0=batch.clean,
         alpha_t=models.backbone.alphas_cumprod[batch.timesteps],
         prediction_type=models.backbone.prediction_type,
     ).loss
+
+
+def one_set(prediction: Tensor) -> tuple[Tensor, Tensor]:
+    """``set_B`` and ``weight_S`` of a plain mean over all samples."""
+    device = prediction.device
+    return torch.zeros(len(prediction), dtype=torch.long, device=device), torch.ones(1, device=device)
 
 
 def build_source(cfg: Config, models: Predictors, book: PromptBook, world: World, pool: Pool | None) -> RetainSource:
@@ -190,15 +198,21 @@ def anchor_prompts(book: PromptBook) -> list[str]:
 
 
 @torch.no_grad()
-def generate_pool(cfg: Config, models: Predictors, book: PromptBook, prompts: Sequence[str]) -> Pool:
+def generate_pool(
+    cfg: Config, models: Predictors, book: PromptBook, prompts: Sequence[str], name: str = "pool", count: int = 0
+) -> Pool:
     """Latents that the frozen model draws for the prompts; no VAE is involved. Prompts take turns in a
-    shuffled order, each as often as the others."""
+    shuffled order, each as often as the others.
+
+    ``name``: of another pool of the same run, whose noise is its own; ``count``: other than ``retain.num_images``.
+    """
     retain, backbone = cfg.retain, models.backbone
-    order = random.Random(f"{cfg.seed}:pool")
+    count = count or retain.num_images
+    order = random.Random(f"{cfg.seed}:{name}")
     chosen: list[str] = []
-    while len(chosen) < retain.num_images:
+    while len(chosen) < count:
         chosen += order.sample(list(prompts), len(prompts))
-    chosen = chosen[: retain.num_images]
+    chosen = chosen[:count]
     scheduler = backbone.scheduler
     scheduler.set_timesteps(retain.num_inference_steps)
     times = scheduler.timesteps.tolist()

@@ -48,6 +48,15 @@ def refuse_erased(cfg: Config, field: str, prompts: Iterable[str]) -> None:
                     )
 
 
+def refuse_kept(cfg: Config, field: str, prompts: Iterable[str]) -> None:
+    """Raises UserError if a prompt of what shall be forgotten asks for nothing but a kept concept."""
+    kept = {word: name for name in resolved_keep(cfg) for word in _names(name, cfg.uses_minicanvas)}
+    for prompt in prompts:
+        name = kept.get(" ".join(prompt.lower().split()))
+        if name is not None:
+            raise UserError(f"{field}: {prompt!r} is the kept concept {name!r}; name what is to be erased")
+
+
 def _filled(template: str, kept: dict[str, list[str]]) -> list[str]:
     try:
         fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]

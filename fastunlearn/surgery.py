@@ -25,8 +25,10 @@ from fastunlearn.errors import UserError
 from fastunlearn.gradient_shards import Piece
 from fastunlearn.kept_gradient import KeptGradient
 from fastunlearn.zero import World, sum_over_ranks
-from fastunlearn_kernels import Plan, Segments, surgery_apply, surgery_coefficients, surgery_dots
+from fastunlearn_kernels import Plan, Quantized, Segments, surgery_apply, surgery_coefficients, surgery_dots
 
+# Surgery's pass with nothing to project, to add one gradient to another.
+ADDITION = SurgeryConfig(projection="none", rho=1.0)
 BLOCK = re.compile(r"((?:down|up)_blocks\.\d+\.[a-z]+\.\d+|mid_block\.[a-z]+\.\d+)")
 
 
@@ -110,7 +112,7 @@ class Surgery:
         """Edit this rank's unlearning gradient in place. Collective."""
         unlearn = [piece.tensor for piece in pieces]
         segments = self._cut(pieces)
-        retain = self.kept.at(unlearn[0].device if unlearn else self.world.device)
+        retain = self.retained(unlearn[0].device if unlearn else self.world.device)
         weighted = self.cfg.metric == "optimizer" and second_moments is not None
         table = surgery_dots(
             unlearn, retain, segments, second_moment=second_moments if weighted else None, eps=epsilon
@@ -121,6 +123,10 @@ class Surgery:
         surgery_apply(unlearn, retain, segments, plan)
         self.kept.release()
         return Figures(table, plan)
+
+    def retained(self, place: torch.device) -> list[Tensor] | Quantized | None:
+        """The gradient that was kept, on this device."""
+        return self.kept.at(place)
 
     def is_finite(self, figures: Figures) -> bool:
         """Whether the update may be applied: the same answer on every rank, since the table is. Waits for the device.

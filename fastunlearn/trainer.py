@@ -66,11 +66,14 @@ def update_loop(run: Run) -> None:
 def one_update(run: Run, step: KeyStep) -> Update:
     """One optimizer update at one key step; then the trajectories move on with the predictions that it made anyway.
 
-    With surgery: the gradient of what is kept first, out of the engine's hands; then that of what is erased, from which
+    With a meta term, its gradient at the attacked weights comes first, when there is nothing else to hold, and waits.
+    With surgery: the gradient of what is kept, out of the engine's hands; then that of what is erased, from which
     everything that points against it is taken.
     """
     windows = list(run.rollout.windows(step, run.method.augmentation(step)))
     update = Update()
+    if run.meta is not None and windows[0].trains and run.meta.is_due(step):
+        update.figures |= run.meta.window(step, run.rollout.timesteps[step.index], alone=False)
     if run.surgery is not None and windows[0].trains:
         update.retain_losses = retain_window(run, step)
     pairs: list[GuidedPair] = []
@@ -83,28 +86,29 @@ def one_update(run: Run, step: KeyStep) -> Update:
             pairs.append(outcome.pair)
     if windows[0].trains:
         update.surgery = apply_gradient(run)
-    update.figures = run.method.finish()
+    update.figures |= run.method.finish()
     if step.continues:
         run.rollout.advance(step, pairs)
     return update
 
 
 def apply_gradient(run: Run) -> Figures | None:
-    """Project, clip and step; without surgery, step. The fused engine has done all that, and is asked what it saw."""
-    engine = run.engine
-    if run.surgery is None:
+    """Project, add the meta term, clip and step; what of it there is. The fused engine has done all that, and is asked
+    what it saw. Returns the surgery's evidence."""
+    engine, edits = run.engine, run.gradient_edits
+    if not edits:
         engine.step()
         return None
     if engine.steps_in_backward:
-        figures = engine.figures()
+        seen = [engine.figures() for _ in edits]
     else:
         second_moments = engine.second_moments() if run.cfg.surgery.metric == "optimizer" else None
-        figures = run.surgery.project(engine.gradient(), second_moments, run.cfg.optimizer.adam_epsilon)
-    if run.surgery.is_finite(figures):
-        engine.step(figures.plan.norm)
+        seen = [edit.project(engine.gradient(), second_moments, run.cfg.optimizer.adam_epsilon) for edit in edits]
+    if all([edit.is_finite(figures) for edit, figures in zip(edits, seen, strict=True)]):
+        engine.step(seen[-1].plan.norm)
     else:
         engine.skip_step()
-    return figures
+    return seen[0] if run.surgery is not None else None
 
 
 def retain_window(run: Run, step: KeyStep) -> list[Tensor]:
@@ -112,7 +116,7 @@ def retain_window(run: Run, step: KeyStep) -> list[Tensor]:
     assert run.surgery is not None and run.retain is not None
     losses = []
     batches = run.retain.batches(step, run.rollout.timesteps[step.index])
-    with run.engine.retain_window(run.surgery):
+    with run.engine.kept_window(run.surgery, "retain"):
         for number, batch in enumerate(batches, start=1):
             loss = retain_loss(run.models, batch, run.cfg.retain.target)
             run.engine.backward(loss, last=number == len(batches))

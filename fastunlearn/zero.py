@@ -110,8 +110,12 @@ def sum_of_counts(counts: Mapping[str, int], world: World) -> dict[str, int]:
     return dict(zip(counts, sum_over_ranks(table).tolist(), strict=True))
 
 
+Kept = Literal["retain", "meta"]
+"""Of what a gradient is that is put aside: of what must be kept, or of the meta term."""
+
+
 class Keeper(Protocol):
-    """What takes over a retain gradient: ``surgery.Surgery``."""
+    """What takes over a gradient that is put aside: ``surgery.Surgery``."""
 
     def keep(self, pieces: list[Piece]) -> None: ...
 
@@ -182,10 +186,10 @@ class Engine:
         self.engine.backward(loss)
 
     @contextlib.contextmanager
-    def retain_window(self, surgery: Keeper) -> Iterator[None]:
-        """Inside, gradients are those of what must be kept: at the end ``surgery`` takes this rank's shard of them."""
+    def kept_window(self, keeper: Keeper, _: Kept) -> Iterator[None]:
+        """Inside, gradients are for later: at the end ``keeper`` takes this rank's shard of them."""
         yield
-        surgery.keep(self.take_gradient())
+        keeper.keep(self.take_gradient())
 
     def take_gradient(self) -> list[Piece]:
         """This rank's part of the window's gradient, out of the engine's hands: the next window starts from nothing."""

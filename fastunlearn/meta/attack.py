@@ -1,0 +1,96 @@
+"""The simulated attack: a few steps of ordinary fine-tuning on forbidden pictures, in place, and the way back.
+
+What this is: ``with attack.applied(batches)``; inside, the U-Net's weights are those that an attacker would have. It
+works on the weights themselves, behind the engine's back: what DeepSpeed accumulates and steps is left alone.
+What this is not: the losses that are taken inside (``term.py``), or an attack on a finished model (``relearning/``).
+
+On several ranks every rank takes the same steps, by the mean of their gradients. The attacker starts with a fresh
+optimizer state each time. bf16 weights are rounded stochastically, with moments in 8 bits: at an attacker's learning
+rate, rounding to nearest would undo almost every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.config import Config
+from fastunlearn.config_sections import OptimizerConfig
+from fastunlearn.optimizers import fused_optimizer
+from fastunlearn.predictors import Predictors
+from fastunlearn.retain import RetainBatch, noise_loss
+from fastunlearn.zero import World, mean_over_ranks
+
+
+class Attack:
+    """Fine-tuning of a U-Net that is undone again."""
+
+    def __init__(self, cfg: Config, unet: nn.Module, models: Predictors, world: World) -> None:
+        """``unet``: the bare module whose weights the engine also holds, with the trained ones requiring a gradient."""
+        self.cfg, self.unet, self.models, self.world = cfg, unet, models, world
+        self.learning_rate = cfg.meta.inner_learning_rate or cfg.train.learning_rate
+        self.attacked: dict[str, nn.Parameter] = {
+            name: parameter
+            for name, parameter in unet.named_parameters()
+            if cfg.meta.inner_scope == "full" or parameter.requires_grad
+        }
+
+    @contextlib.contextmanager
+    def applied(self, batches: Sequence[RetainBatch], seed: int) -> Iterator[None]:
+        """Inside, the weights are attacked; afterwards they are, bit for bit, what they were. Collective.
+
+        ``seed``: of the stochastic rounding of bf16 weights.
+        """
+        parameters = list(self.attacked.values())
+        before = [parameter.detach().clone() for parameter in parameters]
+        try:
+            with all_trainable(parameters):
+                self._fine_tune(parameters, batches, seed)
+            yield
+        finally:
+            for parameter, original in zip(parameters, before, strict=True):
+                parameter.data.copy_(original)
+
+    def _fine_tune(self, parameters: list[nn.Parameter], batches: Sequence[RetainBatch], seed: int) -> None:
+        optimizer = self._optimizer(parameters, seed)
+        for batch in batches:
+            loss = noise_loss(self.models, batch, self._prediction(batch))
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = self._mean(torch.zeros_like(parameter) if gradient is None else gradient)
+            del gradients
+            optimizer.step()
+            for parameter in parameters:
+                parameter.grad = None
+
+    def _prediction(self, batch: RetainBatch) -> Tensor:
+        return self.models.attacked(self.unet, batch.latents, batch.timesteps, batch.cond)
+
+    def _optimizer(self, parameters: list[nn.Parameter], seed: int) -> torch.optim.Optimizer:
+        rate = self.learning_rate
+        if self.cfg.meta.inner_optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=rate)
+        if self.cfg.bf16_weights:
+            return fused_optimizer(parameters, OptimizerConfig(name="adamw8bit"), rate, seed)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, foreach=False)
+
+    def _mean(self, gradient: Tensor) -> Tensor:
+        if self.world.world_size == 1:
+            return gradient
+        return mean_over_ranks(gradient.float()).to(gradient.dtype)
+
+
+@contextlib.contextmanager
+def all_trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, all of them require a gradient; afterwards those that did."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,51 @@
+"""The prediction after a simulated attack as a function of the weights before it: the exact meta gradient.
+
+What this is: steps of SGD that are themselves recorded, for small models; the check of the first-order rule.
+What this is not: the way to train a large model. Every step of the attack keeps its whole graph and its weights.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastunlearn.meta.attack import Attack
+from fastunlearn.retain import RetainBatch
+from fastunlearn_kernels.prediction import prediction_number, training_target
+
+
+def attacked_prediction(attack: Attack, batches: list[RetainBatch], judged: RetainBatch) -> Tensor:
+    """Attack with plain SGD and predict ``judged``; the graph reaches the weights before the attack.
+
+    The attacked weights must require a gradient. One rank only: what other ranks add is not recorded.
+    """
+    weights: dict[str, Tensor] = dict(attack.attacked)
+    for batch in batches:
+        prediction = _predict(attack, weights, batch)
+        gradients = torch.autograd.grad(
+            _plain_noise_loss(attack, batch, prediction), list(weights.values()), create_graph=True, allow_unused=True
+        )
+        weights = {
+            name: weight if gradient is None else weight - attack.learning_rate * gradient
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+        }
+    return _predict(attack, weights, judged)
+
+
+def _predict(attack: Attack, weights: dict[str, Tensor], batch: RetainBatch) -> Tensor:
+    call = functools.partial(_call, attack, weights)
+    return attack.models.attacked(call, batch.latents, batch.timesteps, batch.cond)
+
+
+def _call(attack: Attack, weights: dict[str, Tensor], *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
+    return torch.func.functional_call(attack.unet, weights, args, kwargs)
+
+
+def _plain_noise_loss(attack: Attack, batch: RetainBatch, prediction: Tensor) -> Tensor:
+    """As ``retain.noise_loss``, whose kernel has no second derivative."""
+    backbone = attack.models.backbone
+    alpha = backbone.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    target = training_target(batch.noise, batch.clean, alpha, prediction_number(backbone.prediction_type))
+    return (prediction - target).square().mean()
