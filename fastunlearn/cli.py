@@ -1,4 +1,4 @@
-"""The ``fastunlearn`` command: ``train``, ``plan``, ``evaluate``, ``doctor`` and ``minicanvas``.
+"""The ``fastunlearn`` command: ``train``, ``plan``, ``evaluate``, ``relearn``, ``doctor`` and ``minicanvas``.
 
 What this is: dispatch, and the one place where a ``UserError`` becomes ``error: ...`` and exit status 2.
 What this is not: work. Torch and the rest are imported by the command that needs them, so that ``--help`` is instant.
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "erase concepts from a model",
     "plan": "say what a run will need of memory, and whether it fits",
     "evaluate": "measure what a run erased and what it kept",
+    "relearn": "attack what a run left: how quickly does the concept come back?",
     "doctor": "say what this machine has for a run; make models with random weights",
     "minicanvas": "the embedded model: its folder, pictures from it, rebuilding it",
 }
@@ -72,6 +73,8 @@ def run(argv: list[str]) -> int:
         return plan(rest)
     if command == "evaluate":
         return evaluate(rest)
+    if command == "relearn":
+        return relearn(rest)
     if command == "doctor":
         return doctor(rest)
     if command == "minicanvas":
@@ -163,11 +166,12 @@ def _gib(text: str) -> float:
 
 
 def evaluate(argv: list[str]) -> int:
-    """``fastunlearn evaluate --model OUT [--json] [--quick]``."""
+    """``fastunlearn evaluate --model OUT [--json] [--quick] [--full]``."""
     parser = Parser(prog="fastunlearn evaluate", description=COMMANDS["evaluate"], allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="OUT", help="output_dir of a finished run")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--quick", action="store_true", help="fewer images, wider intervals")
+    parser.add_argument("--full", action="store_true", help="also the relearning test (see fastunlearn relearn)")
     args = parser.parse_args(argv)
     from fastunlearn.preflight import check_results
 
@@ -175,6 +179,16 @@ def evaluate(argv: list[str]) -> int:
     from fastunlearn.scoring.command import run as run_evaluation
 
     return run_evaluation(args)
+
+
+def relearn(argv: list[str]) -> int:
+    """``fastunlearn relearn --model OUT [--attack NAME] [--data NAME] [--steps N,N,...] [--seeds N] [--json] ...``."""
+    from fastunlearn.relearning import command
+
+    parser = Parser(prog="fastunlearn relearn", description=COMMANDS["relearn"], allow_abbrev=False)
+    command.add_arguments(parser)
+    args = parser.parse_args(argv)
+    return command.run(args)
 
 
 def doctor(argv: list[str]) -> int:

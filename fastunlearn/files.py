@@ -86,6 +86,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
+def cache_folder() -> Path:
+    """Where what can be made again at any time is kept: ``$XDG_CACHE_HOME/fastunlearn``, by default ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastunlearn"
+
+
 def _swap(partial: Path, target: Path, previous: Path) -> None:
     """Give ``partial`` the name ``target``. Where the kernel can exchange two names, no moment is without a target."""
     if not target.exists():

@@ -39,7 +39,7 @@ from fastunlearn.surgery_map import draw as draw_surgery
 
 PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "triton", "xformers")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-OLD_RESULTS = (*RUN_FILES, "evaluation.json", "logs", SURGERY_LOG_NAME)
+OLD_RESULTS = (*RUN_FILES, "evaluation.json", "relearn.json", "logs", SURGERY_LOG_NAME)
 
 
 @dataclass(frozen=True)

@@ -243,9 +243,20 @@ def folder_captions(cfg: Config) -> list[tuple[Path, str]]:
     """
     if cfg.retain.folder is None:
         raise UserError("retain.folder: none given; retain.source 'folder' needs images with captions")
-    folder = Path(cfg.retain.folder)
+    pairs = read_captions(Path(cfg.retain.folder), "retain.folder")
+    for image, caption in pairs:
+        refuse_erased(cfg, f"retain.folder: {image.name}", [caption])
+    return pairs
+
+
+def read_captions(folder: Path, field: str) -> list[tuple[Path, str]]:
+    """(image, caption) of a folder, sorted by name. ``field``: what errors call it.
+
+    Raises:
+        UserError: no folder, no image, or an image without a caption.
+    """
     if not folder.is_dir():
-        raise UserError(f"retain.folder: {folder} is not a folder")
+        raise UserError(f"{field}: {folder} is not a folder")
     listed: dict[str, str] = {}
     metadata = folder / "metadata.jsonl"
     if metadata.is_file():
@@ -253,39 +264,44 @@ def folder_captions(cfg: Config) -> list[tuple[Path, str]]:
             rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
             listed = {row["file_name"]: row["text"] for row in rows}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"retain.folder: {metadata} needs file_name and text in every line") from error
+            raise UserError(f"{field}: {metadata} needs file_name and text in every line") from error
     pairs = []
     for image in sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES):
         text = image.with_suffix(".txt")
         caption = listed.get(image.name) or (text.read_text(encoding="utf-8").strip() if text.is_file() else "")
         if not caption:
-            raise UserError(f"retain.folder: {image.name} has no caption; add it to metadata.jsonl or {text.name}")
-        refuse_erased(cfg, f"retain.folder: {image.name}", [caption])
+            raise UserError(f"{field}: {image.name} has no caption; add it to metadata.jsonl or {text.name}")
         pairs.append((image, caption))
     if not pairs:
-        raise UserError(f"retain.folder: {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{field}: {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return pairs
 
 
-@torch.no_grad()
 def encode_folder(cfg: Config, pipeline: Pipeline, device: torch.device) -> Pool:
-    """The folder's images as latents: scaled to the training size, centre-cropped, and encoded once."""
-    pairs = folder_captions(cfg)
+    """The images of ``retain.folder`` as latents."""
+    return encode_images(folder_captions(cfg), cfg, pipeline, device, "retain.folder")
+
+
+@torch.no_grad()
+def encode_images(
+    pairs: Sequence[tuple[Path, str]], cfg: Config, pipeline: Pipeline, device: torch.device, field: str
+) -> Pool:
+    """Images as latents: scaled to the training size, centre-cropped, and encoded once."""
     pixels = cfg.train.resolution or pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
     vae = pipeline.vae.to(device)
     latents = []
     for path, _ in pairs:
-        picture = _square(path, pixels)
+        picture = _square(path, pixels, field)
         values = torch.from_numpy(np.asarray(picture)).to(device, vae.dtype).permute(2, 0, 1)[None] / 127.5 - 1
         latents.append(vae.encode(values).latent_dist.mode() * vae.config["scaling_factor"])
     return Pool(torch.cat(latents).float(), [caption for _, caption in pairs])
 
 
-def _square(path: Path, pixels: int) -> Image.Image:
+def _square(path: Path, pixels: int, field: str) -> Image.Image:
     try:
         picture = Image.open(path).convert("RGB")
     except OSError as error:
-        raise UserError(f"retain.folder: {path.name} cannot be read as an image") from error
+        raise UserError(f"{field}: {path.name} cannot be read as an image") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     box = (left, top, left + side, top + side)

@@ -1,4 +1,4 @@
-"""``fastunlearn evaluate --model OUT [--json] [--quick]``: measure what a run left, as a table or JSON.
+"""``fastunlearn evaluate --model OUT [--json] [--quick] [--full]``: measure what a run left, as a table or JSON.
 
 What this is: the table and the JSON. What this is not: the measurement (`evaluation.py`). It writes one file,
 ``OUT/evaluation.json``, and leaves everything else in the folder as it is.
@@ -46,6 +46,10 @@ def run(args: Namespace) -> int:
     from fastunlearn.scoring.evaluation import evaluate_model
 
     config, result = evaluate_model(args.model, quick=args.quick)
+    if args.full:
+        from fastunlearn.relearning import relearn
+
+        result["relearn"] = relearn(args.model)
     text = json.dumps(result, indent=2)
     atomic_write_text(Path(args.model) / "evaluation.json", text + "\n")
     print(text if args.json else table(config, result))
@@ -67,7 +71,12 @@ def table(config: Config, result: dict) -> str:
         shown = [f"{what} {count}" for what, count in list(seen.items())[:SEEN_SHOWN]]
         rest = sum(list(seen.values())[SEEN_SHOWN:])
         lines.append(f"  {name:<14}{', '.join(shown + ([f'others {rest}'] if rest else []))}")
-    return "\n".join([*lines, "", *_drawn(after["protocol"])])
+    lines += ["", *_drawn(after["protocol"])]
+    if "relearn" in result:
+        from fastunlearn.relearning.command import table as relearn_table
+
+        lines += ["", "relearning test", relearn_table(result["relearn"])]
+    return "\n".join(lines)
 
 
 def _figure_row(name: str, before: dict, after: dict) -> str:

@@ -3,7 +3,7 @@
 What this is: `evaluate_pair` (any two U-Nets) and `evaluate_model` (what a run left in its output folder).
 What this is not: the grid (`protocol.py`), the drawing (`generation.py`) or the definitions (`metrics.py`).
 
-The base model never changes, so what the judge saw in its pictures is kept in ``~/.cache/fastunlearn`` (or
+What the judge saw in the base model's pictures, which never change, is kept in ``~/.cache/fastunlearn`` (or
 ``$XDG_CACHE_HOME/fastunlearn``) under a hash of its weights, the judge and the grid. The folder may be deleted at any
 time; without it, or where it cannot be written, the pictures are drawn again.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from torch import Tensor
 from fastunlearn import minicanvas
 from fastunlearn.backbone import Pipeline, load_pipeline, resolve_model
 from fastunlearn.errors import UserError
-from fastunlearn.files import atomic_write_text
+from fastunlearn.files import atomic_write_text, cache_folder
 from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
 from fastunlearn.preflight import check_results
 from fastunlearn.scoring.generation import generate
@@ -43,7 +43,7 @@ def why_not_judged(cfg: Config) -> str | None:
     names = [concept.name for concept in cfg.concepts]
     if known_concepts(names) is None:
         return f"the embedded judge knows the objects {', '.join(OBJECTS)} and the styles {', '.join(STYLES)} only"
-    if not _draws_minicanvas(resolve_model(cfg.model.pretrained_model_name_or_path)):
+    if not draws_minicanvas(resolve_model(cfg.model.pretrained_model_name_or_path)):
         return "the embedded judge looks at pictures of MiniCanvas models only"
     try:
         protocol_of(cfg)
@@ -73,12 +73,12 @@ def evaluate_pair(
         raise UserError(f"evaluation: {reason}; look at samples/before_after.png instead")
     protocol = protocol_of(cfg, quick=quick)
     judge = minicanvas.load_judge(_device())
-    cache = _cache_file(resolve_model(str(base_path)), judge, protocol)
-    seen = _read_cache(cache, len(protocol.cells))
-    if seen is None:
+
+    def draw() -> list[Verdict]:
         base = load_pipeline(base_path).to(_device())
-        seen = judge_cells(base, judge, protocol, cfg, "before" if progress else False)
-        _write_cache(cache, seen)
+        return judge_cells(base, judge, protocol, cfg, "before" if progress else False)
+
+    seen = remembered(resolve_model(str(base_path)), None, judge, protocol, draw)
     result: dict = {"before": _figures(protocol, seen), "after": None}
     if unet_dir is not None:
         edited = load_pipeline(base_path, unet_path=unet_dir).to(_device())
@@ -151,7 +151,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _draws_minicanvas(path: str) -> bool:
+def draws_minicanvas(path: str) -> bool:
     """Whether a pipeline has the embedded model's U-Net architecture (itself, a rebuilt one, an edited one)."""
     keys = ("sample_size", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
     try:
@@ -164,17 +164,30 @@ def _draws_minicanvas(path: str) -> bool:
         return False
 
 
-def _cache_file(base: str, judge: Judge, protocol: Protocol) -> Path:
-    """Where the verdicts on the base model's pictures are kept: named by everything that they depend on."""
+def remembered(
+    base: str, unet_dir: Path | None, judge: Judge, protocol: Protocol, draw: Callable[[], list[Verdict]]
+) -> list[Verdict]:
+    """What the judge saw of the base model, or of it with the U-Net in ``unet_dir``: as kept, else as drawn now."""
+    file = _cache_file(base, unet_dir, judge, protocol)
+    seen = _read_cache(file, len(protocol.cells))
+    if seen is None:
+        seen = draw()
+        _write_cache(file, seen)
+    return seen
+
+
+def _cache_file(base: str, unet_dir: Path | None, judge: Judge, protocol: Protocol) -> Path:
+    """Where the verdicts on a model's pictures are kept: named by everything that they depend on."""
     key = hashlib.sha256(protocol.digest().encode())
     key.update(f"{torch.__version__} {_device()}".encode())
     for file in sorted(Path(base).rglob("*.safetensors")):
         key.update(file.relative_to(base).as_posix().encode())
         key.update(file.read_bytes())
+    for file in sorted(unet_dir.glob("*.safetensors")) if unet_dir else ():
+        key.update(b"unet" + file.read_bytes())
     for name, tensor in judge.state_dict().items():
         key.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "fastunlearn" / f"before-{key.hexdigest()[:32]}.json"
+    return cache_folder() / f"judged-{key.hexdigest()[:32]}.json"
 
 
 def _read_cache(file: Path, count: int) -> list[Verdict] | None:

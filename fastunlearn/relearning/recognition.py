@@ -1,0 +1,37 @@
+"""What the judge recognises while a model is attacked: a reduced grid, and the figures that are taken from it.
+
+What this is: the evaluation's own prompts and seeds, fewer of them, so that a curve of several points takes minutes.
+What this is not: another definition of UA, IRA or CRA (``scoring/metrics.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fastunlearn.scoring.evaluation import protocol_of
+from fastunlearn.scoring.metrics import Verdict, score
+from fastunlearn.scoring.protocol import Protocol
+
+if TYPE_CHECKING:
+    from fastunlearn.config import Config
+
+TARGET_SEEDS = 4
+FIGURES = ("recognised", "UA", "IRA", "CRA")
+
+
+def attack_protocol(cfg: Config) -> Protocol:
+    """The target part with at most four seeds, a third of the kept part, none of the other wordings."""
+    few = cfg.evaluation.model_copy(update={"target_seeds": min(TARGET_SEEDS, cfg.evaluation.target_seeds)})
+    target = protocol_of(cfg.model_copy(update={"evaluation": few}))
+    kept = protocol_of(cfg, quick=True)
+    cells = [cell for cell in target.cells if cell.part == "target"]
+    cells += [cell for cell in kept.cells if cell.part == "kept"]
+    return replace(target, cells=tuple(cells), quick=True)
+
+
+def figures(protocol: Protocol, seen: Sequence[Verdict]) -> dict[str, float]:
+    """The figures of one model; ``recognised`` is the share of its pictures that do show the concept, 1 - UA."""
+    scored = score(list(zip(protocol.cells, seen, strict=True)), protocol.concepts)
+    return {"recognised": 1 - scored["UA"]} | {name: scored[name] for name in ("UA", "IRA", "CRA")}
