@@ -292,7 +292,7 @@ def encode_images(
     latents = []
     for path, _ in pairs:
         picture = _square(path, pixels, field)
-        values = torch.from_numpy(np.asarray(picture)).to(device, vae.dtype).permute(2, 0, 1)[None] / 127.5 - 1
+        values = torch.from_numpy(np.array(picture)).to(device, vae.dtype).permute(2, 0, 1)[None] / 127.5 - 1
         latents.append(vae.encode(values).latent_dist.mode() * vae.config["scaling_factor"])
     return Pool(torch.cat(latents).float(), [caption for _, caption in pairs])
 

@@ -16,7 +16,7 @@ from fastunlearn import __version__, cli
 
 # command line -> words that the one line on stderr must hold
 BAD = [
-    (["trian"], ("'trian'", "train, plan, evaluate, doctor, minicanvas", "nearest: train")),
+    (["trian"], ("'trian'", "train, plan, evaluate, relearn, doctor, minicanvas", "nearest: train")),
     (["train"], ("concepts", "none given")),
     (["train", "--config", "configs/none.toml"], ("--config", "does not exist")),
     (["train", "--config"], ("--config", "value is missing")),
@@ -28,6 +28,8 @@ BAD = [
     (["plan", "--concepts", "cat", "--vram", "-1"], ("--vram", "'-1'")),
     (["plan", "--concepts", "cat", "--num_gpus", "0"], ("--num_gpus", "'0'")),
     (["evaluate"], ("evaluate", "--model")),
+    (["relearn"], ("relearn", "--model")),
+    (["relearn", "--model", "none", "--attack", "fulll"], ("--attack", "nearest: full")),
     (["doctor", "--make-randon", "sdxl", "x"], ("doctor", "--make-randon")),
     (["evaluate", "--model", "out", "--quik"], ("evaluate", "--quik")),
 ]
@@ -148,7 +150,7 @@ def test_evaluate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
     seen: list[Namespace] = []
     replace_module(monkeypatch, "fastunlearn.scoring.command", run=recorder(seen, 0))
     assert cli.main(["evaluate", "--model", str(tmp_path), "--json"]) == 0
-    assert seen == [Namespace(model=str(tmp_path), json=True, quick=False)]
+    assert seen == [Namespace(model=str(tmp_path), json=True, quick=False, full=False)]
     assert cli.main(["evaluate", "--model", str(tmp_path / "other")]) == 2 and len(seen) == 1
 
 

@@ -32,6 +32,7 @@ ONE_FILE_KNOWS = {
 MUST_NOT_IMPORT = {
     "fastunlearn/methods/": {"trainer", "train", "cli", "zero", "checkpoint", "exporting", "scoring", "optimizers"},
     "fastunlearn/scoring/": {"trainer", "train", "cli", "zero", "methods", "rollout", "checkpoint"},
+    "fastunlearn/relearning/": {"trainer", "train", "cli", "zero", "methods", "checkpoint", "exporting", "assembly"},
     "fastunlearn/minicanvas/": {"trainer", "train", "cli", "zero", "methods", "rollout", "checkpoint"},
     "fastunlearn/config": {"trainer", "train", "cli", "zero", "methods", "rollout", "checkpoint", "scoring"},
     "fastunlearn/rollout.py": {"trainer", "train", "cli", "zero", "methods", "checkpoint", "scoring"},

@@ -21,7 +21,7 @@ from fastunlearn import minicanvas
 from fastunlearn.backbone import Backbone, Pipeline, build_backbone, load_pipeline, load_unet, resolve_model
 from fastunlearn.config import load_config
 from fastunlearn.errors import UserError
-from fastunlearn.minicanvas import Judge
+from fastunlearn.minicanvas.judge import Judge
 from fastunlearn.prompts import PromptBook
 from fastunlearn.relearning.attack import Embed, Options, attack_steps, check_finite, denoising_error, edit, table
 from fastunlearn.relearning.curve import area, steps_to_half, summary, summary_at
@@ -67,6 +67,8 @@ def relearn(
         subject = load(task, bar)
         _more(bar, len(task.folders) * _attack_evaluations(subject))
         attacking, held_out = _pictures(subject)
+        _more(bar, len(held_out.prompts))
+        bar.set_description("original")
         original = measure(subject, table(subject.backbone, subject.rows), held_out, None)
         curves = {
             name: _attacked(subject, folder, name, attacking, held_out, original)
@@ -102,7 +104,12 @@ def measure(subject: Subject, embed: Embed, held_out: Pool, unet_dir: Path | Non
     if subject.protocol is not None and subject.judge is not None:
         judge, protocol = subject.judge, subject.protocol
         base = resolve_model(subject.task.cfg.model.pretrained_model_name_or_path)
-        seen = remembered(base, unet_dir, judge, protocol, lambda: _draw(subject)) if remember else _draw(subject)
+
+        def draw_first() -> list[Verdict]:
+            _more(subject.bar, _drawing(subject))
+            return _draw(subject)
+
+        seen = remembered(base, unet_dir, judge, protocol, draw_first) if remember else _draw(subject)
         point |= figures(protocol, seen)
     point["error"] = denoising_error(subject.backbone, held_out, embed)
     return point
@@ -220,12 +227,16 @@ def _load_weights(unet: nn.Module, folder: Path) -> None:
 
 def _attack_evaluations(subject: Subject) -> int:
     """U-Net evaluations of all attacks on one erased model; a training step counts as three, as `_count` does."""
-    settings, protocol = subject.task.settings, subject.protocol
-    drawing = 0 if protocol is None else 2 * len(protocol.cells) * protocol.num_inference_steps
-    point = drawing + settings.num_images
-    return len(settings.seeds) * (
-        3 * settings.batch_size * settings.steps[-1] + (len(settings.steps) - 1) * point
-    )  # fmt: skip
+    settings = subject.task.settings
+    training = 3 * settings.batch_size * settings.steps[-1]
+    measuring = (len(settings.steps) - 1) * (_drawing(subject) + settings.num_images)
+    return settings.num_images + len(settings.seeds) * (training + measuring)
+
+
+def _drawing(subject: Subject) -> int:
+    """U-Net evaluations of the pictures that the judge looks at once."""
+    protocol = subject.protocol
+    return 0 if protocol is None else 2 * len(protocol.cells) * protocol.num_inference_steps
 
 
 def _more(bar: tqdm, evaluations: int) -> None:

@@ -65,11 +65,18 @@ def _curve(axes: Any, steps: list[int], curve: dict, name: str, colour: str, sty
     mean = np.array(curve["summary"][name]["mean"])
     spread = np.array([value or 0.0 for value in curve["summary"][name]["spread"]])
     label = f"{curve['name']} ({curve['method']})"
-    axes.plot(steps, mean, style, color=colour, linewidth=2, marker="o", markersize=4, label=label)
+    dense = np.linspace(0, steps[-1], 1000)  # straight lines between the points are bent on this scale
+
+    def line(values: Any, **look: Any) -> None:
+        axes.plot(dense, np.interp(dense, steps, values), style, color=colour, **look)
+
+    line(mean, linewidth=2, label=label)
+    axes.plot(steps, mean, "o", color=colour, markersize=4)
     if len(curve["runs"]) > 1:
-        axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        low, high = (np.interp(dense, steps, mean + sign * spread) for sign in (-1, 1))
+        axes.fill_between(dense, low, high, color=colour, alpha=0.15, linewidth=0)
         for run in curve["runs"]:
-            axes.plot(steps, run[name], style, color=colour, linewidth=0.7, alpha=0.5)
+            line(run[name], linewidth=0.7, alpha=0.5)
 
 
 def _half(axes: Any, result: dict, curves: dict[str, dict]) -> None:

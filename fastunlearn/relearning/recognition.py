@@ -22,10 +22,10 @@ FIGURES = ("recognised", "UA", "IRA", "CRA")
 
 
 def attack_protocol(cfg: Config) -> Protocol:
-    """The target part with at most four seeds, a third of the kept part, none of the other wordings."""
-    few = cfg.evaluation.model_copy(update={"target_seeds": min(TARGET_SEEDS, cfg.evaluation.target_seeds)})
-    target = protocol_of(cfg.model_copy(update={"evaluation": few}))
-    kept = protocol_of(cfg, quick=True)
+    """The target part with at most four seeds, a third of the kept pairs with one, none of the other wordings."""
+    few = {"target_seeds": min(TARGET_SEEDS, cfg.evaluation.target_seeds), "retain_seeds": 1}
+    cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=few)})
+    target, kept = protocol_of(cfg), protocol_of(cfg, quick=True)
     cells = [cell for cell in target.cells if cell.part == "target"]
     cells += [cell for cell in kept.cells if cell.part == "kept"]
     return replace(target, cells=tuple(cells), quick=True)
