@@ -205,6 +205,8 @@ def test_the_grid_is_a_part_of_the_evaluations() -> None:
     cfg = Config.model_validate({"concepts": ["neon style"]})
     whole, part = protocol_of(cfg), attack_protocol(cfg)
     assert part.counts() == {"target": 40, "kept": 24, "paraphrase": 0, "kept_paraphrase": 0, "synonym": 0}
+    fewer = attack_protocol(cfg, 9)
+    assert fewer.cells == part.cells and fewer.num_inference_steps == 9
     assert set(part.cells) <= set(whole.cells) and part.num_inference_steps == whole.num_inference_steps
     seen = [Verdict(cell.object, cell.style) for cell in part.cells]
     assert figures(part, seen) == {"recognised": 1.0, "UA": 0.0, "IRA": 1.0, "CRA": 1.0}

@@ -112,6 +112,7 @@ def test_bad_seeds_are_refused(text: str) -> None:
         ({"batch_size": 0}, r"--batch_size: 0"),
         ({"num_images": 4, "batch_size": 8}, r"--batch_size: 8 is more than the 4 pictures"),
         ({"lora_rank": 0}, r"--lora_rank: 0"),
+        ({"sampler_steps": 1}, r"--sampler_steps: 1 "),
         ({"caption_dropout": 1.0}, r"--caption_dropout: 1"),
         ({"attack": "textual-inversion", "data": "benign"}, r"--data: 'benign' pictures do not name"),
     ],

@@ -42,6 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--images", default=None, metavar="FOLDER", help="the attacker's own pictures, with captions, instead")
     add("--lora_rank", default=str(DEFAULTS.lora_rank), metavar="N", help="default 4")
     add("--caption_dropout", default="0", metavar="X", help="share of the captions left empty; default 0")
+    add("--sampler_steps", default=None, metavar="N", help="of the judged pictures; default: as the run's evaluation")
     add("--baseline", default=None, metavar="OUT", help="another finished run, attacked and plotted in the same way")
     add("--json", action="store_true", help="print JSON only")
 
@@ -52,7 +53,8 @@ def settings_of(args: Namespace) -> Settings:
     Raises:
         UserError: a value is not allowed.
     """
-    whole = {name: _whole(name, getattr(args, name)) for name in ("batch_size", "num_images", "lora_rank")}
+    given = ("batch_size", "num_images", "lora_rank", *(("sampler_steps",) if args.sampler_steps else ()))
+    whole = {name: _whole(name, getattr(args, name)) for name in given}
     rate = None if args.learning_rate is None else _number("learning_rate", args.learning_rate)
     return Settings(
         attack=args.attack, data=args.data, steps=parse_steps(args.steps), seeds=parse_seeds(args.seeds),

@@ -93,7 +93,10 @@ def load(task: Task, bar: tqdm) -> Subject:
     backbone.unet.register_forward_pre_hook(lambda _, args: _count(bar, len(args[0])))
     subject = Subject(task, pipeline, backbone, book.rows, bar)
     if task.not_judged is None:
-        subject.judge, subject.protocol = minicanvas.load_judge(device.type), attack_protocol(cfg)
+        subject.judge, subject.protocol = (
+            minicanvas.load_judge(device.type),
+            attack_protocol(cfg, task.settings.sampler_steps),
+        )
     return subject
 
 

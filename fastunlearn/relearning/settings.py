@@ -51,6 +51,8 @@ class Settings:
     """Folder of the attacker's own pictures with captions."""
     lora_rank: int = 4
     caption_dropout: float = 0.0
+    sampler_steps: int | None = None
+    """Of the pictures that the judge looks at; None: as many as the run's own evaluation takes."""
 
     def __post_init__(self) -> None:
         _check_choice("--attack", self.attack, ATTACKS)
@@ -66,6 +68,8 @@ class Settings:
         rate = self.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
             raise UserError(f"--learning_rate: {rate:g} is not allowed; a number above 0 is needed")
+        if self.sampler_steps is not None and not 2 <= self.sampler_steps <= 1000:
+            raise UserError(f"--sampler_steps: {self.sampler_steps} is not allowed; from 2 to 1000")
         if not 0 <= self.caption_dropout < 1:
             raise UserError(f"--caption_dropout: {self.caption_dropout:g} is not allowed; from 0 to below 1")
         if self.images is None:
