@@ -6,6 +6,7 @@ What this is not: the algorithm (``trainer.py``), or any of the parts.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,13 +27,14 @@ from fastunlearn.backbone import (
 )
 from fastunlearn.cached_windows import CachedWindows, Targets, sample_targets
 from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpoint
+from fastunlearn.concept_edit import edit_pipeline
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.fused import FusedEngine
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.meta.prompts import meta_texts
 from fastunlearn.meta.sets import MetaSets, draw_sets
 from fastunlearn.meta.term import MetaTerm
-from fastunlearn.methods import Method, build_method, rank_table
+from fastunlearn.methods import UCE, Method, build_method, rank_table
 from fastunlearn.predictors import Evaluations, Predictors
 from fastunlearn.prompts import PromptBook, build_prompt_book
 from fastunlearn.retain import (
@@ -67,6 +69,8 @@ class Run:
     surgery: Surgery | None = None
     retain: RetainSource | None = None
     meta: MetaTerm | None = None
+    edited: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a closed-form method changed before the first update, in fp32 on the host."""
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
 
     @property
@@ -96,6 +100,7 @@ def prepare(cfg: Config, world: World) -> Run:
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
     others = meta_texts(cfg)
     book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
+    edited = edit_pipeline(cfg, method, pipeline, world.device) if isinstance(method, UCE) else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet)
     backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
@@ -111,7 +116,7 @@ def prepare(cfg: Config, world: World) -> Run:
     table = rank_table(cfg, world.rank, world.world_size)
     targets = sample_targets(cfg, models, book, table, world.is_main) if cfg.teacher.storage == "cached" else None
     rollout = build_windows(cfg, models, book, layout, pool, targets)
-    run = Run(cfg, world, method, table, models, rollout, engine)
+    run = Run(cfg, world, method, table, models, rollout, engine, edited=edited)
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
         run.retain = build_source(cfg, models, book, world, pictures)
@@ -126,6 +131,18 @@ def prepare(cfg: Config, world: World) -> Run:
     if resume is not None:
         _resume(run, resume)
     return run
+
+
+def edit(cfg: Config, world: World) -> tuple[dict[str, Tensor], float]:
+    """A closed-form method without any updates: what it changed, and the seconds that the edit took."""
+    method = build_method(cfg)
+    assert isinstance(method, UCE)
+    pipeline = load_pipeline(
+        cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored_dtype(cfg.model)
+    )
+    started = time.perf_counter()
+    edited = edit_pipeline(cfg, method, pipeline, world.device)
+    return edited, time.perf_counter() - started
 
 
 def weights_dtype(cfg: Config) -> torch.dtype:

@@ -23,6 +23,9 @@ METHODS = {
     "kscu": "KSCU, Key Step Concept Unlearning (arXiv:2507.06526)",
     "doco": "DoCo, Concept Domain Correction (arXiv:2405.15304)",
     "esd": "ESD, Erased Stable Diffusion (arXiv:2303.07345)",
+    "sdd": "SDD, Safe self-Distillation Diffusion (arXiv:2307.05977)",
+    "uce": "UCE, Unified Concept Editing (arXiv:2308.14761)",
+    "rece": "RECE, Reliable and Efficient Concept Erasure (arXiv:2407.12383)",
 }
 MEANINGS = {
     "UA": "erased concept no longer recognised",
@@ -50,7 +53,8 @@ def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None
     sections = [
         _front_matter(cfg),
         f"# {cfg.model.pretrained_model_name_or_path} without {erased}",
-        f"A U-Net from which *{erased}* was erased with {METHODS.get(cfg.method, cfg.method)}, trained by fastunlearn. "
+        f"A U-Net from which *{erased}* was erased with {METHODS.get(cfg.method, cfg.method)}, "
+        f"{'trained' if cfg.trains else 'edited'} by fastunlearn. "
         "Text encoders, VAE and scheduler are those of the base model.",
         "![before and after](samples/before_after.png)",
         "## Use\n\n```python\n" + usage(cfg) + "```",
@@ -112,14 +116,9 @@ def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
         ("erased", "; ".join(c.name + (f" (anchor: {c.anchor})" if c.anchor else "") for c in cfg.concepts)),
         ("asked to keep", "; ".join(cfg.keep) or "nothing in particular"),
         ("method", METHODS.get(cfg.method, cfg.method)),
-        ("updates", str(metrics.get("updates", resolved.train.max_train_steps))),
-        ("trained part of the U-Net", resolved.train.scope),
-        ("learning rate", f"{cfg.train.learning_rate:g} ({cfg.train.lr_scheduler}), {cfg.optimizer.name}"),
         ("prompts", "; ".join(f"`{template}`" for template in cfg.prompts.templates)),
-        ("sampler in training", f"DDIM, {cfg.sampler.num_inference_steps} steps, "
-                                f"guidance {cfg.sampler.guidance_scale:g}"),
-        ("seed", str(cfg.seed)),
-    ]  # fmt: skip
+        *(_training_facts if cfg.trains else _edit_facts)(resolved, metrics),
+    ]
     evaluations = metrics.get("unet_evaluations") or {}
     if evaluations:
         counts = {name.replace("_", " "): count for name, count in evaluations.items() if name != "total"}
@@ -135,6 +134,24 @@ def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
     if versions:
         facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return facts
+
+
+def _training_facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
+    return [
+        ("updates", str(metrics.get("updates", cfg.train.max_train_steps))),
+        ("trained part of the U-Net", cfg.train.scope),
+        ("learning rate", f"{cfg.train.learning_rate:g} ({cfg.train.lr_scheduler}), {cfg.optimizer.name}"),
+        ("sampler in training", f"DDIM, {cfg.sampler.num_inference_steps} steps, "
+                                f"guidance {cfg.sampler.guidance_scale:g}"),
+        ("seed", str(cfg.seed)),
+    ]  # fmt: skip
+
+
+def _edit_facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
+    """Of a method in closed form."""
+    settings = {"uce": cfg.uce.model_dump(), "rece": cfg.rece.model_dump() if cfg.method == "rece" else {}}
+    shown = [f"{section}.{name} {value}" for section, values in settings.items() for name, value in values.items()]
+    return [("edited part of the U-Net", cfg.train.scope), ("settings", ", ".join(shown))]
 
 
 def _figures(cfg: Config, evaluation: dict) -> str:

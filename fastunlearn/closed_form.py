@@ -63,9 +63,9 @@ class TextMap:
         return rows + (rows @ self.right.T) @ self.left.T
 
     def of_weight(self, weight: Tensor) -> Tensor:
-        """W0 T, in the dtype of W0."""
-        exact = weight.double()
-        return (exact + torch.linalg.multi_dot([exact, self.left, self.right])).to(weight.dtype)
+        """W0 T, in fp64."""
+        exact = weight.to(self.left.device, torch.float64)
+        return exact + torch.linalg.multi_dot([exact, self.left, self.right])
 
 
 def erase(tokens: Tokens, weights: Weights, start: TextMap | None = None) -> TextMap:
@@ -85,11 +85,11 @@ def erase(tokens: Tokens, weights: Weights, start: TextMap | None = None) -> Tex
     return TextMap(torch.cat([before.left, missing.T], 1), torch.cat([before.right, solved.T]))
 
 
-def gram(weights: Iterable[Tensor]) -> Tensor:
-    """The sum of W^T W over all projections, (D, D) in fp64."""
+def gram(weights: Iterable[Tensor], device: torch.device) -> Tensor:
+    """The sum of W^T W over all projections, (D, D) in fp64. They come to ``device`` one after the other."""
     total: Tensor | None = None
     for weight in weights:
-        exact = weight.double()
+        exact = weight.to(device, torch.float64)
         total = exact.T @ exact if total is None else total.addmm_(exact.T, exact)
     if total is None:
         raise ValueError("there are no projections")
@@ -111,5 +111,5 @@ def evoking(rows: Tensor, text_map: TextMap, original_gram: Tensor, regularisati
 
 
 def edit_weights(weights: Mapping[str, Tensor], text_map: TextMap) -> dict[str, Tensor]:
-    """Every projection after the map, in its own dtype."""
-    return {name: text_map.of_weight(weight) for name, weight in weights.items()}
+    """Every projection after the map, in fp32 on the host."""
+    return {name: text_map.of_weight(weight).float().cpu() for name, weight in weights.items()}

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastunlearn import config_rules, config_text
 from fastunlearn.config_meta import MetaConfig, is_active
+from fastunlearn.config_base_methods import CLOSED_FORM, ReceConfig, SddConfig, UceConfig
 from fastunlearn.config_rules import (
     concept_kind,
     first_student_update,
@@ -65,12 +66,15 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PromptsConfig",
+    "ReceConfig",
     "ReportConfig",
     "RetainConfig",
     "SamplerConfig",
+    "SddConfig",
     "SurgeryConfig",
     "TeacherConfig",
     "TrainConfig",
+    "UceConfig",
     "ZeroConfig",
     "concept_kind",
     "config_from_arguments",
@@ -88,7 +92,7 @@ __all__ = [
 class Config(Section):
     """A whole run. An instance that exists has passed every check that needs neither the disk nor the machine."""
 
-    method: Literal["kscu", "esd", "doco"] = "kscu"
+    method: Literal["kscu", "esd", "doco", "sdd", "uce", "rece"] = "kscu"
     """The erasure method."""
     engine: Literal["zero", "fused"] = "zero"
     """zero: DeepSpeed, on any number of GPUs; fused: one GPU, layers projected and stepped as their gradients come."""
@@ -112,6 +116,9 @@ class Config(Section):
     kscu: KscuConfig = KscuConfig()
     esd: EsdConfig = EsdConfig()
     doco: DocoConfig = DocoConfig()
+    sdd: SddConfig = SddConfig()
+    uce: UceConfig = UceConfig()
+    rece: ReceConfig = ReceConfig()
     surgery: SurgeryConfig = SurgeryConfig()
     retain: RetainConfig = RetainConfig()
     meta: MetaConfig = MetaConfig()
@@ -140,6 +147,16 @@ class Config(Section):
         return concept.kind if concept.kind != "auto" else concept_kind(concept.name, self.uses_minicanvas)
 
     @property
+    def closed_form(self) -> bool:
+        """Whether the method edits the weights in one step, before any training."""
+        return self.method in CLOSED_FORM
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are updates at all, and so an engine, an optimizer and checkpoints."""
+        return not self.closed_form
+
+    @property
     def retains(self) -> bool:
         """Whether there is a retain gradient, and so a retain set: where surgery is on, which it always is for DoCo."""
         idle = self.surgery.projection == "none" and self.surgery.rho == 0.0
@@ -164,8 +181,8 @@ class Config(Section):
 
     @property
     def zero_stage(self) -> int:
-        """What is sharded; 0 under the fused engine."""
-        return self.zero.stage if self.engine == "zero" else 0
+        """What is sharded; 0 under the fused engine, and where nothing is trained."""
+        return self.zero.stage if self.engine == "zero" and self.trains else 0
 
     @property
     def bf16_weights(self) -> bool:
@@ -187,7 +204,7 @@ class Config(Section):
         for concept, entry in zip(self.concepts, data["concepts"], strict=True):
             entry["kind"] = self.kind_of(concept)
         data["keep"] = resolved_keep(self)
-        data["train"]["max_train_steps"] = resolved_steps(self)
+        data["train"]["max_train_steps"] = resolved_steps(self) or None
         data["train"]["scope"] = resolved_scope(self)
         return Config.model_validate(data)
 

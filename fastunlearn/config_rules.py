@@ -13,6 +13,7 @@ from string import Formatter
 from typing import TYPE_CHECKING
 
 from fastunlearn.attention_rules import attention_refusal
+from fastunlearn.config_base_methods import check_base_methods
 from fastunlearn.config_engine_rules import check_engine, check_ranks
 from fastunlearn.config_meta import check_meta
 from fastunlearn.errors import UserError, nearest
@@ -40,8 +41,9 @@ KSCU_DEFAULTS = {
     "nudity": KindDefaults(start=14, steps=750, steps_for_several=750, scope="noxattn"),
     "instance": KindDefaults(start=40, steps=200, steps_for_several=750, scope="attn2"),
 }
-# ESD (arXiv 2303.07345) trains 1000 updates, DoCo (2405.15304) 2000, whatever the concept.
-METHOD_STEPS = {"esd": 1000, "doco": 2000}
+# ESD (arXiv 2303.07345) trains 1000 updates, DoCo (2405.15304) 2000, SDD (2307.05977) 1500, whatever the concept; UCE
+# (2308.14761) and RECE (2407.12383) edit in closed form.
+METHOD_STEPS = {"esd": 1000, "doco": 2000, "sdd": 1500, "uce": 0, "rece": 0}
 ESD_SCOPES = {"x": "attn2", "x-strict": "attn2_kv", "u": "noxattn", "full": "full"}
 
 NUDITY_NAMES = frozenset({"nudity", "nude", "nsfw", "naked"})
@@ -98,8 +100,10 @@ def resolved_scope(cfg: Config) -> str:
         return cfg.train.scope
     if cfg.method == "esd":
         return ESD_SCOPES[cfg.esd.variant]
-    if cfg.method == "doco":
+    if cfg.method in ("doco", "uce", "rece"):
         return "attn2_kv"
+    if cfg.method == "sdd":
+        return "attn2"
     scopes = {concept.name: KSCU_DEFAULTS[cfg.kind_of(concept)].scope for concept in cfg.concepts}
     if len(set(scopes.values())) > 1:
         listing = ", ".join(f"{name!r} {scope}" for name, scope in scopes.items())
@@ -130,6 +134,7 @@ def check_config(cfg: Config) -> None:
     resolved_scope(cfg)
     _check_prompts(cfg.prompts)
     check_engine(cfg)
+    check_base_methods(cfg)
     _check_doco(cfg)
     _check_surgery(cfg)
     check_meta(cfg)

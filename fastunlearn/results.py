@@ -114,7 +114,7 @@ def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:
         "unet_evaluations": figures.unet_evaluations | {"total": sum(figures.unet_evaluations.values())},
         "peak_memory_bytes": peak_memory_bytes(figures.device),
         "world_size": figures.world_size,
-        "engine": cfg.engine,
+        "engine": cfg.engine if cfg.trains else None,
         "zero_stage": cfg.zero_stage,
         "evaluation": None,
         "versions": {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := _version(name))},

@@ -37,6 +37,15 @@ def retain_prompts(cfg: Config) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
+def preserve_prompts(cfg: Config) -> list[str]:
+    """As ``retain_prompts``, for a closed-form edit, which can do without: none where nothing is kept.
+
+    Raises:
+        UserError: a template has an unknown field, or a prompt names a concept to be erased.
+    """
+    return retain_prompts(cfg) if cfg.retain.prompts or resolved_keep(cfg) else []
+
+
 def refuse_erased(cfg: Config, field: str, prompts: Iterable[str]) -> None:
     """Raises UserError if a prompt names a concept to be erased (on MiniCanvas also by a synonym)."""
     for prompt in prompts:

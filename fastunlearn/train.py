@@ -65,9 +65,9 @@ def run(cfg: Config, world_size: int) -> None:
 
         check_memory(cfg, world_size)
     from fastunlearn.trainer import train
-    from fastunlearn.zero import connect, disconnect
+    from fastunlearn.zero import connect, disconnect, unconnected
 
-    world = connect()
+    world = connect() if cfg.trains else unconnected()
     train(cfg, world)
     disconnect()
 

@@ -13,10 +13,11 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from fastunlearn.assembly import Run, prepare
+from fastunlearn.assembly import Run, edit, prepare
 from fastunlearn.checkpoint import Position, save_checkpoint
 from fastunlearn.config import Config
 from fastunlearn.keysteps import KeyStep
+from fastunlearn.predictors import Evaluations
 from fastunlearn.recorder import Recorder, Update
 from fastunlearn.results import RunFigures, start_output, write_results
 from fastunlearn.retain import retain_loss
@@ -27,11 +28,13 @@ from fastunlearn.zero import World, sum_of_counts
 
 def train(cfg: Config, world: World) -> None:
     """Erase the concepts of ``cfg`` and leave the results in ``cfg.output_dir``. Every rank calls it."""
+    if not cfg.trains:
+        return edit_only(cfg, world)
     run = prepare(cfg, world)
     if world.is_main:
         start_output(cfg, resumed=run.position.update > 0)
     update_loop(run)
-    weights, done = run.engine.full_weights(), run.position
+    weights, done = {**run.edited, **run.engine.full_weights()}, run.position
     evaluations = sum_of_counts(asdict(run.models.evaluations), world)
     del run
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
@@ -39,6 +42,19 @@ def train(cfg: Config, world: World) -> None:
         seconds = {"total": done.seconds, "rollout": done.rollout_seconds, "train": done.seconds - done.rollout_seconds}
         figures = RunFigures(done.update, seconds, evaluations, world.world_size, world.device)
         write_results(cfg, weights, figures)
+
+
+def edit_only(cfg: Config, world: World) -> None:
+    """A closed-form method: no engine, no optimizer, no updates. The first rank does it; it takes seconds."""
+    if not world.is_main:
+        return
+    start_output(cfg, resumed=False)
+    weights, seconds = edit(cfg, world)
+    print(f"{cfg.method}: {len(weights)} tensors edited in closed form in {seconds:.1f} s")
+    figures = RunFigures(
+        0, {"total": seconds, "rollout": 0.0, "train": seconds}, asdict(Evaluations()), world.world_size, world.device
+    )
+    write_results(cfg, weights, figures)
 
 
 def update_loop(run: Run) -> None:

@@ -65,6 +65,13 @@ def connect() -> World:
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
+def unconnected() -> World:
+    """This process where ranks have nothing to tell each other: no process group, no DeepSpeed."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
+
+
 def _remove_stale_build_lock() -> None:
     """A start-up that was killed while it built DeepSpeed's op leaves a lock on which all later ones would wait."""
     from torch.utils.cpp_extension import _get_build_directory

@@ -12,8 +12,10 @@ from fastunlearn.methods.base import Method
 from fastunlearn.methods.doco import DoCo
 from fastunlearn.methods.esd import ESD
 from fastunlearn.methods.kscu import KSCU
+from fastunlearn.methods.rece import RECE
+from fastunlearn.methods.uce import UCE
 
-METHODS: dict[str, type[Method]] = {"kscu": KSCU, "esd": ESD, "doco": DoCo}
+METHODS: dict[str, type[Method]] = {"kscu": KSCU, "esd": ESD, "doco": DoCo, "uce": UCE, "rece": RECE}
 
 
 def build_method(cfg: Config) -> Method:
@@ -36,4 +38,4 @@ def rank_table(cfg: Config, rank: int, world_size: int) -> list[KeyStep]:
     return [replace(step, concept=mine[step.concept]) for step in build_method(own).table()]
 
 
-__all__ = ["METHODS", "Method", "build_method", "rank_table"]
+__all__ = ["METHODS", "UCE", "Method", "build_method", "rank_table"]

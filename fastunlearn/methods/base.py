@@ -43,6 +43,9 @@ class Method(ABC):
     trajectories = True
     """Whether it trains on trajectories; otherwise on noised pictures of the anchors."""
 
+    closed_form = False
+    """Whether it edits the U-Net in one step before any training (``concept_edit.py``); its own table is then empty."""
+
     def finish(self) -> dict[str, Tensor]:
         """After the student's step: what the method itself has to learn; returns figures for the log. Collective."""
         return {}

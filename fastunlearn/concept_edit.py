@@ -1,0 +1,97 @@
+"""A closed-form edit of a loaded model: from prompts to tokens, and from tokens to new keys and values.
+
+What this is: the one step in which UCE and RECE change a U-Net. It needs no engine, no optimizer and no trajectory, and
+may come before a training that starts from what it leaves.
+What this is not: the algebra (``closed_form.py``) or the methods' settings (``methods/uce.py``, ``methods/rece.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.backbone import Pipeline, PromptEmbeds, encode_prompts, trainable_names
+from fastunlearn.closed_form import TextMap, Tokens, edit_weights
+from fastunlearn.config import Config
+from fastunlearn.prompts import PromptBook, Variant, build_prompt_book
+from fastunlearn.retain_prompts import preserve_prompts
+
+SCOPE = "attn2_kv"
+
+
+class ClosedForm(Protocol):
+    """A method that edits in closed form."""
+
+    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> TextMap: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts: ``hidden`` (L, D) in fp64 and the position of the last word, by prompt."""
+
+    hidden: Mapping[str, Tensor]
+    last_word: Mapping[str, int]
+
+    def of_pair(self, variant: Variant, which: str) -> tuple[Tensor, Tensor]:
+        """The tokens of a prompt with the concept that enter, and of the prompt that takes its place, aligned."""
+        with_it, without = self.hidden[variant.prompt], self.hidden[variant.anchor]
+        if which == "all":
+            return with_it, without
+        first, second = self.last_word[variant.prompt], self.last_word[variant.anchor]
+        count = 1 if which == "last" else len(with_it) - max(first, second)
+        return with_it[first : first + count], without[second : second + count]
+
+    def of_kept(self, prompt: str, which: str) -> Tensor:
+        """The tokens that enter of a prompt that is to be preserved."""
+        hidden, last = self.hidden[prompt], self.last_word[prompt]
+        return {"all": hidden, "last": hidden[last : last + 1], "tail": hidden[last:]}[which]
+
+
+def edit_pipeline(cfg: Config, method: ClosedForm, pipeline: Pipeline, device: torch.device) -> dict[str, Tensor]:
+    """Change the keys and values of the pipeline's U-Net; returns them in fp32 on the host.
+
+    The U-Net gets them in its own dtype. The text encoders are on ``device`` only for the time that they are needed.
+    """
+    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg))
+    tokens = collect_tokens(encode(pipeline, book.texts, device), book, cfg.uce.tokens)
+    return edit_unet(pipeline.unet, method, tokens)
+
+
+def edit_unet(unet: nn.Module, method: ClosedForm, tokens: Tokens) -> dict[str, Tensor]:
+    """Change the keys and values of a U-Net; returns them in fp32 on the host. It is computed where the tokens are."""
+    projections = {name: unet.get_parameter(name).detach() for name in trainable_names(unet, SCOPE)}
+    edited = edit_weights(projections, method.text_map(tokens, projections))
+    with torch.no_grad():
+        for name, weight in edited.items():
+            unet.get_parameter(name).copy_(weight)
+    return edited
+
+
+def collect_tokens(text: Text, book: PromptBook, which: str) -> Tokens:
+    """Every concept's tokens beside what takes their place, and the tokens to be preserved."""
+    pairs = [text.of_pair(variant, which) for variants in book.variants for variant in variants]
+    erased, anchors = (torch.cat(side) for side in zip(*pairs, strict=True))
+    kept = [text.of_kept(prompt, which) for prompt in book.retained]
+    return Tokens(erased, anchors, torch.cat(kept) if kept else erased[:0])
+
+
+def encode(pipeline: Pipeline, prompts: Sequence[str], device: torch.device) -> Text:
+    """Embed the prompts as the U-Net sees them."""
+    encoders = [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None]
+    for encoder in encoders:
+        encoder.to(device)
+    embeds: PromptEmbeds = encode_prompts(pipeline, prompts, device)
+    for encoder in encoders:
+        encoder.to("cpu")
+    hidden = dict(zip(prompts, embeds.hidden.to(device, torch.float64), strict=True))
+    return Text(hidden, {prompt: last_word(pipeline, prompt) for prompt in prompts})
+
+
+def last_word(pipeline: Pipeline, prompt: str) -> int:
+    """Position of a prompt's last word; 0, the first token, where there is none."""
+    length = pipeline.tokenizer.model_max_length
+    return len(pipeline.tokenizer(prompt, truncation=True, max_length=length).input_ids) - 2

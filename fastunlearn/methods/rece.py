@@ -1,0 +1,34 @@
+"""RECE, Reliable and Efficient Concept Erasure (arXiv 2407.12383): UCE, and then what would still evoke the concept.
+
+What this is: rounds of deriving, in closed form, the tokens with which the edited projections answer most like the
+original ones did to the concept, and of erasing those too.
+What this is not: the algebra (``closed_form.py``).
+
+One round, from the projections W of the round before; W0 are the original ones, c the concept's tokens, a what takes
+their place, p what is preserved:
+    c' = argmin  sum over projections ||W c' - W0 c||^2 + embedding_regularisation ||c'||^2
+    W  = argmin  e ||W' c' - W0 a||^2 + r ||W' p - W0 p||^2 + l ||W' - W||^2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fastunlearn.closed_form import TextMap, Tokens, Weights, erase, evoking, gram
+from fastunlearn.methods.uce import UCE
+
+
+class RECE(UCE):
+    """UCE and its rounds."""
+
+    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> TextMap:
+        """What every projection is to be multiplied with."""
+        rece = self.cfg.rece
+        weights = Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
+        found, answers = super().text_map(tokens, projections), gram(projections.values(), tokens.erased.device)
+        for _ in range(rece.rounds):
+            derived = evoking(tokens.erased, found, answers, rece.embedding_regularisation)
+            found = erase(Tokens(derived, tokens.anchors, tokens.preserved), weights, start=found)
+        return found

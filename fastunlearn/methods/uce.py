@@ -1,0 +1,41 @@
+"""UCE, Unified Concept Editing (arXiv 2308.14761): concepts erased in closed form, without training.
+
+What this is: which weights the three sums of the objective get, and the one edit of all keys and values.
+What this is not: the algebra (``closed_form.py``), or which prompts and tokens enter (``concept_edit.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fastunlearn.closed_form import TextMap, Tokens, Weights, erase
+from fastunlearn.keysteps import KeyStep
+from fastunlearn.methods.base import Method, Outcome
+from fastunlearn.predictors import Predictors
+from fastunlearn.rollout import Window
+
+
+class UCE(Method):
+    """One edit, no updates."""
+
+    closed_form = True
+
+    def table(self) -> list[KeyStep]:
+        """There are no updates."""
+        return []
+
+    def loss(self, models: Predictors, window: Window) -> Outcome:
+        """There is no loss to descend."""
+        raise RuntimeError(f"method {self.cfg.method!r} edits in closed form and has no loss")
+
+    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> TextMap:
+        """What every projection is to be multiplied with."""
+        return erase(tokens, self.weights)
+
+    @property
+    def weights(self) -> Weights:
+        """Of the objective's sums."""
+        uce = self.cfg.uce
+        return Weights(uce.erase_scale, uce.preserve_scale, uce.regularisation)
