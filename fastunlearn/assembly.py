@@ -29,6 +29,7 @@ from fastunlearn.cached_windows import CachedWindows, Targets, sample_targets
 from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpoint
 from fastunlearn.concept_edit import edit_pipeline
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.ema import Ema
 from fastunlearn.fused import FusedEngine
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.meta.prompts import meta_texts
@@ -69,6 +70,7 @@ class Run:
     surgery: Surgery | None = None
     retain: RetainSource | None = None
     meta: MetaTerm | None = None
+    ema: Ema | None = None
     edited: Mapping[str, Tensor] = field(default_factory=dict)
     """What a closed-form method changed before the first update, in fp32 on the host."""
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
@@ -84,9 +86,14 @@ class Run:
         """What else carries state from one update to the next."""
         found: dict[str, Part | None] = {
             "models": self.models, "rollout": self.rollout, "method": self.method,
-            "surgery": self.surgery, "retain": self.retain,
+            "surgery": self.surgery, "retain": self.retain, "ema": self.ema,
         }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """What the run has changed, in fp32 on the host. Collective: every rank must call it."""
+        trained = self.engine.full_weights() if self.ema is None else self.ema.full_weights()
+        return {**self.edited, **trained}
 
 
 def prepare(cfg: Config, world: World) -> Run:
@@ -107,6 +114,7 @@ def prepare(cfg: Config, world: World) -> Run:
     del pipeline  # with it go the text encoders and the VAE
     models, engine = shard(cfg, backbone, originals, world)
     del originals
+    ema = moving_mean(cfg, models, engine) if method.ships_mean else None
     if cfg.teacher.storage in ("int8", "fp8"):
         accepted = check_teacher(cfg.teacher, target_errors(models, book, cfg.seed))
         if world.is_main:
@@ -116,7 +124,7 @@ def prepare(cfg: Config, world: World) -> Run:
     table = rank_table(cfg, world.rank, world.world_size)
     targets = sample_targets(cfg, models, book, table, world.is_main) if cfg.teacher.storage == "cached" else None
     rollout = build_windows(cfg, models, book, layout, pool, targets)
-    run = Run(cfg, world, method, table, models, rollout, engine, edited=edited)
+    run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, edited=edited)
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
         run.retain = build_source(cfg, models, book, world, pictures)
@@ -167,7 +175,7 @@ def shard(
     if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
         stop_first_token_gradient(unet)
     teacher = None
-    if cfg.teacher.storage != "cached":
+    if cfg.needs_teacher:
         teacher = Teacher(unet, list(originals), whole_copy=cfg.zero_stage == 3, storage=cfg.teacher.storage)
     engine: Engine | FusedEngine
     if cfg.engine == "fused":
@@ -185,6 +193,13 @@ def shard(
         print(f"{cfg.method}: {len(originals)} tensors, {count:,} parameters trained; {how}")
     # As long as nothing is trained, the student is its own teacher.
     return Predictors(backbone, engine, engine.sampler, teacher or engine.sampler), engine
+
+
+def moving_mean(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema:
+    """The running mean of the student's weights, which from now on walks the trajectories."""
+    ema = Ema(engine.sampler, engine.named, cfg.sdd.ema_decay, warmup=cfg.sdd.ema_warmup)
+    models.sampler = ema
+    return ema
 
 
 def build_windows(

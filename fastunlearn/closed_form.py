@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 
+MATRICES = 6  # of (D, D) in fp64 that RECE holds at a time
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What is known of the text, as rows in fp64: each token to be erased with its replacement, and those to preserve.

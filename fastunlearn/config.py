@@ -157,6 +157,12 @@ class Config(Section):
         return not self.closed_form
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether the frozen original of what is trained is kept: not where its targets are made before training, nor
+        where the targets are the student's own."""
+        return self.teacher.storage != "cached" and (self.method != "sdd" or self.retains)
+
+    @property
     def retains(self) -> bool:
         """Whether there is a retain gradient, and so a retain set: where surgery is on, which it always is for DoCo."""
         idle = self.surgery.projection == "none" and self.surgery.rho == 0.0

@@ -97,6 +97,11 @@ def _check_sdd(cfg: Config) -> None:
         raise UserError(
             "teacher.storage: 'cached' has no meaning for method 'sdd', whose targets are the student's own; use 'exact'"
         )
+    if cfg.teacher.storage != "exact" and not cfg.needs_teacher:
+        raise UserError(
+            f"teacher.storage: {cfg.teacher.storage!r} has no meaning for method 'sdd' without surgery, which needs no "
+            "teacher; use 'exact'"
+        )
 
 
 def _refuse_training(cfg: Config) -> None:

@@ -39,6 +39,7 @@ class Predictors:
         self.backbone = backbone
         self.evaluations = Evaluations()
         self._student = student
+        self._weights = sampler
         self.sampler = sampler
         self.teacher = teacher
 
@@ -64,8 +65,14 @@ class Predictors:
         return prediction
 
     @torch.no_grad()
+    def student(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """The student's own prediction as a target: no gradient, and not the sampler's weights where those differ."""
+        self.evaluations.student_forward += len(conditions) * len(latents_BCHW)
+        return self._call(self._weights, latents_BCHW, timestep, conditions)
+
+    @torch.no_grad()
     def rollout(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
-        """The student without a gradient, for the sampler."""
+        """The student without a gradient, or its running mean, for the sampler."""
         self.evaluations.rollout += len(conditions) * len(latents_BCHW)
         return self._call(self.sampler, latents_BCHW, timestep, conditions)
 

@@ -34,7 +34,7 @@ def train(cfg: Config, world: World) -> None:
     if world.is_main:
         start_output(cfg, resumed=run.position.update > 0)
     update_loop(run)
-    weights, done = {**run.edited, **run.engine.full_weights()}, run.position
+    weights, done = run.full_weights(), run.position
     evaluations = sum_of_counts(asdict(run.models.evaluations), world)
     del run
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
@@ -114,6 +114,7 @@ def apply_gradient(run: Run) -> Figures | None:
     engine, edits = run.engine, run.gradient_edits
     if not edits:
         engine.step()
+        follow(run)
         return None
     if engine.steps_in_backward:
         seen = [engine.figures() for _ in edits]
@@ -122,9 +123,16 @@ def apply_gradient(run: Run) -> Figures | None:
         seen = [edit.project(engine.gradient(), second_moments, run.cfg.optimizer.adam_epsilon) for edit in edits]
     if all([edit.is_finite(figures) for edit, figures in zip(edits, seen, strict=True)]):
         engine.step(seen[-1].plan.norm)
+        follow(run)
     else:
         engine.skip_step()
     return seen[0] if run.surgery is not None else None
+
+
+def follow(run: Run) -> None:
+    """After an optimizer step: the running mean of the weights moves on, where there is one."""
+    if run.ema is not None:
+        run.ema.update()
 
 
 def retain_window(run: Run, step: KeyStep) -> list[Tensor]:

@@ -13,9 +13,10 @@ from fastunlearn.methods.doco import DoCo
 from fastunlearn.methods.esd import ESD
 from fastunlearn.methods.kscu import KSCU
 from fastunlearn.methods.rece import RECE
+from fastunlearn.methods.sdd import SDD
 from fastunlearn.methods.uce import UCE
 
-METHODS: dict[str, type[Method]] = {"kscu": KSCU, "esd": ESD, "doco": DoCo, "uce": UCE, "rece": RECE}
+METHODS: dict[str, type[Method]] = {"kscu": KSCU, "esd": ESD, "doco": DoCo, "sdd": SDD, "uce": UCE, "rece": RECE}
 
 
 def build_method(cfg: Config) -> Method:

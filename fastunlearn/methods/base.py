@@ -43,6 +43,9 @@ class Method(ABC):
     trajectories = True
     """Whether it trains on trajectories; otherwise on noised pictures of the anchors."""
 
+    ships_mean = False
+    """Whether a running mean of the weights walks the trajectories and is what remains (``ema.py``)."""
+
     closed_form = False
     """Whether it edits the U-Net in one step before any training (``concept_edit.py``); its own table is then empty."""
 

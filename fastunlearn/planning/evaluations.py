@@ -16,6 +16,8 @@ from fastunlearn.predictors import Evaluations
 
 def count_evaluations(cfg: Config, world: int) -> Evaluations:
     """Single-sample evaluations of the whole run, all ranks together."""
+    if not cfg.trains:
+        return Evaluations()
     count = Evaluations(teacher=_pool(cfg, build_method(cfg)) * world)
     if cfg.train.spread_concepts:
         for rank in range(world):
@@ -41,7 +43,7 @@ def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int
             count.rollout += batch * _left_for_sampler(method, step)
         student = batch * trained_conditions(method)
         if trains:
-            count.student_forward += student
+            count.student_forward += student + batch * own_targets(cfg)
             count.student_backward += student
         else:
             count.rollout += student
@@ -62,6 +64,8 @@ def teacher_conditions(cfg: Config, method: Method) -> int:
     """Conditions per sample of the frozen model's call in an unlearning window."""
     if isinstance(method, KSCU):
         return 3 if method.trains_uncond else 2
+    if cfg.method == "sdd":
+        return 0
     if cfg.method == "doco":
         return 1 if cfg.doco.guidance_scale == 1.0 else 2
     return 2
@@ -70,6 +74,11 @@ def teacher_conditions(cfg: Config, method: Method) -> int:
 def trained_conditions(method: Method) -> int:
     """Conditions per sample of the student's recorded call in an unlearning window."""
     return 2 if isinstance(method, KSCU) and method.trains_uncond else 1
+
+
+def own_targets(cfg: Config) -> int:
+    """Conditions per sample of the student's call without a gradient, where it is its own target."""
+    return 1 if cfg.method == "sdd" else 0
 
 
 def _left_for_sampler(method: Method, step: KeyStep) -> int:

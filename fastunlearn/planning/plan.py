@@ -28,12 +28,13 @@ from fastunlearn.methods.doco import shown_channels
 from fastunlearn.model_files import COMPONENTS, FIELD, check_kind, check_safetensors, is_hub_id, variant_of
 from fastunlearn.optimizers import is_small, layer_of, parameter_groups
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
+from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.evaluations import count_evaluations, pools, teacher_conditions, trained_conditions
 from fastunlearn.planning.states import Row, Sizes, peak, totals, worst_rank
 from fastunlearn.predictors import Evaluations
 from fastunlearn.prompts import build_prompt_book
 from fastunlearn.retain import folder_captions
-from fastunlearn.retain_prompts import retain_prompts
+from fastunlearn.retain_prompts import preserve_prompts, retain_prompts
 from fastunlearn.single_file import read_single_file
 
 GIB = 2**30
@@ -149,7 +150,14 @@ def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = 
     """The plan of one configuration on this many ranks."""
     scope = resolved_scope(cfg)
     sizes = unet_sizes(model, scope)
-    rows = [*worst_rank(cfg, sizes, world), *_latents_and_text(cfg, model), *activation_rows(cfg, model, scope)]
+    if not cfg.trains:
+        prompts = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
+        rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.config["cross_attention_dim"])
+        return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
+    rows = [
+        *worst_rank(cfg, sizes, world), *mean_rows(cfg, sizes), *_latents_and_text(cfg, model),
+        *activation_rows(cfg, model, scope),
+    ]  # fmt: skip
     return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
 
 
@@ -221,7 +229,7 @@ def _windows(cfg: Config, model: Model, scope: str) -> list[tuple[str, int, int]
         return _activations(cfg, model, scope, rows)
 
     # What is evaluated without a gradient while the student's graph waits: the sampler's or the discriminator's share.
-    beside = {"kscu": 3 - trained, "esd": 0, "doco": frozen}[cfg.method] * batch
+    beside = {"kscu": 3 - trained, "doco": frozen}.get(cfg.method, 0) * batch
     student = run(trained * batch)
     alone = run(max(2, frozen) * batch).forward
     windows = [

@@ -50,11 +50,8 @@ def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
     cfg = plan.cfg
     lines = [
         f"{cfg.method} on {cfg.model.pretrained_model_name_or_path}: {plan.sizes.total:,} parameters, "
-        f"{sum(plan.sizes.trained):,} trained ({resolved_scope(cfg)})",
-        f"{'fused engine' if cfg.engine == 'fused' else f'ZeRO-{cfg.zero.stage}'}, "
-        f"{plan.world} rank{'s' if plan.world > 1 else ''}, "
-        f"{'bf16' if cfg.model.mixed_precision == 'bf16' else 'fp32'}, batch {cfg.train.train_batch_size}"
-        + (f", retain batch {cfg.retain.batch_size}" if cfg.retains else ""),
+        f"{sum(plan.sizes.trained):,} {'trained' if cfg.trains else 'edited'} ({resolved_scope(cfg)})",
+        _how(plan) if cfg.trains else "edited in closed form, without updates, on one rank",
         "",
     ]
     width = max(len(row.name) for row in plan.rows)
@@ -62,7 +59,7 @@ def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
     for row in plan.rows:
         lines.append(f"{row.name:<{width}}  {size(row.device):>10}  {size(row.host):>10}{_when(row.phases)}")
     lines.append("")
-    for phase, (device, host) in plan.phases.items():
+    for phase, (device, host) in plan.phases.items() if cfg.trains else ():
         if phase not in ("keep", "project") or cfg.retains:
             lines.append(f"{'during: ' + PHASE_WORDS[phase]:<{width}}  {size(device):>10}  {size(host):>10}")
     lines.append(f"{'at most':<{width}}  {size(plan.device):>10}  {size(plan.host):>10}")
@@ -72,6 +69,16 @@ def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
         lines.append(f"{'at most, all ranks':<{width}}  {'':>10}  {size(plan.host * plan.world):>10}")
     lines += ["", *_verdict(plan, limit, better), *_evaluations(plan)]
     return "\n".join(lines)
+
+
+def _how(plan: Plan) -> str:
+    cfg = plan.cfg
+    return (
+        f"{'fused engine' if cfg.engine == 'fused' else f'ZeRO-{cfg.zero.stage}'}, "
+        f"{plan.world} rank{'s' if plan.world > 1 else ''}, "
+        f"{'bf16' if cfg.model.mixed_precision == 'bf16' else 'fp32'}, batch {cfg.train.train_batch_size}"
+        + (f", retain batch {cfg.retain.batch_size}" if cfg.retains else "")
+    )
 
 
 def _when(phases: tuple[str, ...]) -> str:

@@ -281,7 +281,7 @@ class StateMemory:
 def teacher_bytes(cfg: Config, sizes: Sizes, compute: int) -> list[Row]:
     """The originals of what is trained: as they were, or in 8 bits; then a layer of them is brought back at a time."""
     storage = cfg.teacher.storage
-    if storage == "cached":
+    if not cfg.needs_teacher:
         return []
     if storage == "exact":
         return [Row("teacher: originals of what is trained", sum(sizes.trained) * compute)]
