@@ -5,6 +5,7 @@ per run. Finished runs are kept in the output folder, so it can be interrupted a
 What this is not: tuning. Every run uses the shipped configuration of its concept's kind.
 
     python benchmarks/minicanvas_quality.py --output outputs/quality --jobs 2
+    python benchmarks/minicanvas_quality.py --output outputs/quality --methods base     the base methods, one row each
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ METHODS = {
     "esd-x+retain": [*ESD_X, *RETAIN, "--surgery.projection", "none"],
     "esd-x+surgery": [*ESD_X, *RETAIN],
     "doco": [],
+    "sdd": [],
+    "uce": [],
+    "rece": [],
     # What of it does the work: one line changed each.
     "doco: no surgery": ["--surgery.projection", "none", "--surgery.rho", "0"],
     "doco: retain loss only": ["--surgery.projection", "none"],
@@ -55,12 +59,15 @@ METHODS = {
     "kscu: teacher in 8 bits": ["--teacher.storage", "int8"],
     "kscu: cached teacher": ["--teacher.storage", "cached"],
 }
-DEFAULT_METHODS = [method for method in METHODS if ":" not in method]
+BASE_METHODS = ["esd-x", "sdd", "uce", "rece", "kscu", "doco"]  # what `--methods base` stands for
+OWN_CONFIGS = ("doco", "sdd", "uce", "rece")
+DEFAULT_METHODS = [method for method in METHODS if ":" not in method and method not in ("sdd", "uce", "rece")]
 
 
 def config_of(method: str, kind: str) -> Path:
     """The shipped configuration."""
-    return ROOT / "configs" / f"minicanvas_{'doco_' if method.startswith('doco') else ''}{kind}.toml"
+    own = next((f"{name}_" for name in OWN_CONFIGS if method.startswith(name)), "")
+    return ROOT / "configs" / f"minicanvas_{own}{kind}.toml"
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
-    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=["base", *METHODS])
     parser.add_argument("--styles", nargs="*", default=list(CONCEPTS["style"]))
     parser.add_argument("--objects", nargs="*", default=list(CONCEPTS["object"]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43])
@@ -150,7 +157,7 @@ def main() -> None:
     kinds = [("style", args.styles), ("object", args.objects)]
     jobs = [
         Job(method, kind, concept, seed, args.updates)
-        for method in args.methods
+        for method in (BASE_METHODS if args.methods == ["base"] else args.methods)
         for kind, concepts in kinds
         for seed in args.seeds
         for concept in concepts

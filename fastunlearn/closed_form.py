@@ -88,6 +88,12 @@ def erase(tokens: Tokens, weights: Weights, start: TextMap | None = None) -> Tex
     return TextMap(torch.cat([before.left, missing.T], 1), torch.cat([before.right, solved.T]))
 
 
+def beyond(tokens: Tokens, guidance: float) -> Tokens:
+    """The same tokens, moved further: what takes the place of c is a + guidance (a - c) instead of a."""
+    anchors = tokens.anchors + guidance * (tokens.anchors - tokens.erased)
+    return Tokens(tokens.erased, anchors, tokens.preserved)
+
+
 def gram(weights: Iterable[Tensor], device: torch.device) -> Tensor:
     """The sum of W^T W over all projections, (D, D) in fp64. They come to ``device`` one after the other."""
     total: Tensor | None = None

@@ -44,6 +44,9 @@ class UceConfig(Section):
     """Weight of what is erased."""
     preserve_scale: FromZero = 1.0
     """Weight of what is preserved."""
+    negative_guidance: FromZero = 1.0
+    """How far beyond the anchor the concept is moved, a + g (a - c) in the place of a; published: 0. What a picture
+    shows where nothing is asked for may by chance be the concept."""
     regularisation: Positive = 0.5
     """Weight lambda with which the projections are held to what they were."""
 
@@ -61,6 +64,9 @@ class ReceConfig(Section):
     """Weight of what is preserved while they are erased."""
     regularisation: Positive = 0.1
     """Weight with which the projections are held to those of the round before."""
+    cumulative: bool = True
+    """Whether a round erases again what the rounds before it and UCE erased; published: false, which holds where the
+    preserved tokens leave enough directions free, and otherwise gives the concept back."""
 
 
 def check_base_methods(cfg: Config) -> None:

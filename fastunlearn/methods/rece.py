@@ -7,16 +7,18 @@ What this is not: the algebra (``closed_form.py``).
 One round, from the projections W of the round before; W0 are the original ones, c the concept's tokens, a what takes
 their place, p what is preserved:
     c' = argmin  sum over projections ||W c' - W0 c||^2 + embedding_regularisation ||c'||^2
-    W  = argmin  e ||W' c' - W0 a||^2 + r ||W' p - W0 p||^2 + l ||W' - W||^2
+    W  = argmin  e ||W' c' - W0 a||^2 + r ||W' p - W0 p||^2 + l ||W' - W||^2      over W'
+Where ``rece.cumulative``, which is ours, the second line also holds every c and c' of before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from fastunlearn.closed_form import TextMap, Tokens, Weights, erase, evoking, gram
+from fastunlearn.closed_form import TextMap, Tokens, Weights, beyond, erase, evoking, gram
 from fastunlearn.methods.uce import UCE
 
 
@@ -27,8 +29,17 @@ class RECE(UCE):
         """What every projection is to be multiplied with."""
         rece = self.cfg.rece
         weights = Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
-        found, answers = super().text_map(tokens, projections), gram(projections.values(), tokens.erased.device)
+        moved = erased = beyond(tokens, self.cfg.uce.negative_guidance)
+        found, answers = erase(moved, self.weights), gram(projections.values(), tokens.erased.device)
         for _ in range(rece.rounds):
-            derived = evoking(tokens.erased, found, answers, rece.embedding_regularisation)
-            found = erase(Tokens(derived, tokens.anchors, tokens.preserved), weights, start=found)
+            derived = evoking(moved.erased, found, answers, rece.embedding_regularisation)
+            new = Tokens(derived, moved.anchors, moved.preserved)
+            erased = joined(erased, new) if rece.cumulative else new
+            found = erase(erased, weights, start=found)
         return found
+
+
+def joined(one: Tokens, other: Tokens) -> Tokens:
+    """What either erases; both preserve the same."""
+    erased, anchors = torch.cat([one.erased, other.erased]), torch.cat([one.anchors, other.anchors])
+    return Tokens(erased, anchors, one.preserved)

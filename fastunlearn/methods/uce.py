@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastunlearn.closed_form import TextMap, Tokens, Weights, erase
+from fastunlearn.closed_form import TextMap, Tokens, Weights, beyond, erase
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.methods.base import Method, Outcome
 from fastunlearn.predictors import Predictors
@@ -32,7 +32,7 @@ class UCE(Method):
 
     def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> TextMap:
         """What every projection is to be multiplied with."""
-        return erase(tokens, self.weights)
+        return erase(beyond(tokens, self.cfg.uce.negative_guidance), self.weights)
 
     @property
     def weights(self) -> Weights:
