@@ -157,7 +157,8 @@ def main() -> None:
     kinds = [("style", args.styles), ("object", args.objects)]
     jobs = [
         Job(method, kind, concept, seed, args.updates)
-        for method in (BASE_METHODS if args.methods == ["base"] else args.methods)
+        for asked in args.methods
+        for method in (BASE_METHODS if asked == "base" else [asked])
         for kind, concepts in kinds
         for seed in args.seeds
         for concept in concepts
