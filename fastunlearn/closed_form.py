@@ -11,8 +11,8 @@ for every projection by itself. All of them read the same tokens, so that the so
 
     W = W0 T        T = (e sum a c^T + r sum p p^T + l I) M^-1        M = e sum c c^T + r sum p p^T + l I
 
-T differs from I only by the directions c: it is kept as I + left @ right, with as many columns as there are tokens to be
-erased, and SDXL's 140 projections of 2048 inputs take no more than two thin products each. ``M`` is never inverted.
+T differs from I only by the directions c: it is kept as I + left @ right, with as many columns as there are tokens to
+be erased, and SDXL's 140 projections of 2048 inputs take two thin products each. ``M`` is never inverted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 
 MATRICES = 6  # of (D, D) in fp64 that RECE holds at a time
 

@@ -101,7 +101,7 @@ def _check_sdd(cfg: Config) -> None:
         )
     if cfg.teacher.storage == "cached":
         raise UserError(
-            "teacher.storage: 'cached' has no meaning for method 'sdd', whose targets are the student's own; use 'exact'"
+            "teacher.storage: 'cached' has no meaning for method 'sdd', whose targets are its student's; use 'exact'"
         )
     if cfg.teacher.storage != "exact" and not cfg.needs_teacher:
         raise UserError(

@@ -18,7 +18,7 @@ from fastunlearn.closed_form import TextMap, Tokens, Weights, edit_weights, eras
 from fastunlearn.concept_edit import Text, collect_tokens, edit_unet
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
-from fastunlearn.methods import build_method
+from fastunlearn.methods import UCE, build_method
 from fastunlearn.minicanvas import pipeline_path
 
 WIDTH, OUTPUTS = 7, (5, 4, 9)
@@ -76,7 +76,8 @@ def test_it_minimises_the_objective() -> None:
     (gradient,) = torch.autograd.grad(objective(solution, layer, layer, tokens, WEIGHTS), solution)
     assert gradient.abs().max() < 1e-10
     guess = layer.clone().requires_grad_()
-    descent = torch.optim.LBFGS([guess], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    precise: dict = {"tolerance_grad": 1e-12, "tolerance_change": 1e-16, "line_search_fn": "strong_wolfe"}
+    descent = torch.optim.LBFGS([guess], max_iter=500, **precise)
 
     def closure() -> Tensor:
         descent.zero_grad()
@@ -145,6 +146,12 @@ def config(method: str, **fields: object) -> Config:
     return Config.model_validate({"method": method, "concepts": ["neon style"], **fields})
 
 
+def closed_form(cfg: Config) -> UCE:
+    method = build_method(cfg)
+    assert isinstance(method, UCE) and method.closed_form and method.table() == []
+    return method
+
+
 @pytest.mark.parametrize("cumulative", [True, False])
 @pytest.mark.parametrize("rounds", [0, 1, 3])
 def test_rece_is_its_rounds(rounds: int, cumulative: bool) -> None:
@@ -152,20 +159,20 @@ def test_rece_is_its_rounds(rounds: int, cumulative: bool) -> None:
             "preserve_scale": 0.2, "regularisation": 0.7}  # fmt: skip
     cfg = config("rece", rece=rece, uce={"erase_scale": 0.9, "preserve_scale": 0.5, "negative_guidance": 0.4})
     tokens, layers = some_tokens(), some_layers()
-    projections = dict(enumerate(layers))
-    found = build_method(cfg).text_map(tokens, projections)
+    projections = {str(number): layer for number, layer in enumerate(layers)}
+    found = closed_form(cfg).text_map(tokens, projections)
     for layer, literal in zip(layers, literal_rece(layers, tokens, cfg), strict=True):
         torch.testing.assert_close(found.of_weight(layer), literal, rtol=1e-7, atol=1e-8)
 
 
 def test_published_uce_is_equation_7_and_the_default_goes_beyond_the_anchor() -> None:
     tokens, layer = some_tokens(), draw(5, WIDTH)
-    published = build_method(config("uce", uce={"negative_guidance": 0.0})).text_map(tokens, {"w": layer})
+    published = closed_form(config("uce", uce={"negative_guidance": 0.0})).text_map(tokens, {"w": layer})
     literal = literal_uce(layer, tokens, Weights(1.0, 1.0, 0.5))
     torch.testing.assert_close(published.of_weight(layer), literal, rtol=1e-9, atol=1e-9)
     further = Tokens(tokens.erased, 2 * tokens.anchors - tokens.erased, tokens.preserved)
     literal = literal_uce(layer, further, Weights(1.0, 1.0, 0.5))
-    default = build_method(config("uce")).text_map(tokens, {"w": layer})
+    default = closed_form(config("uce")).text_map(tokens, {"w": layer})
     torch.testing.assert_close(default.of_weight(layer), literal, rtol=1e-9, atol=1e-9)
 
 
@@ -213,7 +220,7 @@ def test_only_keys_and_values_of_the_cross_attentions_change_and_the_unet_has_wh
     unet = tiny_unet()
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
     tokens = Tokens(*(torch.randn(rows, TEXT_WIDTH, dtype=torch.float64) for rows in (3, 3, 2)))
-    edited = edit_unet(unet, build_method(config("uce")), tokens)
+    edited = edit_unet(unet, closed_form(config("uce")), tokens)
     after = dict(unet.named_parameters())
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(edited)
     assert set(edited) == set(trainable_names(unet, "attn2_kv"))

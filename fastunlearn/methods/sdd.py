@@ -4,7 +4,8 @@ What this is: a uniformly drawn denoising step, on a fresh trajectory that the r
 loss between two predictions of the student.
 What this is not: the running mean (``ema.py``), which is also what remains of a run.
 
-Legend, at latents x and timestep t; s the student's noise prediction, O the prompt without the concept, by default the empty one:
+Legend, at latents x and timestep t; s the student's noise prediction, O the
+prompt without the concept, by default the empty one:
     L = mean((s(x, t, prompt) - stopgrad s(x, t, O))^2)
 Nothing is asked of the original model: there is no frozen teacher, unless a retain loss wants one.
 """
