@@ -15,11 +15,12 @@ from fastunlearn.keysteps import KeyStep
 from fastunlearn.predictors import Predictors
 from fastunlearn.prompts import UNCONDITIONAL, PromptBook
 from fastunlearn.retain import Pool
-from fastunlearn.rollout import Augmentation, GuidedPair, Layout, Window
+from fastunlearn.rollout import Augmentation, Layout, Window
+from fastunlearn.standing_windows import StandingWindows
 
 
-class AnchorWindows:
-    """In the place of a rollout: nothing walks, every update draws anew from (seed, update, number)."""
+class AnchorWindows(StandingWindows):
+    """Every update draws anew from (seed, update, number)."""
 
     def __init__(self, cfg: Config, models: Predictors, book: PromptBook, layout: Layout, pool: Pool) -> None:
         self.cfg, self.models, self.book, self.layout, self.pool = cfg, models, book, layout, pool
@@ -31,19 +32,6 @@ class AnchorWindows:
             for variants in book.variants
         ]
         self._rows = [[i for i, prompt in enumerate(pool.prompts) if prompt in known] for known in self._prompts]
-
-    def restart(self, step: KeyStep) -> None:
-        """There is no trajectory."""
-
-    def advance(self, step: KeyStep, pairs: list[GuidedPair]) -> None:
-        """There is no trajectory."""
-
-    def state_dict(self) -> dict:
-        """Nothing is carried from one update to the next."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
 
     def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
         """This update's micro-batches."""

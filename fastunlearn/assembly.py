@@ -27,13 +27,13 @@ from fastunlearn.backbone import (
 )
 from fastunlearn.cached_windows import CachedWindows, Targets, sample_targets
 from fastunlearn.checkpoint import Part, Position, find_checkpoint, load_checkpoint
-from fastunlearn.concept_edit import edit_pipeline
+from fastunlearn.concept_edit import edit_pipeline, put_in_place
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.ema import Ema
 from fastunlearn.fused import FusedEngine
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.meta.prompts import meta_texts
-from fastunlearn.meta.sets import MetaSets, draw_sets
+from fastunlearn.meta.sets import MetaSets, draw_sets, encode_sets
 from fastunlearn.meta.term import MetaTerm
 from fastunlearn.methods import UCE, Method, build_method, rank_table
 from fastunlearn.predictors import Evaluations, Predictors
@@ -49,6 +49,7 @@ from fastunlearn.retain import (
 from fastunlearn.retain_prompts import retain_prompts
 from fastunlearn.rollout import Layout, Rollout
 from fastunlearn.speed import apply_channels_last, compile_blocks
+from fastunlearn.standing_windows import NoWindows, StandingWindows
 from fastunlearn.surgery import Surgery
 from fastunlearn.teacher import Teacher, no_teacher
 from fastunlearn.teacher_error import check_teacher, target_errors
@@ -65,7 +66,7 @@ class Run:
     method: Method
     table: list[KeyStep]
     models: Predictors
-    rollout: Rollout | AnchorWindows | CachedWindows
+    rollout: Rollout | StandingWindows
     engine: Engine | FusedEngine
     surgery: Surgery | None = None
     retain: RetainSource | None = None
@@ -105,14 +106,15 @@ def prepare(cfg: Config, world: World) -> Run:
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
     folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
-    others = meta_texts(cfg)
+    meta_folders = encode_sets(cfg, pipeline, world.device)
+    others = [*meta_texts(cfg), *(prompt for pool in meta_folders.values() for prompt in pool.prompts)]
     book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
     edited = edit_pipeline(cfg, method, pipeline, world.device) if isinstance(method, UCE) else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
-    originals = trained_tensors(pipeline.unet)
+    originals = trained_tensors(pipeline.unet) | edited
     backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
     del pipeline  # with it go the text encoders and the VAE
-    models, engine = shard(cfg, backbone, originals, world)
+    models, engine = shard(cfg, backbone, originals, world, edited)
     del originals
     ema = moving_mean(cfg, models, engine) if method.ships_mean else None
     if cfg.teacher.storage in ("int8", "fp8"):
@@ -131,9 +133,8 @@ def prepare(cfg: Config, world: World) -> Run:
         limit = 0.0 if cfg.has_meta else cfg.train.max_grad_norm
         run.surgery = Surgery(cfg.surgery, limit, list(engine.named), world, cfg.zero_stage > 0)
     if cfg.has_meta:
-        run.meta = MetaTerm(
-            cfg, models, MetaSets(cfg, models, book, world, draw_sets(cfg, models, book)), engine, world
-        )
+        sets = MetaSets(cfg, models, book, world, draw_sets(cfg, models, book, meta_folders))
+        run.meta = MetaTerm(cfg, models, sets, engine, world)
     if targets is not None:
         models.teacher = no_teacher  # from the first update on, the student is no longer the original
     if resume is not None:
@@ -164,9 +165,17 @@ def compute_dtype(cfg: Config) -> torch.dtype:
 
 
 def shard(
-    cfg: Config, backbone: Backbone, originals: Mapping[str, Tensor], world: World
+    cfg: Config,
+    backbone: Backbone,
+    originals: Mapping[str, Tensor],
+    world: World,
+    edited: Mapping[str, Tensor] | None = None,
 ) -> tuple[Predictors, Engine | FusedEngine]:
-    """The student under its engine, and its frozen original. ``originals``: the trained tensors before any cast."""
+    """The student under its engine, and its frozen original.
+
+    ``originals``: the tensors before any cast from which the training starts, the trained ones and those of an edit in
+    closed form; ``edited``: these alone. The teacher is made before the student gets them.
+    """
     unet = backbone.unet.train()
     backbone.autocast = cfg.model.mixed_precision == "bf16" and not cfg.bf16_weights
     if cfg.model.gradient_checkpointing:
@@ -177,6 +186,7 @@ def shard(
     teacher = None
     if cfg.needs_teacher:
         teacher = Teacher(unet, list(originals), whole_copy=cfg.zero_stage == 3, storage=cfg.teacher.storage)
+    put_in_place(unet, edited or {})
     engine: Engine | FusedEngine
     if cfg.engine == "fused":
         engine = FusedEngine(unet, cfg, world)
@@ -187,10 +197,10 @@ def shard(
     if cfg.model.compile == "regional":
         compile_blocks(unet)
     if world.is_main:
-        count = sum(p.numel() for p in originals.values())
+        count = sum(originals[name].numel() for name in engine.named)
         sharding = "fused engine" if cfg.engine == "fused" else f"ZeRO-{cfg.zero.stage}"
         how = f"{attention}; kernels: {describe(world.device)}; {sharding}"
-        print(f"{cfg.method}: {len(originals)} tensors, {count:,} parameters trained; {how}")
+        print(f"{cfg.method}: {len(engine.named)} tensors, {count:,} parameters trained; {how}")
     # As long as nothing is trained, the student is its own teacher.
     return Predictors(backbone, engine, engine.sampler, teacher or engine.sampler), engine
 
@@ -209,9 +219,11 @@ def build_windows(
     layout: Layout,
     pool: Pool | None = None,
     targets: Targets | None = None,
-) -> Rollout | AnchorWindows | CachedWindows:
+) -> Rollout | StandingWindows:
     """Where the unlearning windows come from: trajectories of the student, those that the original walked before the
-    training, or noised pictures of the anchors."""
+    training, or noised pictures of the anchors; from nowhere after an edit in closed form."""
+    if cfg.closed_form:
+        return NoWindows(models, cfg.sampler.num_inference_steps)
     if pool is not None:
         return AnchorWindows(cfg, models, book, layout, pool)
     if targets is not None:

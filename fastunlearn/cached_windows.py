@@ -20,6 +20,7 @@ from fastunlearn.keysteps import KeyStep
 from fastunlearn.predictors import Predictors
 from fastunlearn.prompts import PromptBook
 from fastunlearn.rollout import Augmentation, GuidedPair, Layout, Rollout, Window
+from fastunlearn.standing_windows import StandingWindows
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,14 @@ def _targets_here(models: Predictors, walker: Rollout, index: int) -> Iterator[T
     walker.advance(KeyStep(0, 0, index, restart=False, continues=True), [GuidedPair(cond, uncond)])
 
 
-class CachedWindows:
-    """In the place of a rollout: nothing walks, every update draws from (seed, update, number)."""
+class CachedWindows(StandingWindows):
+    """Every update draws from (seed, update, number)."""
 
     def __init__(self, cfg: Config, models: Predictors, book: PromptBook, layout: Layout, targets: Targets) -> None:
         self.models, self.book, self.layout, self.targets = models, book, layout, targets
         self.seed = cfg.seed
         self._prompts = _walker(cfg, models, book, layout.batch)
         self.timesteps = self._prompts.timesteps
-
-    def restart(self, step: KeyStep) -> None:
-        """There is no trajectory to begin."""
-
-    def advance(self, step: KeyStep, pairs: list[GuidedPair]) -> None:
-        """There is no trajectory to continue."""
-
-    def state_dict(self) -> dict:
-        """Nothing is carried from one update to the next; the targets are made again."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing to restore."""
 
     def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
         """This update's micro-batches."""

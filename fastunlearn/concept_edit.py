@@ -52,23 +52,26 @@ class Text:
 
 
 def edit_pipeline(cfg: Config, method: ClosedForm, pipeline: Pipeline, device: torch.device) -> dict[str, Tensor]:
-    """Change the keys and values of the pipeline's U-Net; returns them in fp32 on the host.
+    """New keys and values for the pipeline's U-Net, in fp32 on the host; the U-Net itself stays as it is.
 
-    The U-Net gets them in its own dtype. The text encoders are on ``device`` only for the time that they are needed.
+    The text encoders are on ``device`` only for the time that they are needed.
     """
     book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg))
     tokens = collect_tokens(encode(pipeline, book.texts, device), book, cfg.uce.tokens)
-    return edit_unet(pipeline.unet, method, tokens)
+    return edited_weights(pipeline.unet, method, tokens)
 
 
-def edit_unet(unet: nn.Module, method: ClosedForm, tokens: Tokens) -> dict[str, Tensor]:
-    """Change the keys and values of a U-Net; returns them in fp32 on the host. It is computed where the tokens are."""
+def edited_weights(unet: nn.Module, method: ClosedForm, tokens: Tokens) -> dict[str, Tensor]:
+    """New keys and values of a U-Net in fp32 on the host. They are computed where the tokens are."""
     projections = {name: unet.get_parameter(name).detach() for name in trainable_names(unet, SCOPE)}
-    edited = edit_weights(projections, method.text_map(tokens, projections))
-    with torch.no_grad():
-        for name, weight in edited.items():
-            unet.get_parameter(name).copy_(weight)
-    return edited
+    return edit_weights(projections, method.text_map(tokens, projections))
+
+
+@torch.no_grad()
+def put_in_place(unet: nn.Module, edited: Mapping[str, Tensor]) -> None:
+    """Give a U-Net the weights of an edit, in its own dtype."""
+    for name, weight in edited.items():
+        unet.get_parameter(name).copy_(weight)
 
 
 def collect_tokens(text: Text, book: PromptBook, which: str) -> Tokens:

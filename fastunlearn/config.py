@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastunlearn import config_rules, config_text
-from fastunlearn.config_meta import MetaConfig, is_active
 from fastunlearn.config_base_methods import CLOSED_FORM, ReceConfig, SddConfig, UceConfig
+from fastunlearn.config_meta import MetaConfig, is_active
 from fastunlearn.config_rules import (
     concept_kind,
     first_student_update,
@@ -154,13 +154,14 @@ class Config(Section):
     @property
     def trains(self) -> bool:
         """Whether there are updates at all, and so an engine, an optimizer and checkpoints."""
-        return not self.closed_form
+        return not self.closed_form or self.has_meta
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the frozen original of what is trained is kept: not where its targets are made before training, nor
         where the targets are the student's own."""
-        return self.teacher.storage != "cached" and (self.method != "sdd" or self.retains)
+        asked = self.method != "sdd" or self.retains or (self.has_meta and self.meta.forbidden_loss == "erased")
+        return self.teacher.storage != "cached" and asked
 
     @property
     def retains(self) -> bool:

@@ -79,7 +79,9 @@ def check_base_methods(cfg: Config) -> None:
         _check_sdd(cfg)
     if cfg.method not in CLOSED_FORM:
         return
-    if cfg.train.scope not in ("auto", "attn2_kv"):
+    if cfg.has_meta:
+        _check_meta_alone(cfg)
+    elif cfg.train.scope not in ("auto", "attn2_kv"):
         raise UserError(
             f"train.scope: {cfg.train.scope!r}, but method {cfg.method!r} edits the keys and values of the "
             "cross-attentions; use 'attn2_kv' or 'auto'"
@@ -108,6 +110,17 @@ def _check_sdd(cfg: Config) -> None:
             f"teacher.storage: {cfg.teacher.storage!r} has no meaning for method 'sdd' without surgery, which needs no "
             "teacher; use 'exact'"
         )
+
+
+def _check_meta_alone(cfg: Config) -> None:
+    """The meta term after an edit: there is no gradient of a method beside it."""
+    why = f"with method {cfg.method!r}, whose updates consist of the meta term alone"
+    if cfg.retains:
+        raise UserError(f"surgery.enabled: true {why}; use false")
+    if cfg.meta.every > 1:
+        raise UserError(f"meta.every: {cfg.meta.every} {why}; use 1")
+    if cfg.teacher.storage == "cached":
+        raise UserError(f"teacher.storage: 'cached' {why}, which has no trajectories; use 'exact' or 'int8'")
 
 
 def _refuse_training(cfg: Config) -> None:

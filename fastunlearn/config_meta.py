@@ -151,6 +151,11 @@ def check_meta(cfg: Config) -> None:
     from fastunlearn.meta.prompts import meta_prompts  # which knows Config
 
     meta_prompts(cfg)
+    if meta.inner_scope == "lora" and cfg.model.compile != "no":
+        raise UserError(
+            f"meta.inner_scope: 'lora' with model.compile {cfg.model.compile!r}, which does not see adapters that come "
+            "and go; use model.compile 'no', or 'full'"
+        )
 
 
 def _check_second_order(cfg: Config) -> None:

@@ -43,6 +43,7 @@ KSCU_DEFAULTS = {
 }
 # ESD (arXiv 2303.07345) trains 1000 updates, DoCo (2405.15304) 2000, SDD (2307.05977) 1500, whatever the concept; UCE
 # (2308.14761) and RECE (2407.12383) edit in closed form.
+META_STEPS = 100  # of the meta term alone, after an edit in closed form (2410.12777)
 METHOD_STEPS = {"esd": 1000, "doco": 2000, "sdd": 1500, "uce": 0, "rece": 0}
 ESD_SCOPES = {"x": "attn2", "x-strict": "attn2_kv", "u": "noxattn", "full": "full"}
 
@@ -74,6 +75,8 @@ def resolved_steps(cfg: Config) -> int:
     """Number of updates: the given one, or the largest default among the concepts."""
     if cfg.train.max_train_steps is not None:
         return cfg.train.max_train_steps
+    if cfg.closed_form and cfg.has_meta:
+        return META_STEPS
     if cfg.method in METHOD_STEPS:
         return METHOD_STEPS[cfg.method]
     rows = [KSCU_DEFAULTS[cfg.kind_of(concept)] for concept in cfg.concepts]
@@ -100,7 +103,9 @@ def resolved_scope(cfg: Config) -> str:
         return cfg.train.scope
     if cfg.method == "esd":
         return ESD_SCOPES[cfg.esd.variant]
-    if cfg.method in ("doco", "uce", "rece"):
+    if cfg.closed_form and cfg.has_meta:
+        return "full"
+    if cfg.method == "doco" or cfg.closed_form:
         return "attn2_kv"
     if cfg.method == "sdd":
         return "attn2"

@@ -87,10 +87,10 @@ def one_update(run: Run, step: KeyStep) -> Update:
     everything that points against it is taken.
     """
     windows = list(run.rollout.windows(step, run.method.augmentation(step)))
-    update = Update()
-    if run.meta is not None and windows[0].trains and run.meta.is_due(step):
-        update.figures |= run.meta.window(step, run.rollout.timesteps[step.index], alone=False)
-    if run.surgery is not None and windows[0].trains:
+    update, trains = Update(), all(window.trains for window in windows)
+    if run.meta is not None and trains and run.meta.is_due(step):
+        update.figures |= run.meta.window(step, run.rollout.timesteps[step.index], alone=not windows)
+    if run.surgery is not None and trains:
         update.retain_losses = retain_window(run, step)
     pairs: list[GuidedPair] = []
     for number, window in enumerate(windows, start=1):
@@ -100,7 +100,7 @@ def one_update(run: Run, step: KeyStep) -> Update:
             update.losses.append(outcome.loss.detach())
         if outcome.pair is not None:
             pairs.append(outcome.pair)
-    if windows[0].trains:
+    if trains:
         update.surgery = apply_gradient(run)
     update.figures |= run.method.finish()
     if step.continues:

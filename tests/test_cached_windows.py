@@ -16,6 +16,7 @@ from fastunlearn.cached_windows import CachedWindows, sample_targets
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.planning.evaluations import count_evaluations
+from fastunlearn.rollout import Rollout
 from fastunlearn.teacher import no_teacher
 from fastunlearn.zero import World
 
@@ -36,6 +37,7 @@ def cached_run(cfg: Config) -> Run:
     """As ``trainer.prepare`` puts it together."""
     run = tiny_run(cfg, WORLD, the_book(), trained_names(tiny_unet()))
     targets = sample_targets(cfg, run.models, the_book(), run.table, progress=False)
+    assert isinstance(run.rollout, Rollout)
     run.rollout = CachedWindows(cfg, run.models, the_book(), run.rollout.layout, targets)
     run.models.teacher = no_teacher
     return run

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastunlearn.backbone import trainable_names
 from fastunlearn.closed_form import TextMap, Tokens, Weights, edit_weights, erase, evoking, gram
-from fastunlearn.concept_edit import Text, collect_tokens, edit_unet
+from fastunlearn.concept_edit import Text, collect_tokens, edited_weights, put_in_place
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.methods import UCE, build_method
@@ -220,7 +220,8 @@ def test_only_keys_and_values_of_the_cross_attentions_change_and_the_unet_has_wh
     unet = tiny_unet()
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
     tokens = Tokens(*(torch.randn(rows, TEXT_WIDTH, dtype=torch.float64) for rows in (3, 3, 2)))
-    edited = edit_unet(unet, closed_form(config("uce")), tokens)
+    edited = edited_weights(unet, closed_form(config("uce")), tokens)
+    put_in_place(unet, edited)
     after = dict(unet.named_parameters())
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(edited)
     assert set(edited) == set(trainable_names(unet, "attn2_kv"))

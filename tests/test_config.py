@@ -71,7 +71,7 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["--concepts", "nein style"], ("concepts", "'nein style'", "nearest: neon style")),
     (["--keep", "fich"], ("keep", "'fich'", "nearest: fish")),
     (["--concepts", "cat; neon style"], ("train.scope", "'cat' noxattn", "'neon style' attn2")),
-    (["--method", "ecd"], ("method", "'ecd'", "'kscu', 'esd' or 'doco'", "nearest: esd")),
+    (["--method", "ecd"], ("method", "'ecd'", "'kscu', 'esd', 'doco'", "nearest: esd")),
     (["--train.scope", "atn2"], ("train.scope", "'atn2'", "nearest: attn2")),
     (["--learning_rate", "-1e-5"], ("train.learning_rate", "-1e-05", "greater than 0")),
     (["--learning_rate", "fast"], ("train.learning_rate", "'fast'", "a number")),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from launched import launch
 from meta_case import ASCENT, CASES, Case, build_run, config_of, error, reference, samples, weighted
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import flat
 from tiny_run import update_all
@@ -20,8 +21,11 @@ from fastunlearn.config import load_config
 from fastunlearn.config_meta import meta_weights
 from fastunlearn.errors import UserError
 from fastunlearn.meta.attack import all_trainable
+from fastunlearn.meta.prompts import meta_prompts
 from fastunlearn.meta.second_order import attacked_prediction
-from fastunlearn.meta.sets import Judged
+from fastunlearn.meta.sets import Judged, set_captions
+from fastunlearn.planning.evaluations import count_evaluations
+from fastunlearn.planning.meta_rows import pool_sizes
 from fastunlearn.retain import RetainBatch
 from fastunlearn.zero import World
 
@@ -88,6 +92,22 @@ def test_the_attack_changes_its_scope_and_leaves_no_trace(optimizer: str, scope:
     assert changed <= expected and len(changed) > 0.8 * len(expected)  # a bias that has no part keeps its value
     for name, parameter in unet.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
+
+
+def test_an_attack_with_adapters_leaves_the_weights_and_changes_the_predictions() -> None:
+    run = fused_run(inner_scope="lora", inner_optimizer="adamw", inner_learning_rate=1e-2)
+    assert run.meta is not None
+    batch, before = run.meta.sets.judged(run.table[0], 500).batch, flat(dict(run.engine.sampler.named_parameters()))
+
+    def predicted() -> torch.Tensor:
+        with torch.no_grad():
+            return run.models.attacked(run.engine.sampler, batch.latents, batch.timesteps, batch.cond)
+
+    plain = predicted()
+    with run.meta.attack.applied(run.meta.sets.attack_batches(run.table[0]), seed=0):
+        assert not torch.equal(predicted(), plain)
+        assert torch.equal(flat(dict(run.engine.sampler.named_parameters())), before)
+    assert torch.equal(predicted(), plain)
 
 
 def test_an_attack_that_fails_leaves_no_trace_either() -> None:
@@ -248,6 +268,28 @@ def test_the_released_coefficients_are_those_of_the_script() -> None:
     assert tuple(meta_weights(cfg.meta)) == pytest.approx(expected)
     tied = meta_weights(load_config(None, ["--concepts", "cat", "--meta.enabled", "true"]).meta)
     assert tied.before_related == -tied.after_related and tied.before_unrelated == -tied.after_unrelated
+
+
+def test_folders_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    for number in range(8):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a cat" if number == 7 else "a thing")
+    words = ["--concepts", "cat", "--meta.enabled", "true"]
+    cfg = load_config(None, [*words, "--meta.forbidden_folder", str(tmp_path)])
+    assert len(set_captions(cfg)["forbidden"]) == 8 and "forbidden" not in meta_prompts(cfg)
+    with pytest.raises(UserError, match=r"related_folder: 7\.png"):
+        set_captions(load_config(None, [*words, "--meta.related_folder", str(tmp_path)]))
+    with pytest.raises(UserError, match="8 images; at least 10"):
+        set_captions(load_config(None, [*words, "--meta.forbidden_folder", str(tmp_path), "--meta.batch_size", "5"]))
+
+
+@pytest.mark.parametrize("meta", [{}, {"forbidden_loss": "erased", "every": 2}, {"related_weight": 0.0}])
+def test_the_planner_counts_what_a_run_evaluates(meta: dict[str, Any]) -> None:
+    run = fused_run(**meta)
+    update_all(run)
+    pictures = 2 * pool_sizes(run.cfg)[0] * run.cfg.retain.num_inference_steps
+    planned = count_evaluations(run.cfg, 1)
+    assert replace(planned, teacher=planned.teacher - pictures) == run.models.evaluations  # the test's are not drawn
 
 
 def test_unused_batches_are_not_made() -> None:

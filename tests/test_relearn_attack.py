@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fastunlearn.backbone import Backbone, build_backbone, encode_prompts, load_pipeline
 from fastunlearn.config import Config
+from fastunlearn.lora import low_rank
 from fastunlearn.prompts import PromptBook
 from fastunlearn.relearning import Settings, attack_steps, denoising_error
 from fastunlearn.relearning.attack import Options, edit, table
 from fastunlearn.relearning.inversion import token_ids
-from fastunlearn.relearning.lora import low_rank
 from fastunlearn.relearning.pictures import Pictures
 from fastunlearn.retain import Pool
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastunlearn.config import Config
 from fastunlearn.config_sections import OptimizerConfig
+from fastunlearn.lora import low_rank
 from fastunlearn.optimizers import fused_optimizer
 from fastunlearn.predictors import Predictors
 from fastunlearn.retain import RetainBatch, noise_loss
@@ -42,8 +43,13 @@ class Attack:
     def applied(self, batches: Sequence[RetainBatch], seed: int) -> Iterator[None]:
         """Inside, the weights are attacked; afterwards they are, bit for bit, what they were. Collective.
 
-        ``seed``: of the stochastic rounding of bf16 weights.
+        ``seed``: of the stochastic rounding of bf16 weights, and of the adapters' start.
         """
+        if self.cfg.meta.inner_scope == "lora":
+            with low_rank(self.unet, self.cfg.meta.lora_rank, seed) as added:
+                self._fine_tune([p for pair in added for p in pair.parameters()], batches, seed)
+                yield
+            return
         parameters = list(self.attacked.values())
         before = [parameter.detach().clone() for parameter in parameters]
         try:

@@ -13,18 +13,21 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastunlearn.backbone import PromptEmbeds
+from fastunlearn.backbone import Pipeline, PromptEmbeds
 from fastunlearn.config import Config
 from fastunlearn.config_meta import SETS, set_weights
+from fastunlearn.errors import UserError
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.meta.prompts import forbidden_anchors, meta_prompts
 from fastunlearn.predictors import Predictors
 from fastunlearn.prompts import UNCONDITIONAL, PromptBook
-from fastunlearn.retain import Pool, RetainBatch, generate_pool
+from fastunlearn.retain import Pool, RetainBatch, encode_images, generate_pool, read_captions
+from fastunlearn.retain_prompts import refuse_erased
 from fastunlearn.rollout import Layout
 from fastunlearn.zero import World
 
@@ -115,12 +118,44 @@ class MetaSets:
         return RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
 
 
-def draw_sets(cfg: Config, models: Predictors, book: PromptBook) -> dict[str, Pool]:
-    """The pictures of each set, drawn by the original model."""
-    return {
+def draw_sets(
+    cfg: Config, models: Predictors, book: PromptBook, folders: Mapping[str, Pool] | None = None
+) -> dict[str, Pool]:
+    """The pictures of each set: those of ``folders``, and for the others what the original model draws."""
+    drawn = {
         name: generate_pool(cfg, models, book, prompts, f"meta-{name}", cfg.meta.num_images)
         for name, prompts in meta_prompts(cfg).items()
     }
+    return {**drawn, **(folders or {})}
+
+
+def encode_sets(cfg: Config, pipeline: Pipeline, device: torch.device) -> dict[str, Pool]:
+    """The sets that are folders of images, as latents, encoded once."""
+    return {
+        name: encode_images(captions, cfg, pipeline, device, f"meta.{name}_folder")
+        for name, captions in set_captions(cfg).items()
+    }
+
+
+def set_captions(cfg: Config) -> dict[str, list[tuple[Path, str]]]:
+    """(image, caption) of every set that is a folder.
+
+    Raises:
+        UserError: no folder, no caption, too few images, or one of what is kept that names what is to be erased.
+    """
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for name in SETS if cfg.has_meta else ():
+        folder, field = getattr(cfg.meta, f"{name}_folder"), f"meta.{name}_folder"
+        if folder is None:
+            continue
+        found[name] = read_captions(Path(folder), field)
+        least = max(cfg.meta.batch_size, cfg.meta.inner_batch_size) * (2 if name == "forbidden" else 1)
+        if len(found[name]) < least:
+            raise UserError(f"{field}: {folder} holds {len(found[name])} images; at least {least} are needed")
+        if name != "forbidden":
+            for image, caption in found[name]:
+                refuse_erased(cfg, f"{field}: {image.name}", [caption])
+    return found
 
 
 def _joined(batches: Sequence[RetainBatch]) -> RetainBatch:

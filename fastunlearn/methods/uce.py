@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fastunlearn.closed_form import TextMap, Tokens, Weights, beyond, erase
+from fastunlearn.config import resolved_steps
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.methods.base import Method, Outcome
 from fastunlearn.predictors import Predictors
@@ -18,13 +19,14 @@ from fastunlearn.rollout import Window
 
 
 class UCE(Method):
-    """One edit, no updates."""
+    """One edit, no updates but those of a meta term."""
 
     closed_form = True
 
     def table(self) -> list[KeyStep]:
-        """There are no updates."""
-        return []
+        """There are no updates, unless a meta term makes them: then concepts take turns."""
+        concepts = len(self.cfg.concepts)
+        return [KeyStep(i, i % concepts, 0, restart=False, continues=False) for i in range(resolved_steps(self.cfg))]
 
     def loss(self, models: Predictors, window: Window) -> Outcome:
         """There is no loss to descend."""

@@ -11,6 +11,7 @@ from fastunlearn.config import Config, first_student_update
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.methods import KSCU, build_method, rank_table
 from fastunlearn.methods.base import Method
+from fastunlearn.planning.meta_rows import add_meta, pool_sizes
 from fastunlearn.predictors import Evaluations
 
 
@@ -37,6 +38,10 @@ def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int
         _add_targets(cfg, count, table, ranks)
     for step in table:
         trains = step.update >= first_student_update(cfg)
+        if cfg.has_meta and trains and step.update % cfg.meta.every == 0:
+            add_meta(cfg, count, ranks)
+        if cfg.closed_form:
+            continue
         if not cached:
             count.rollout += 2 * batch * step.index if step.restart else 0
             count.teacher += batch * teacher_conditions(cfg, method)
@@ -91,7 +96,8 @@ def _left_for_sampler(method: Method, step: KeyStep) -> int:
 def _pool(cfg: Config, method: Method) -> int:
     """Every rank draws the whole pool of pictures for itself, guided."""
     retain = cfg.retain
-    return pools(cfg, method) * 2 * retain.num_images * retain.num_inference_steps
+    pictures = pools(cfg, method) * retain.num_images + pool_sizes(cfg)[0]
+    return 2 * pictures * retain.num_inference_steps
 
 
 def pools(cfg: Config, method: Method) -> int:

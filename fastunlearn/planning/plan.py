@@ -20,9 +20,12 @@ import torch
 
 from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.config_meta import set_weights
 from fastunlearn.discriminator import Discriminator
 from fastunlearn.errors import UserError
 from fastunlearn.loading import hub_file
+from fastunlearn.meta.prompts import meta_texts
+from fastunlearn.meta.sets import set_captions
 from fastunlearn.methods import build_method
 from fastunlearn.methods.doco import shown_channels
 from fastunlearn.model_files import COMPONENTS, FIELD, check_kind, check_safetensors, is_hub_id, variant_of
@@ -30,6 +33,7 @@ from fastunlearn.optimizers import is_small, layer_of, parameter_groups
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.evaluations import count_evaluations, pools, teacher_conditions, trained_conditions
+from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
 from fastunlearn.planning.states import Row, Sizes, peak, totals, worst_rank
 from fastunlearn.predictors import Evaluations
 from fastunlearn.prompts import build_prompt_book
@@ -154,10 +158,13 @@ def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = 
         prompts = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
         rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.config["cross_attention_dim"])
         return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
+    states = worst_rank(cfg, sizes, world)
+    kept = sum(row.device for row in states if row.name.startswith("retain gradient ("))
     rows = [
-        *worst_rank(cfg, sizes, world), *mean_rows(cfg, sizes), *_latents_and_text(cfg, model),
+        *states, *mean_rows(cfg, sizes), *attack_rows(cfg, sizes, kept), *_latents_and_text(cfg, model),
         *activation_rows(cfg, model, scope),
     ]  # fmt: skip
+    rows = [row for row in rows if row.device or row.host]
     return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
 
 
@@ -193,8 +200,10 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
         pictures = len(retained)
     elif cfg.retains:
         retained = retain_prompts(cfg)
-    pictures += pools(cfg, build_method(cfg)) * cfg.retain.num_images
-    texts = len(build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained).texts)
+    captions = [caption for pairs in set_captions(cfg).values() for _, caption in pairs]
+    pictures += pools(cfg, build_method(cfg)) * cfg.retain.num_images + pool_sizes(cfg)[0] + len(captions)
+    others = [*meta_texts(cfg), *captions]
+    texts = len(build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained, others).texts)
     width = 2 if cfg.bf16_weights else 4
     embeddings = texts * model.tokens * config["cross_attention_dim"] * width
     latents = pictures * config["in_channels"] * side * side * 4
@@ -214,7 +223,12 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
 def activation_rows(cfg: Config, model: Model, scope: str) -> list[Row]:
     """The window with the highest peak; there is one at a time."""
     name, saved, highest = max(_windows(cfg, model, scope), key=lambda window: window[2])
+    attack = 0
+    if cfg.has_meta:
+        attacked = "full" if cfg.meta.inner_scope == "full" else scope
+        attack = _activations(cfg, model, attacked, cfg.meta.inner_batch_size).backward
     return [
+        Row("activations of the simulated attack at their peak", attack, phases=("attack",)),
         Row(f"activations kept for the backward pass ({name})", saved, phases=("backward",)),
         Row("activations beyond that at their peak", highest - saved, phases=("backward",)),
     ]
@@ -240,6 +254,9 @@ def _windows(cfg: Config, model: Model, scope: str) -> list[tuple[str, int, int]
         student = run(retained)
         teacher = student.forward if cfg.retain.target == "teacher" else 0
         windows.append(("retain", student.saved, max(student.backward, student.saved + teacher)))
+    if cfg.has_meta:
+        judged = sum(1 for weight in set_weights(cfg.meta).values() if weight) * cfg.meta.batch_size
+        windows.append(("meta", run(judged).saved, run(judged).backward))
     if cfg.method == "doco" or (cfg.retains and cfg.retain_source != "folder"):
         windows.append(("pictures", 0, run(2 * retained).forward))
     return windows

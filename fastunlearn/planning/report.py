@@ -15,9 +15,10 @@ import torch
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.planning.advice import smallest_change
 from fastunlearn.planning.plan import ALLOWANCE, GIB, Plan, make_plan, read_model
-from fastunlearn.planning.states import PHASES
+from fastunlearn.planning.states import ALWAYS
 
 PHASE_WORDS = {
+    "attack": "simulated attack",
     "backward": "forward and backward pass",
     "reduce": "mean over ranks",
     "keep": "retain gradient put aside",
@@ -82,7 +83,7 @@ def _how(plan: Plan) -> str:
 
 
 def _when(phases: tuple[str, ...]) -> str:
-    return "" if phases == PHASES else "  " + ", ".join(phases)
+    return "" if phases == ALWAYS else "  " + ", ".join(phases)
 
 
 def _verdict(plan: Plan, limit: int | None, better: Plan | None) -> list[str]:

@@ -4,6 +4,8 @@ What this is: arithmetic on the sizes of the U-Net's tensors, following what Dee
 ``teacher.py``, ``gradient_shards.py`` and ``surgery.py`` allocate, padding included.
 What this is not: activations (``activations.py``). Nothing here allocates anything or imports DeepSpeed.
 
+A meta term begins an update with a phase of its own, in which no gradient of the engine is alive ("attack").
+
 An update goes through phases, and its memory is that of the largest. A row of the table says in which phases it exists:
     backward    forward and backward pass of a window       reduce    the gradient's mean over ranks
     keep        the retain gradient is put aside            project   surgery reads both gradients
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from fastunlearn.config import Config
 
 PHASES = ("backward", "reduce", "keep", "project", "update")
+ALWAYS = ("attack", *PHASES)
 BLOCK = 256  # elements that share an absmax, in the kept gradient and in bitsandbytes' state
 FP32 = 4
 SMALLEST_IN_8_BIT = 4096  # elements; below, bitsandbytes keeps 32-bit state
@@ -34,7 +37,7 @@ class Row:
     name: str
     device: int = 0
     host: int = 0
-    phases: tuple[str, ...] = PHASES
+    phases: tuple[str, ...] = ALWAYS
 
 
 @dataclass(frozen=True)
@@ -171,12 +174,12 @@ class StateMemory:
         several, overlap = cfg.train.gradient_accumulation_steps > 1, cfg.zero.overlap_comm
         if self.stage == 0:
             copy = min(sum(self.sizes.trained), PLAIN_REDUCTION) * FP32
-            return [Row("gradients", trained), Row("reduction buffer", copy, phases=("reduce",))]
+            return [Row("gradients", trained, phases=PHASES), Row("reduction buffer", copy, phases=("reduce",))]
         if self.stage == 3:
             flat = self.gradient_bytes()
             fp32 = self.owned * FP32 if self.offload else 0
             return [
-                Row("gradients", 0 if self.offload else flat, flat + fp32 if self.offload else 0),
+                Row("gradients", 0 if self.offload else flat, flat + fp32 if self.offload else 0, PHASES),
                 Row("reduction bucket", self.bucket),
                 Row("copy of the reduction bucket", self.bucket, phases=("backward", "reduce")),
             ]
@@ -245,7 +248,7 @@ class StateMemory:
             beside += mean  # the old mean, in fp32
         label = f"retain gradient ({surgery.retain_dtype if surgery.retain_dtype != 'auto' else 'as it came'})"
         # Without a running mean it is gone after the projection.
-        phases = PHASES if surgery.retain_ema else PHASES[: PHASES.index("update")]
+        phases = ALWAYS if surgery.retain_ema else PHASES[: PHASES.index("update")]
         if away and not surgery.retain_ema:
             phases = tuple(phase for phase in phases if phase != "keep")  # a row of its own below
         rows = [Row(label, host=kept, phases=phases) if away else self._placed(label, kept, phases)]
@@ -273,7 +276,7 @@ class StateMemory:
         label = "fp32 gradient and temporaries, a group at a time"
         return [Row(label, max(making, gradient + temporaries), phases=("update",))]
 
-    def _placed(self, name: str, size: int, phases: tuple[str, ...] = PHASES) -> Row:
+    def _placed(self, name: str, size: int, phases: tuple[str, ...] = ALWAYS) -> Row:
         """On the host where the optimizer is offloaded, else on the device."""
         return Row(name, 0 if self.offload else size, size if self.offload else 0, phases)
 
@@ -297,13 +300,14 @@ def teacher_bytes(cfg: Config, sizes: Sizes, compute: int) -> list[Row]:
 
 
 def totals(rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
-    """(device, host) bytes in each phase."""
+    """(device, host) bytes in each phase; without a meta term there is no attack."""
+    attacked = any("attack" in row.phases and row.phases != ALWAYS for row in rows)
     return {
         phase: (
             sum(row.device for row in rows if phase in row.phases),
             sum(row.host for row in rows if phase in row.phases),
         )
-        for phase in PHASES
+        for phase in (ALWAYS if attacked else PHASES)
     }
 
 

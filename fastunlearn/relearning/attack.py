@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from fastunlearn.backbone import Backbone, Pipeline, PromptEmbeds, set_trainable, trainable_names
+from fastunlearn.lora import low_rank
 from fastunlearn.predictors import Predictors
 from fastunlearn.prompts import UNCONDITIONAL
 from fastunlearn.relearning.inversion import learned_words
-from fastunlearn.relearning.lora import low_rank
 from fastunlearn.relearning.settings import Settings
 from fastunlearn.retain import Pool, RetainBatch, retain_loss
 

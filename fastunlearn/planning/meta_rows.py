@@ -1,0 +1,67 @@
+"""What a meta term holds, and what it evaluates.
+
+What this is: arithmetic that follows ``meta/attack.py`` and ``meta/term.py``. The attack comes first in an update, when
+no gradient of the engine is alive; the losses behind it make one while the weights before the attack are kept.
+What this is not: the method's own rows (``states.py``, ``fused_states.py``).
+"""
+
+from __future__ import annotations
+
+from fastunlearn.config import Config
+from fastunlearn.config_meta import SETS, meta_weights, set_weights
+from fastunlearn.planning.states import BLOCK, FP32, SMALLEST_IN_8_BIT, Row, Sizes
+from fastunlearn.predictors import Evaluations
+
+
+def attack_rows(cfg: Config, sizes: Sizes, kept: int) -> list[Row]:
+    """``kept``: bytes of a retain gradient that is alive with the method's gradients, but not with these."""
+    if not cfg.has_meta:
+        return []
+    compute = 2 if cfg.bf16_weights else FP32
+    attacked = (*sizes.trained, *sizes.frozen) if cfg.meta.inner_scope == "full" else sizes.trained
+    total = sum(attacked)
+    gradient = sum(sizes.trained)
+    stored = {"auto": compute, "fp32": FP32, "bf16": 2, "int8": 1}[cfg.meta.gradient_dtype] * gradient
+    before = total * compute
+    return [
+        Row("meta: weights before the attack", before, phases=("attack",)),
+        Row("meta: the attacker's moments", moments(cfg, attacked), phases=("attack",)),
+        Row("meta: the attacker's gradient", total * compute, phases=("attack",)),
+        # The losses after the attack have a backward pass of their own, without a retain gradient beside it.
+        Row("meta: weights before the attack, beyond the above", max(before - kept, 0), phases=("backward", "reduce")),
+        Row("meta: gradient that waits", stored, phases=("backward", "reduce", "keep", "project")),
+    ]
+
+
+def moments(cfg: Config, numels: tuple[int, ...]) -> int:
+    """Of the simulated attacker's optimizer."""
+    if cfg.meta.inner_optimizer == "sgd":
+        return 0
+    if not cfg.bf16_weights:
+        return 2 * FP32 * sum(numels)
+    small = sum(n for n in numels if n < SMALLEST_IN_8_BIT)
+    blocks = sum(-(-n // BLOCK) for n in numels if n >= SMALLEST_IN_8_BIT)
+    return 2 * FP32 * small + 2 * blocks * (BLOCK + FP32)
+
+
+def pool_sizes(cfg: Config) -> tuple[int, int]:
+    """(pictures in all sets, sets that are drawn by the model)"""
+    if not cfg.has_meta:
+        return 0, 0
+    from fastunlearn.meta.prompts import meta_prompts
+
+    drawn = len(meta_prompts(cfg))
+    return drawn * cfg.meta.num_images, drawn
+
+
+def add_meta(cfg: Config, count: Evaluations, ranks: int) -> None:
+    """What one meta term evaluates on ``ranks`` ranks."""
+    meta, weights = cfg.meta, meta_weights(cfg.meta)
+    batch = meta.batch_size * ranks
+    judged = sum(1 for name in SETS if set_weights(meta)[name])
+    kept = judged - bool(weights.after_forbidden) if weights.before_related or weights.before_unrelated else 0
+    recorded = meta.inner_steps * meta.inner_batch_size * ranks + (judged + kept) * batch
+    count.student_forward += recorded
+    count.student_backward += recorded
+    if meta.forbidden_loss == "erased":
+        count.teacher += judged * batch

@@ -1,0 +1,49 @@
+"""What stands in the place of a rollout where nothing walks.
+
+What this is: the part that such windows have in common, and the windows of a method that has none.
+What this is not: pictures of anchors (``anchor_windows.py``) or stored trajectories (``cached_windows.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastunlearn.keysteps import KeyStep
+from fastunlearn.predictors import Predictors
+from fastunlearn.rollout import Augmentation, GuidedPair, Window
+
+
+class StandingWindows:
+    """Windows that every update draws anew from (seed, update, number): no trajectory, and so no state."""
+
+    timesteps: list[int]
+    """Of the sampler's steps."""
+
+    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
+        """This update's micro-batches."""
+        raise NotImplementedError
+
+    def restart(self, step: KeyStep) -> None:
+        """There is no trajectory to begin."""
+
+    def advance(self, step: KeyStep, pairs: list[GuidedPair]) -> None:
+        """There is no trajectory to continue."""
+
+    def state_dict(self) -> dict:
+        """Nothing is carried from one update to the next."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore."""
+
+
+class NoWindows(StandingWindows):
+    """Of a method that has no loss of its own: UCE and RECE, followed by a meta term."""
+
+    def __init__(self, models: Predictors, steps: int) -> None:
+        models.backbone.scheduler.set_timesteps(steps)
+        self.timesteps = models.backbone.scheduler.timesteps.tolist()
+
+    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
+        """None."""
+        return iter(())
