@@ -1,18 +1,17 @@
 """The linear algebra of erasing without training: UCE (arXiv 2308.14761) and RECE (arXiv 2407.12383).
 
-What this is: pure functions on tensors, in fp64. What this is not: prompts, tokens or a U-Net (``concept_edit.py``).
+What this is: pure functions on tensors, solved in fp64. What this is not: prompts, tokens or a U-Net
+(``concept_edit.py``), or the rounds of RECE (``methods/rece.py``).
 
 Legend: W0 is a key or value projection of a cross-attention as it was, W as it becomes; c a token to be erased and a
 what takes its place, both rows of D numbers as the text encoders give them; p a token to be preserved. UCE minimises
 
     e sum ||W c - W0 a||^2 + r sum ||W p - W0 p||^2 + l ||W - W0||^2       (e erase, r preserve, l regularisation)
 
-for every projection by itself. All of them read the same tokens, so that the solutions are one map T of the text side:
+for every projection by itself. All of them read the same tokens, so that the solutions are one map T of the text side,
+(D, D), which is solved for once, however many projections there are; ``M`` is never inverted:
 
     W = W0 T        T = (e sum a c^T + r sum p p^T + l I) M^-1        M = e sum c c^T + r sum p p^T + l I
-
-T differs from I only by the directions c: it is kept as I + left @ right, with as many columns as there are tokens to
-be erased, and SDXL's 140 projections of 2048 inputs take two thin products each. ``M`` is never inverted.
 """
 
 from __future__ import annotations
@@ -47,44 +46,23 @@ class Weights:
     regularisation: float
 
 
-@dataclass(frozen=True)
-class TextMap:
-    """T = I + left @ right; ``left`` (D, N), ``right`` (N, D)."""
-
-    left: Tensor
-    right: Tensor
-
-    @staticmethod
-    def identity(width: int, device: torch.device | None = None) -> TextMap:
-        """The map that changes nothing."""
-        empty = torch.zeros(width, 0, dtype=torch.float64, device=device)
-        return TextMap(empty, empty.T)
-
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """T applied to tokens, which are rows."""
-        return rows + (rows @ self.right.T) @ self.left.T
-
-    def of_weight(self, weight: Tensor) -> Tensor:
-        """W0 T, in fp64."""
-        exact = weight.to(self.left.device, torch.float64)
-        return exact + torch.linalg.multi_dot([exact, self.left, self.right])
+def identity_like(tokens: Tensor) -> Tensor:
+    """The map that changes nothing, for tokens like these."""
+    return torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device)
 
 
-def erase(tokens: Tokens, weights: Weights, start: TextMap | None = None) -> TextMap:
-    """The map that minimises UCE's objective. ``start``: where the regularisation holds to instead of I.
+def erase(tokens: Tokens, weights: Weights, start: Tensor | None = None) -> Tensor:
+    """The map T that minimises UCE's objective, (D, D). ``start``: where the regularisation holds to instead of I.
 
-    With T0 = start the minimum lies at T0 + [e sum (a - T0 c) c^T + r sum (p - T0 p) p^T] M^-1; the second sum is zero
-    for T0 = I.
+    With T0 = start the minimum lies at T0 + [e sum (a - T0 c) c^T + r sum (p - T0 p) p^T] M^-1, which loses fewer
+    digits than the form above.
     """
     c, a, p = tokens.erased, tokens.anchors, tokens.preserved
-    before = TextMap.identity(c.shape[1], c.device) if start is None else start
+    before = identity_like(c) if start is None else start
     moments = weights.erase * c.T @ c + weights.preserve * p.T @ p
     moments.diagonal().add_(weights.regularisation)
-    rows, missing = weights.erase * c, a - before.of_rows(c)
-    if start is not None:
-        rows, missing = torch.cat([rows, weights.preserve * p]), torch.cat([missing, p - before.of_rows(p)])
-    solved = torch.cholesky_solve(rows.T, torch.linalg.cholesky(moments))  # M^-1 [c p], since M is symmetric
-    return TextMap(torch.cat([before.left, missing.T], 1), torch.cat([before.right, solved.T]))
+    missing = weights.erase * c.T @ (a - c @ before.T) + weights.preserve * p.T @ (p - p @ before.T)
+    return before + torch.cholesky_solve(missing, torch.linalg.cholesky(moments)).T
 
 
 def beyond(tokens: Tokens, guidance: float) -> Tokens:
@@ -93,31 +71,43 @@ def beyond(tokens: Tokens, guidance: float) -> Tokens:
     return Tokens(tokens.erased, anchors, tokens.preserved)
 
 
-def gram(weights: Iterable[Tensor], device: torch.device) -> Tensor:
+def joined(one: Tokens, other: Tokens) -> Tokens:
+    """What either erases; both preserve the same."""
+    erased, anchors = torch.cat([one.erased, other.erased]), torch.cat([one.anchors, other.anchors])
+    return Tokens(erased, anchors, one.preserved)
+
+
+def gram(projections: Iterable[Tensor], device: torch.device) -> Tensor:
     """The sum of W^T W over all projections, (D, D) in fp64. They come to ``device`` one after the other."""
     total: Tensor | None = None
-    for weight in weights:
-        exact = weight.to(device, torch.float64)
+    for projection in projections:
+        exact = projection.to(device, torch.float64)
         total = exact.T @ exact if total is None else total.addmm_(exact.T, exact)
     if total is None:
         raise ValueError("there are no projections")
     return total
 
 
-def evoking(rows: Tensor, text_map: TextMap, original_gram: Tensor, regularisation: float) -> Tensor:
+def evoking(rows: Tensor, text_map: Tensor, original_gram: Tensor, regularisation: float) -> Tensor:
     """RECE's derived tokens: what makes the edited projections answer most like the original ones did to ``rows``.
 
     Minimises sum ||W c' - W0 c||^2 + regularisation ||c'||^2 over all projections, of which only G = sum W0^T W0 is
     needed: with W = W0 T the minimum is (T^T G T + regularisation I)^-1 T^T G c.
     """
-    width = rows.shape[1]
-    dense = torch.eye(width, dtype=rows.dtype, device=rows.device) + text_map.left @ text_map.right
-    answered = dense.T @ original_gram
-    normal = answered @ dense
+    answered = text_map.T @ original_gram
+    normal = answered @ text_map
     normal.diagonal().add_(regularisation)
     return torch.cholesky_solve(answered @ rows.T, torch.linalg.cholesky(normal)).T
 
 
-def edit_weights(weights: Mapping[str, Tensor], text_map: TextMap) -> dict[str, Tensor]:
-    """Every projection after the map, in fp32 on the host."""
-    return {name: text_map.of_weight(weight).float().cpu() for name, weight in weights.items()}
+def edit_weights(projections: Mapping[str, Tensor], text_map: Tensor) -> dict[str, Tensor]:
+    """W0 T for every projection, in fp32 on the host. They come to the map's device one after the other.
+
+    Computed as W0 + W0 (T - I), so that fp32 is exact enough for the product.
+    """
+    change = (text_map - identity_like(text_map)).float()
+    edited = {}
+    for name, projection in projections.items():
+        exact = projection.to(change.device, torch.float32)
+        edited[name] = torch.addmm(exact, exact, change).cpu()
+    return edited

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.backbone import Pipeline, PromptEmbeds, encode_prompts, trainable_names
-from fastunlearn.closed_form import TextMap, Tokens, edit_weights
+from fastunlearn.closed_form import Tokens, edit_weights
 from fastunlearn.config import Config
 from fastunlearn.prompts import PromptBook, Variant, build_prompt_book
 from fastunlearn.retain_prompts import preserve_prompts
@@ -26,7 +26,7 @@ SCOPE = "attn2_kv"
 class ClosedForm(Protocol):
     """A method that edits in closed form."""
 
-    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> TextMap: ...
+    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> Tensor: ...
 
 
 @dataclass(frozen=True)

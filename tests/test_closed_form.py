@@ -14,7 +14,7 @@ from tiny import TEXT_WIDTH, tiny_book, tiny_unet
 from torch import Tensor
 
 from fastunlearn.backbone import trainable_names
-from fastunlearn.closed_form import TextMap, Tokens, Weights, edit_weights, erase, evoking, gram
+from fastunlearn.closed_form import Tokens, Weights, edit_weights, erase, evoking, gram
 from fastunlearn.concept_edit import Text, collect_tokens, edited_weights, put_in_place
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
@@ -66,13 +66,13 @@ def test_the_edit_is_equation_7_of_uce(erased: int, preserved: int) -> None:
     tokens, layers = some_tokens(erased, preserved), some_layers()
     found = erase(tokens, WEIGHTS)
     for layer in layers:
-        torch.testing.assert_close(found.of_weight(layer), literal_uce(layer, tokens, WEIGHTS), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(layer @ found, literal_uce(layer, tokens, WEIGHTS), rtol=1e-9, atol=1e-9)
 
 
 def test_it_minimises_the_objective() -> None:
     """No gradient where it lands, and a descent by LBFGS lands there too."""
     tokens, layer = some_tokens(), draw(5, WIDTH)
-    solution = erase(tokens, WEIGHTS).of_weight(layer).requires_grad_()
+    solution = (layer @ erase(tokens, WEIGHTS)).requires_grad_()
     (gradient,) = torch.autograd.grad(objective(solution, layer, layer, tokens, WEIGHTS), solution)
     assert gradient.abs().max() < 1e-10
     guess = layer.clone().requires_grad_()
@@ -92,8 +92,8 @@ def test_it_minimises_the_objective() -> None:
 def test_from_another_start_it_minimises_the_objective_that_holds_to_that_start() -> None:
     layer, start = draw(5, WIDTH), erase(some_tokens(2, 1), WEIGHTS)
     tokens = some_tokens()
-    solution = erase(tokens, WEIGHTS, start=start).of_weight(layer).requires_grad_()
-    (gradient,) = torch.autograd.grad(objective(solution, start.of_weight(layer), layer, tokens, WEIGHTS), solution)
+    solution = (layer @ erase(tokens, WEIGHTS, start=start)).requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(solution, layer @ start, layer, tokens, WEIGHTS), solution)
     assert gradient.abs().max() < 1e-10
 
 
@@ -101,7 +101,7 @@ def test_the_derived_token_evokes_most_over_all_layers() -> None:
     """RECE: stationary under autograd, and equal to the sums of the paper, layer by layer."""
     layers, text_map, c, lam = some_layers(), erase(some_tokens(), WEIGHTS), draw(2, WIDTH), 0.3
     derived = evoking(c, text_map, gram(layers, CPU), lam).requires_grad_()
-    answers = [(text_map.of_weight(layer), layer) for layer in layers]
+    answers = [(layer @ text_map, layer) for layer in layers]
     loss = lam * derived.square().sum()
     for new, old in answers:
         loss = loss + (derived @ new.T - c @ old.T).square().sum()
@@ -162,31 +162,25 @@ def test_rece_is_its_rounds(rounds: int, cumulative: bool) -> None:
     projections = {str(number): layer for number, layer in enumerate(layers)}
     found = closed_form(cfg).text_map(tokens, projections)
     for layer, literal in zip(layers, literal_rece(layers, tokens, cfg), strict=True):
-        torch.testing.assert_close(found.of_weight(layer), literal, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(layer @ found, literal, rtol=1e-7, atol=1e-8)
 
 
 def test_published_uce_is_equation_7_and_the_default_goes_beyond_the_anchor() -> None:
     tokens, layer = some_tokens(), draw(5, WIDTH)
     published = closed_form(config("uce", uce={"negative_guidance": 0.0})).text_map(tokens, {"w": layer})
     literal = literal_uce(layer, tokens, Weights(1.0, 1.0, 0.5))
-    torch.testing.assert_close(published.of_weight(layer), literal, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(layer @ published, literal, rtol=1e-9, atol=1e-9)
     further = Tokens(tokens.erased, 2 * tokens.anchors - tokens.erased, tokens.preserved)
     literal = literal_uce(layer, further, Weights(1.0, 1.0, 0.5))
     default = closed_form(config("uce")).text_map(tokens, {"w": layer})
-    torch.testing.assert_close(default.of_weight(layer), literal, rtol=1e-9, atol=1e-9)
-
-
-def test_a_map_acts_on_tokens_as_on_weights() -> None:
-    layer, rows, text_map = draw(5, WIDTH), draw(3, WIDTH), erase(some_tokens(), WEIGHTS)
-    torch.testing.assert_close(rows @ text_map.of_weight(layer).T, text_map.of_rows(rows) @ layer.T)
-    assert torch.equal(TextMap.identity(WIDTH).of_weight(layer), layer)
+    torch.testing.assert_close(layer @ default, literal, rtol=1e-9, atol=1e-9)
 
 
 def test_what_comes_out_is_fp32_and_close_to_the_exact_edit() -> None:
     layer, text_map = draw(5, WIDTH), erase(some_tokens(), WEIGHTS)
     edited = edit_weights({"w": layer.bfloat16()}, text_map)["w"]
     assert edited.dtype == torch.float32
-    torch.testing.assert_close(edited, text_map.of_weight(layer.bfloat16()).float())
+    torch.testing.assert_close(edited, (layer.bfloat16().double() @ text_map).float())
 
 
 # Which tokens enter: five positions; prompts of one and of three words.

@@ -15,18 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from fastunlearn.closed_form import TextMap, Tokens, Weights, beyond, erase, evoking, gram
+from fastunlearn.closed_form import Tokens, Weights, beyond, erase, evoking, gram, joined
 from fastunlearn.methods.uce import UCE
 
 
 class RECE(UCE):
     """UCE and its rounds."""
 
-    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> TextMap:
-        """What every projection is to be multiplied with."""
+    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> Tensor:
+        """What every projection is to be multiplied with, (D, D) in fp64."""
         rece = self.cfg.rece
         weights = Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
         moved = erased = beyond(tokens, self.cfg.uce.negative_guidance)
@@ -37,9 +36,3 @@ class RECE(UCE):
             erased = joined(erased, new) if rece.cumulative else new
             found = erase(erased, weights, start=found)
         return found
-
-
-def joined(one: Tokens, other: Tokens) -> Tokens:
-    """What either erases; both preserve the same."""
-    erased, anchors = torch.cat([one.erased, other.erased]), torch.cat([one.anchors, other.anchors])
-    return Tokens(erased, anchors, one.preserved)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastunlearn.closed_form import TextMap, Tokens, Weights, beyond, erase
+from fastunlearn.closed_form import Tokens, Weights, beyond, erase
 from fastunlearn.config import resolved_steps
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.methods.base import Method, Outcome
@@ -32,8 +32,8 @@ class UCE(Method):
         """There is no loss to descend."""
         raise RuntimeError(f"method {self.cfg.method!r} edits in closed form and has no loss")
 
-    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> TextMap:
-        """What every projection is to be multiplied with."""
+    def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> Tensor:
+        """What every projection is to be multiplied with, (D, D) in fp64."""
         return erase(beyond(tokens, self.cfg.uce.negative_guidance), self.weights)
 
     @property

@@ -20,14 +20,13 @@ def edit_rows(cfg: Config, sizes: Sizes, prompts: int, tokens: int, width: int) 
     ``prompts`` of ``tokens`` tokens enter, ``width`` wide.
     """
     rows = prompts * (tokens if cfg.uce.tokens == "all" else tokens // 2 if cfg.uce.tokens == "tail" else 1)
-    rounds = cfg.rece.rounds if cfg.method == "rece" else 0
-    factors = 2 * min(rows, width) * (1 + rounds) * width
+    derived = cfg.rece.rounds if cfg.method == "rece" else 0
     return [
         Row("U-Net weights (fp32, or as stored)", host=sizes.total * FP32),
         Row("edited keys and values (fp32)", host=sum(sizes.trained) * FP32),
-        Row("tokens of the prompts (fp64)", 3 * rows * width * FP64),
-        Row("matrices of the edit (fp64)", (MATRICES * width * width + factors) * FP64),
-        Row("the projection at hand (fp64)", 3 * max(sizes.trained) * FP64),
+        Row("tokens of the prompts (fp64)", (3 + 2 * derived) * rows * width * FP64),
+        Row("matrices of the edit (fp64)", MATRICES * width * width * FP64),
+        Row("the projection at hand", 2 * max(sizes.trained) * FP64),
     ]
 
 
