@@ -27,7 +27,7 @@ from tiny import tiny_backbone, tiny_unet
 from tiny_run import tiny_run, update_all
 from torch import Tensor
 
-from fastunlearn.assembly import Run, build_windows, shard, weights_dtype
+from fastunlearn.assembly import Run, build_windows, moving_mean, shard, weights_dtype
 from fastunlearn.backbone import set_trainable, trainable_names, trained_tensors
 from fastunlearn.config import Config
 from fastunlearn.keysteps import KeyStep
@@ -79,6 +79,7 @@ COUNT_CASES: dict[str, dict[str, Any]] = {
     "kscu-generated": SURGERY | {"train": {"gradient_accumulation_steps": 2, "train_batch_size": 2}},
     "kscu-prompts": SURGERY | {"retain": {"source": "prompts"}},
     "esd": {"method": "esd"},
+    "sdd": {"method": "sdd"},
     "kscu-spread": {  # two concepts whose slices differ, so that the ranks do not evaluate the same
         "concepts": ["neon style", "cat"], "keep": ["tree"], "kscu": {"loop": 1}, "train": {
             "max_train_steps": 4, "spread_concepts": True, "scope": "attn2",
@@ -228,6 +229,8 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     if cfg.retains:
         run.retain = build_source(cfg, models, book, world, pool if cfg.retain_source == "anchors" else None)
         run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
+    if method.ships_mean:
+        run.ema = moving_mean(cfg, models, engine)
     update_all(run)
     return asdict(models.evaluations)
 
