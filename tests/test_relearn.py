@@ -223,6 +223,7 @@ def test_a_full_evaluation_holds_the_relearning_test(
     assert "relearning test" in capsys.readouterr().out
     stored = json.loads((run / "evaluation.json").read_text())
     assert stored["relearn"]["runs"][0]["recognised"] == [0.0, 0.5] and "UA" in stored["after"]
+    assert json.loads((run / "relearn.json").read_text()) == stored["relearn"]
 
 
 # --- bad input: one line, status 2, and no weights are read ----------------------------------------------------------

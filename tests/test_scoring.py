@@ -394,7 +394,7 @@ def test_json_is_all_that_stdout_gets(
 ) -> None:
     out = finished_run(tmp_path / "out", folder)
     before = sorted(file.name for file in out.rglob("*"))
-    assert command.run(Namespace(model=str(out), json=True, quick=True)) == 0
+    assert command.run(Namespace(model=str(out), json=True, quick=True, full=False)) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["after"]["UA"] == 1.0 and printed["after"]["protocol"]["quick"]
     assert json.loads((out / "evaluation.json").read_text()) == printed
@@ -405,7 +405,7 @@ def test_the_table_states_figures_intervals_and_what_was_drawn(
     drawn: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = finished_run(tmp_path / "out", folder)
-    command.run(Namespace(model=str(out), json=False, quick=False))
+    command.run(Namespace(model=str(out), json=False, quick=False, full=False))
     text = capsys.readouterr().out
     lines = text.splitlines()
     assert max(len(line) for line in lines if not line.startswith(("prompts", "seeds"))) <= 100
@@ -419,9 +419,9 @@ def test_the_table_states_figures_intervals_and_what_was_drawn(
 
 def test_a_folder_that_is_no_run_is_one_clear_line(drawn: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--model: .* has no config.toml") as caught:
-        command.run(Namespace(model=str(tmp_path), json=False, quick=False))
+        command.run(Namespace(model=str(tmp_path), json=False, quick=False, full=False))
     assert "\n" not in str(caught.value)
     (tmp_path / "config.toml").write_text(config().to_toml())
     with pytest.raises(UserError, match=r"has no unet/config\.json"):
-        command.run(Namespace(model=str(tmp_path), json=False, quick=False))
+        command.run(Namespace(model=str(tmp_path), json=False, quick=False, full=False))
     assert drawn == [] and not (tmp_path / "evaluation.json").exists()

@@ -1,7 +1,7 @@
 """``fastunlearn evaluate --model OUT [--json] [--quick] [--full]``: measure what a run left, as a table or JSON.
 
 What this is: the table and the JSON. What this is not: the measurement (`evaluation.py`). It writes one file,
-``OUT/evaluation.json``, and leaves everything else in the folder as it is.
+``OUT/evaluation.json``, with ``--full`` also those of ``fastunlearn relearn``, and leaves everything else as it is.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ def run(args: Namespace) -> int:
     config, result = evaluate_model(args.model, quick=args.quick)
     if args.full:
         from fastunlearn.relearning import relearn
+        from fastunlearn.relearning.command import write
 
         result["relearn"] = relearn(args.model)
+        write(result["relearn"], Path(args.model))
     text = json.dumps(result, indent=2)
     atomic_write_text(Path(args.model) / "evaluation.json", text + "\n")
     print(text if args.json else table(config, result))
