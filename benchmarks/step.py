@@ -1,10 +1,14 @@
-"""What surgery costs per update: seconds, U-Net evaluations, peak memory and bytes sent, by ZeRO stage and world size.
+"""What surgery or a meta term costs per update: seconds, U-Net evaluations, peak memory and bytes sent, by ZeRO stage
+and world size.
 
 Beside each other in one run: no surgery, surgery with the retain gradient as it comes and in 8 bits, and "literal": the
 projection as published, a Python loop over tensors that asks the device about each. The loop needs whole gradients, so
 it stands at stage 0 on one rank only.
 
     python benchmarks/step.py --stages 0 2 --worlds 1 2 --updates 20 --json output/step.json
+    python benchmarks/step.py --modes off meta "meta literal" --stages 0 1 --json output/meta.json
+
+"meta literal" is a meta term as published, with a copy of the model in every update.
 
 Each row is a process group of its own on MiniCanvas (--config, --set change that). On a CPU the seconds say little
 about a GPU; evaluations and bytes do not depend on the machine.
@@ -25,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-MODES = ("off", "surgery", "surgery int8", "literal")
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+MODES = ("off", "surgery", "surgery int8", "literal", "meta", "meta literal")
+SURGERY_MODES = MODES[:4]
 COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor",
     "reduce_scatter",
@@ -35,10 +40,12 @@ WARMUP = 2
 
 
 def overrides(mode: str) -> list[str]:
+    pool = ["--retain.num_images", "8", "--retain.num_inference_steps", "4"]  # drawn before the first update
     if mode == "off":
         return []
+    if mode.startswith("meta"):
+        return ["--meta.enabled", "true", "--meta.num_images", "8", *pool]
     dtype = "int8" if mode == "surgery int8" else "auto"
-    pool = ["--retain.num_images", "8", "--retain.num_inference_steps", "4"]  # drawn before the first update
     return ["--surgery.enabled", "true", "--surgery.rho", "1.0", "--surgery.retain_dtype", dtype, *pool]
 
 
@@ -47,6 +54,8 @@ def worker(args: argparse.Namespace) -> None:
     from fastunlearn.quiet import prepare_environment
 
     prepare_environment(cpu_threads=1)
+    from baselines.deep_copy_meta import DeepCopyMeta
+
     from fastunlearn.assembly import prepare
     from fastunlearn.config import load_config
     from fastunlearn.memory import peak_memory_bytes
@@ -63,6 +72,10 @@ def worker(args: argparse.Namespace) -> None:
             if args.mode == "literal":
                 run.surgery.project = literal(run.surgery)  # type: ignore[method-assign]
             run.surgery.project = timed(run.surgery.project, spent)  # type: ignore[method-assign]
+        if run.meta is not None:
+            if args.mode == "meta literal":
+                run.meta.window = DeepCopyMeta(run).window  # type: ignore[method-assign]
+            run.meta.window = timed(run.meta.window, spent)  # type: ignore[method-assign]
         seconds, before = [], 0
         for number, step in enumerate(run.table[: WARMUP + args.updates]):
             if step.restart:
@@ -79,7 +92,7 @@ def worker(args: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - started)
     row = {
         "mode": args.mode, "stage": args.stage, "world_size": world.world_size, "device": str(world.device),
-        "seconds": statistics.median(seconds[WARMUP:]), "surgery_seconds": statistics.median(spent) if spent else 0.0,
+        "seconds": statistics.median(seconds[WARMUP:]), "extra_seconds": statistics.median(spent) if spent else 0.0,
         "unet_evaluations": (run.models.evaluations.total - before) / args.updates,
         "peak_memory_bytes": peak_memory_bytes(world.device), "bytes_sent": sent[0] / args.updates,
         "host_decisions": asked[0] / args.updates,
@@ -90,9 +103,9 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()
-        result = function(*arguments)
+        result = function(*arguments, **options)
         spent.append(time.perf_counter() - started)
         return result
 
@@ -170,13 +183,13 @@ def count_decisions() -> list[int]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = "| surgery | stage | ranks | s | of it projection | against off | U-Net evaluations | peak MB | MB sent |"
+    head = "| mode | stage | ranks | s | of it extra | against off | U-Net evaluations | peak MB | MB sent |"
     lines = [head, "|" + "---|" * 9]
     off = {(row["stage"], row["world_size"]): row["seconds"] for row in rows if row["mode"] == "off"}
     for row in rows:
         base = off.get((row["stage"], row["world_size"]))
         cells = [row["mode"], row["stage"], row["world_size"], f"{row['seconds']:.3f}"]
-        cells += [f"{row['surgery_seconds'] / row['seconds']:.1%}"]
+        cells += [f"{row['extra_seconds'] / row['seconds']:.1%}"]
         cells += ["-" if base is None else f"{row['seconds'] / base:.2f}x"]
         cells += [f"{row['unet_evaluations']:.1f}", f"{row['peak_memory_bytes'] / 2**20:.0f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['bytes_sent'] / 2**20:.2f}"])) + " |")
@@ -193,6 +206,7 @@ def main() -> None:
     """Run every row and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "configs" / "minicanvas_style.toml"))
+    parser.add_argument("--modes", nargs="+", default=list(SURGERY_MODES), choices=MODES)
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--updates", type=int, default=20)
@@ -207,7 +221,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for stage in args.stages:
             for world in args.worlds:
-                for mode in MODES if (stage, world) == (0, 1) else MODES[:-1]:
+                for mode in args.modes:
+                    if "literal" in mode and (stage, world) != (0, 1):
+                        continue
                     row = Path(folder) / "row.json"
                     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
                     command += ["--master_port", str(free_port()), __file__]
