@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny import POOLED_WIDTH, TEXT_WIDTH, TOKENS, tiny_unet
 
-from fastunlearn.backbone import encode_prompts, load_pipeline, set_trainable, trainable_names
+from fastunlearn.backbone import compute_in, encode_prompts, load_pipeline, set_trainable, trainable_names
 from fastunlearn.errors import UserError
 from fastunlearn.minicanvas import pipeline_path
 
@@ -55,6 +56,23 @@ def test_only_the_scope_requires_a_gradient() -> None:
     names = trainable_names(unet, "attn2_kv")
     set_trainable(unet, names)
     assert [name for name, p in unet.named_parameters() if p.requires_grad] == names
+
+
+def test_a_unet_that_computes_in_bf16_takes_and_gives_fp32() -> None:
+    unet, plain = tiny_unet(), tiny_unet().to(torch.bfloat16)
+    compute_in(unet, torch.bfloat16)
+    draw = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, TOKENS, TEXT_WIDTH, generator=draw)
+    added = {"text_embeds": torch.randn(2, POOLED_WIDTH, generator=draw), "time_ids": torch.ones(2, 6)}
+    times = torch.tensor([3, 700])
+    with torch.no_grad():
+        (got,) = unet(x, times, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)
+        half = {name: tensor.bfloat16() for name, tensor in added.items()}
+        (expected,) = plain(
+            x.bfloat16(), times, encoder_hidden_states=text.bfloat16(), added_cond_kwargs=half, return_dict=False
+        )
+    assert got.dtype == torch.float32 and {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+    assert torch.equal(got, expected.float())
 
 
 def test_the_empty_prompt_follows_the_pipeline() -> None:

@@ -149,25 +149,34 @@ WITH_STATE = {
     "surgery with fp32 masters of bf16 weights": (
         "--surgery.enabled", "true", "--mixed_precision", "bf16", "--zero.stage", "2", *RETAIN,
     ),
+    "the fused engine in 8 bits": (
+        "--engine", "fused", "--mixed_precision", "bf16", "--optimizer.name", "adamw8bit", "--surgery.enabled", "true",
+        *RETAIN,
+    ),
+    "a meta term beside surgery": (
+        "--meta.enabled", "true", "--meta.every", "2", "--meta.num_images", "4", "--meta.batch_size", "1",
+        "--meta.inner_batch_size", "1", "--surgery.enabled", "true", *RETAIN,
+    ),
 }  # fmt: skip
 CHECKPOINTS = ("--checkpointing_steps", "2", "--train.logging_steps", "1")
-# Ends its process as a power cut would, in the sixth update: the retain gradient is kept, the unlearning window has not
-# begun.
-KILLED_BETWEEN_THE_WINDOWS = f"""
+# Ends its process as a power cut would, right after a method of a class was called so many times.
+KILLED = f"""
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
 from fastunlearn.quiet import prepare_environment
 prepare_environment(1)
-from fastunlearn.surgery import Surgery
+import importlib
 from fastunlearn.train import main
-keep, calls = Surgery.keep, []
-def fatal(self, pieces):
-    keep(self, pieces)
-    calls.append(len(pieces))
-    if len(calls) == 6:
+module, name, method, count = sys.argv[1:5]
+owner, calls = getattr(importlib.import_module(module), name), []
+real = getattr(owner, method)
+def fatal(self, *arguments):
+    real(self, *arguments)
+    calls.append(1)
+    if len(calls) == int(count):
         os.kill(os.getpid(), signal.SIGKILL)
-Surgery.keep = fatal
-main(sys.argv[1:])
+setattr(owner, method, fatal)
+main(sys.argv[5:])
 """
 
 
@@ -191,17 +200,27 @@ def test_what_methods_carry_on_is_resumed_too(case: str, uninterrupted: Callable
     assert_same_end(uninterrupted(case), tmp_path / "out")
 
 
+# Between the retain and the unlearning window of update 5, and while the weights are those of a simulated attack in
+# update 6, the fourth that has one.
+MOMENTS = {
+    "surgery with a running mean in 8 bits": (("fastunlearn.surgery", "Surgery", "keep", "6"), 5),
+    "a meta term beside surgery": (("fastunlearn.meta.attack", "Attack", "_fine_tune", "4"), 6),
+}
+
+
 @pytest.mark.slow
-def test_killed_between_the_retain_and_the_unlearning_window_it_ends_with_the_same_bits(
-    uninterrupted: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("case", MOMENTS)
+def test_killed_in_the_middle_of_an_update_it_ends_with_the_same_bits(
+    case: str, uninterrupted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    case, out, driver = "surgery with a running mean in 8 bits", tmp_path / "out", tmp_path / "driver.py"
-    arguments = (*WITH_STATE[case], *CHECKPOINTS)
-    driver.write_text(KILLED_BETWEEN_THE_WINDOWS)
+    out, driver = tmp_path / "out", tmp_path / "driver.py"
+    arguments, (place, updates) = (*WITH_STATE[case], *CHECKPOINTS), MOMENTS[case]
+    driver.write_text(KILLED)
     _, _, *options = command(out, *arguments)
-    died = subprocess.run([sys.executable, str(driver), *options], capture_output=True, timeout=600, check=False)
+    words = [sys.executable, str(driver), *place, *options]
+    died = subprocess.run(words, capture_output=True, timeout=600, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert (out / "train_log.jsonl").read_text().count("\n") == 5
+    assert (out / "train_log.jsonl").read_text().count("\n") == updates
     resume(out, arguments)
     assert_same_end(uninterrupted(case), out)
 

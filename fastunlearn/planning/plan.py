@@ -23,7 +23,7 @@ from fastunlearn.config import Config, resolved_scope
 from fastunlearn.config_meta import set_weights
 from fastunlearn.discriminator import Discriminator
 from fastunlearn.errors import UserError
-from fastunlearn.loading import hub_file
+from fastunlearn.loading import hub_file, stored_dtype
 from fastunlearn.meta.prompts import meta_texts
 from fastunlearn.meta.sets import set_captions
 from fastunlearn.methods import build_method
@@ -131,7 +131,7 @@ def read_model(cfg: Config) -> Model:
         raise UserError(f"{FIELD}: {str(file)!r} is a {kind}; a UNet2DConditionModel is needed")
     text_encoder, vae = _optional(folder / "text_encoder"), _optional(folder / "vae")
     factor = 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
-    return Model(text, text_encoder.get("max_position_embeddings", CLIP_TOKENS), factor, _fp32_bytes(folder))
+    return Model(text, text_encoder.get("max_position_embeddings", CLIP_TOKENS), factor, _loaded_bytes(cfg, folder))
 
 
 def _optional(folder: Path) -> dict[str, Any]:
@@ -139,14 +139,16 @@ def _optional(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _fp32_bytes(folder: Path) -> int:
-    total = 0
+def _loaded_bytes(cfg: Config, folder: Path) -> int:
+    """The pipeline on the host: in fp32, but the U-Net as it is stored where nothing is lost by that."""
+    total, as_stored = 0, cfg.bf16_weights or not cfg.trains
     for component in COMPONENTS:
         elements: Counter[str | None] = Counter()
         for file in (folder / component).glob("*.safetensors"):
             elements[variant_of(file)] += check_safetensors(file)
         # Of several variants one is loaded; they have the same number of elements.
-        total += 4 * max(elements.values(), default=0)
+        width = stored_dtype(cfg.model).itemsize if component == "unet" and as_stored else 4
+        total += width * max(elements.values(), default=0)
     return total
 
 

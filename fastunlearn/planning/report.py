@@ -65,7 +65,7 @@ def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
             lines.append(f"{'during: ' + PHASE_WORDS[phase]:<{width}}  {size(device):>10}  {size(host):>10}")
     lines.append(f"{'at most':<{width}}  {size(plan.device):>10}  {size(plan.host):>10}")
     if 0 < plan.loading == plan.host:
-        lines[-1] += "  (host: while the pipeline is loaded, in fp32)"
+        lines[-1] += "  (host: while the pipeline is loaded)"
     if plan.world > 1 and plan.host:
         lines.append(f"{'at most, all ranks':<{width}}  {'':>10}  {size(plan.host * plan.world):>10}")
     lines += ["", *_verdict(plan, limit, better), *_evaluations(plan)]
