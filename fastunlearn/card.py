@@ -186,7 +186,8 @@ def _limits(cfg: Config, evaluation: dict) -> list[str]:
     """What a user must not conclude, from what was and was not measured."""
     after = evaluation.get("after") or {}
     lines = [
-        "Relearning was not tested: a short fine-tune on pictures of the concept may bring it back.",
+        "Relearning was not tested: a short fine-tune on pictures of the concept may bring it back. "
+        "`fastunlearn relearn` says after how many steps.",
         "Attacks were not tested: adversarial prompts, textual inversion and image-to-image may still reach it.",
         "Only the U-Net was changed. With the base model's own U-Net the concept is back at once.",
     ]
