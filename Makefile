@@ -24,6 +24,8 @@ PIP := $(INSTALL) -c constraints.txt
 # DeepSpeed's launcher and the small helper that it compiles look for python and ninja on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export CXX
+# Each clone builds that helper for itself: two that share the place would build it anew in turns, and wait for each other.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 # What DeepSpeed would find out by itself, with a warning in every process.
 export DS_ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 

@@ -31,6 +31,7 @@ from fastunlearn.concept_edit import edit_pipeline, put_in_place
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.ema import Ema
 from fastunlearn.fused import FusedEngine
+from fastunlearn.graphs import GraphedSampler
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.meta.prompts import meta_texts
 from fastunlearn.meta.sets import MetaSets, draw_sets, encode_sets
@@ -201,8 +202,9 @@ def shard(
         sharding = "fused engine" if cfg.engine == "fused" else f"ZeRO-{cfg.zero.stage}"
         how = f"{attention}; kernels: {describe(world.device)}; {sharding}"
         print(f"{cfg.method}: {len(engine.named)} tensors, {count:,} parameters trained; {how}")
+    sampler = GraphedSampler(engine.sampler) if cfg.model.cuda_graphs else engine.sampler
     # As long as nothing is trained, the student is its own teacher.
-    return Predictors(backbone, engine, engine.sampler, teacher or engine.sampler), engine
+    return Predictors(backbone, engine, sampler, teacher or engine.sampler), engine
 
 
 def moving_mean(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema:

@@ -64,9 +64,26 @@ def _check_speed(cfg: Config) -> None:
             f"model.compile: {cfg.model.compile!r} with teacher.storage {cfg.teacher.storage!r}, which brings weights "
             "back in hooks; use 'no', or teacher.storage 'exact' or 'cached'"
         )
+    if cfg.model.cuda_graphs:
+        _check_graphs(cfg)
     if cfg.model.channels_last and cfg.zero_stage == 3:
         raise UserError(
             "model.channels_last: true with zero.stage 3, which flattens all weights; use false, or zero.stage 2"
+        )
+
+
+def _check_graphs(cfg: Config) -> None:
+    if cfg.zero_stage == 3:
+        raise UserError("model.cuda_graphs: true with zero.stage 3, which moves weights about; use false, or stage 2")
+    if cfg.method == "sdd":
+        raise UserError(
+            "model.cuda_graphs: true with method 'sdd', whose trajectories a running mean of the weights walks; "
+            "use false"
+        )
+    if cfg.model.mixed_precision == "bf16" and not cfg.bf16_weights:
+        raise UserError(
+            "model.cuda_graphs: true under autocast, which would record casts of weights that have changed since; set "
+            "zero.stage to 1 or 2, or use false"
         )
 
 

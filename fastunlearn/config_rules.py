@@ -165,6 +165,8 @@ def check_runtime(cfg: Config, world_size: int, cpu_count: int | None, has_gpu: 
             f"train.cpu_threads: {cfg.train.cpu_threads} on each of {world_size} ranks exceed {cores} CPU cores; "
             f"allowed are 0 (auto) to {cores // world_size}"
         )
+    if cfg.model.cuda_graphs and not has_gpu:
+        raise UserError("model.cuda_graphs: true, but there is no GPU; use false")
     dtype = "bf16" if cfg.model.mixed_precision == "bf16" else "fp32"
     refusal = attention_refusal(cfg.model.attention, "cuda" if has_gpu else "cpu", dtype)
     if refusal is not None:

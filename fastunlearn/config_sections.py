@@ -70,6 +70,8 @@ class ModelConfig(Section):
     """Hand every convolution its input with the channels last in memory; same results, not measured on a GPU yet."""
     compile: Literal["no", "regional"] = "no"
     """"regional" compiles the repeated transformer blocks when they are first called; not at ZeRO stage 3."""
+    cuda_graphs: bool = False
+    """Replay the sampler's calls of the student as CUDA graphs; not at ZeRO stage 3, not measured yet."""
 
 
 class PromptsConfig(Section):
