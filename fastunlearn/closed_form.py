@@ -29,12 +29,20 @@ MATRICES = 6  # of (D, D) in fp64 that RECE holds at a time
 class Tokens:
     """What is known of the text, as rows in fp64: each token to be erased with its replacement, and those to preserve.
 
-    ``erased`` and ``anchors``: (N, D), aligned. ``preserved``: (P, D), possibly of no rows.
+    ``erased`` and ``anchors``: (N, D), aligned. ``preserved``: (P, D), possibly of no rows. ``own``: the rows of
+    ``erased``, (O,) int64, in which a concept's name ends; none given: all of them.
     """
 
     erased: Tensor
     anchors: Tensor
     preserved: Tensor
+    own: Tensor | None = None
+
+    def of_the_name(self) -> Tokens:
+        """Without what the concept's prompts share with others: their other words, begin, end and padding."""
+        if self.own is None:
+            return self
+        return Tokens(self.erased[self.own], self.anchors[self.own], self.preserved)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def erase(tokens: Tokens, weights: Weights, start: Tensor | None = None) -> Tens
 def beyond(tokens: Tokens, guidance: float) -> Tokens:
     """The same tokens, moved further: what takes the place of c is a + guidance (a - c) instead of a."""
     anchors = tokens.anchors + guidance * (tokens.anchors - tokens.erased)
-    return Tokens(tokens.erased, anchors, tokens.preserved)
+    return Tokens(tokens.erased, anchors, tokens.preserved, tokens.own)
 
 
 def joined(one: Tokens, other: Tokens) -> Tokens:

@@ -57,7 +57,8 @@ def edit_pipeline(cfg: Config, method: ClosedForm, pipeline: Pipeline, device: t
     The text encoders are on ``device`` only for the time that they are needed.
     """
     book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg))
-    tokens = collect_tokens(encode(pipeline, book.texts, device), book, cfg.uce.tokens)
+    names = [concept.name for concept in cfg.concepts]
+    tokens = collect_tokens(encode(pipeline, book.texts, device), book, cfg.uce.tokens, names)
     return edited_weights(pipeline.unet, method, tokens)
 
 
@@ -74,12 +75,26 @@ def put_in_place(unet: nn.Module, edited: Mapping[str, Tensor]) -> None:
         unet.get_parameter(name).copy_(weight)
 
 
-def collect_tokens(text: Text, book: PromptBook, which: str) -> Tokens:
-    """Every concept's tokens beside what takes their place, and the tokens to be preserved."""
-    pairs = [text.of_pair(variant, which) for variants in book.variants for variant in variants]
+def collect_tokens(text: Text, book: PromptBook, which: str, names: Sequence[str] = ()) -> Tokens:
+    """Every concept's tokens beside what takes their place, and the tokens to be preserved; ``names`` of concepts."""
+    variants = [variant for own in book.variants for variant in own]
+    pairs = [text.of_pair(variant, which) for variant in variants]
     erased, anchors = (torch.cat(side) for side in zip(*pairs, strict=True))
     kept = [text.of_kept(prompt, which) for prompt in book.retained]
-    return Tokens(erased, anchors, torch.cat(kept) if kept else erased[:0])
+    own = name_rows(text, variants, [len(side) for side, _ in pairs], which, names)
+    return Tokens(erased, anchors, torch.cat(kept) if kept else erased[:0], own)
+
+
+def name_rows(
+    text: Text, variants: Sequence[Variant], lengths: Sequence[int], which: str, names: Sequence[str]
+) -> Tensor | None:
+    """The rows in which a concept's name ends, of prompts that are nothing but the name; None without such prompts."""
+    rows, begin = [], 0
+    for variant, length in zip(variants, lengths, strict=True):
+        if variant.prompt in names:
+            rows.append(begin + (text.last_word[variant.prompt] if which == "all" else 0))
+        begin += length
+    return torch.tensor(rows) if rows else None
 
 
 def encode(pipeline: Pipeline, prompts: Sequence[str], device: torch.device) -> Text:

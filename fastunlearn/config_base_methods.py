@@ -56,6 +56,8 @@ class ReceConfig(Section):
 
     rounds: NotNegative = 3
     """How often a token is derived and erased; published: 3 for nudity, 2 for other unsafe concepts, else 1; 0: UCE."""
+    tokens: Literal["name", "all"] = "name"
+    """What tokens are derived from: that in which the concept's name ends, or all that UCE erases."""
     embedding_regularisation: Positive = 0.1
     """Weight lambda of the derived tokens' size; published: 0.1, for styles and hard objects 0.001."""
     erase_scale: Positive = 1.0

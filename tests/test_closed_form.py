@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,9 +135,10 @@ def literal_rece(layers: list[Tensor], tokens: Tokens, cfg: Config) -> list[Tens
     now = solve(layers, pairs, Weights(uce.erase_scale, uce.preserve_scale, uce.regularisation))
     for _ in range(rece.rounds):
         left = rece.embedding_regularisation * torch.eye(WIDTH).double() + sum(w.T @ w for w in now)
-        right = sum(w.T @ original for w, original in zip(now, layers, strict=True))
-        derived = [torch.linalg.solve(left, right @ c) for c in tokens.erased]
-        new = list(zip(derived, aims, strict=True))
+        right = torch.stack([w.T @ original for w, original in zip(now, layers, strict=True)]).sum(0)
+        rows = range(len(aims)) if rece.tokens == "all" or tokens.own is None else tokens.own.tolist()
+        derived = [torch.linalg.solve(left, right @ tokens.erased[row]) for row in rows]
+        new = list(zip(derived, [aims[row] for row in rows], strict=True))
         pairs = [*pairs, *new] if rece.cumulative else new
         now = solve(now, pairs, Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation))
     return now
@@ -152,13 +154,14 @@ def closed_form(cfg: Config) -> UCE:
     return method
 
 
+@pytest.mark.parametrize("which", ["name", "all"])
 @pytest.mark.parametrize("cumulative", [True, False])
 @pytest.mark.parametrize("rounds", [0, 1, 3])
-def test_rece_is_its_rounds(rounds: int, cumulative: bool) -> None:
-    rece = {"rounds": rounds, "cumulative": cumulative, "embedding_regularisation": 0.3, "erase_scale": 1.3,
-            "preserve_scale": 0.2, "regularisation": 0.7}  # fmt: skip
+def test_rece_is_its_rounds(rounds: int, cumulative: bool, which: str) -> None:
+    rece = {"tokens": which, "rounds": rounds, "cumulative": cumulative, "embedding_regularisation": 0.3,
+            "erase_scale": 1.3, "preserve_scale": 0.2, "regularisation": 0.7}  # fmt: skip
     cfg = config("rece", rece=rece, uce={"erase_scale": 0.9, "preserve_scale": 0.5, "negative_guidance": 0.4})
-    tokens, layers = some_tokens(), some_layers()
+    tokens, layers = replace(some_tokens(), own=torch.tensor([1])), some_layers()
     projections = {str(number): layer for number, layer in enumerate(layers)}
     found = closed_form(cfg).text_map(tokens, projections)
     for layer, literal in zip(layers, literal_rece(layers, tokens, cfg), strict=True):
@@ -202,6 +205,11 @@ def test_every_concept_and_prompt_enters_with_its_anchor() -> None:
     tail = collect_tokens(text, BOOK, "tail")
     assert torch.equal(tail.erased[:5], hidden["neon style"][2:]) and torch.equal(tail.anchors[:5], hidden[""][:5])
     assert tail.preserved.shape == (0, WIDTH)
+    assert tail.own is None
+    for which, rows in (("all", [2]), ("tail", [0]), ("last", [0])):
+        named = collect_tokens(text, BOOK, which, ["neon style"])
+        assert named.own is not None and named.own.tolist() == rows
+        assert torch.equal(named.of_the_name().erased[0], hidden["neon style"][2])
 
 
 @pytest.mark.parametrize(("which", "rows"), [("all", slice(0, 7)), ("tail", slice(2, 7)), ("last", slice(2, 3))])

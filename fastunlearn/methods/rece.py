@@ -30,9 +30,10 @@ class RECE(UCE):
         weights = Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
         moved = erased = beyond(tokens, self.cfg.uce.negative_guidance)
         found, answers = erase(moved, self.weights), gram(projections.values(), tokens.erased.device)
+        sources = moved.of_the_name() if rece.tokens == "name" else moved
         for _ in range(rece.rounds):
-            derived = evoking(moved.erased, found, answers, rece.embedding_regularisation)
-            new = Tokens(derived, moved.anchors, moved.preserved)
+            derived = evoking(sources.erased, found, answers, rece.embedding_regularisation)
+            new = Tokens(derived, sources.anchors, sources.preserved)
             erased = joined(erased, new) if rece.cumulative else new
             found = erase(erased, weights, start=found)
         return found
