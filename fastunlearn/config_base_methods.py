@@ -54,7 +54,7 @@ class UceConfig(Section):
 class ReceConfig(Section):
     """Reliable and Efficient Concept Erasure (arXiv 2407.12383): rounds after UCE, whose section it reads as well."""
 
-    rounds: NotNegative = 3
+    rounds: NotNegative = 1
     """How often a token is derived and erased; published: 3 for nudity, 2 for other unsafe concepts, else 1; 0: UCE."""
     tokens: Literal["name", "all"] = "name"
     """What tokens are derived from: that in which the concept's name ends, or all that UCE erases."""
@@ -62,7 +62,7 @@ class ReceConfig(Section):
     """Weight lambda of the derived tokens' size; published: 0.1, for styles and hard objects 0.001."""
     erase_scale: Positive = 1.0
     """Weight of the derived tokens."""
-    preserve_scale: FromZero = 0.1
+    preserve_scale: FromZero = 1.0
     """Weight of what is preserved while they are erased."""
     regularisation: Positive = 0.1
     """Weight with which the projections are held to those of the round before."""

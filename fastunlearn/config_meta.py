@@ -45,6 +45,8 @@ class MetaConfig(Section):
     forbidden_loss: Literal["ascent", "erased"] = "ascent"
     """What the attacked model shall do on forbidden pictures. ascent: have a large loss, as published. erased: predict
     what the original predicts once the concept is removed from the prompt, which has a bound."""
+    negative_guidance: NotNegativeFloat = 0.0
+    """erased: how far beyond the prompt without the concept the goal lies, a + g (a - c) in the place of a."""
     coefficients: Literal["tied", "released"] = "tied"
     """tied: the loss on what must be kept enters as the difference of before and after, so that nothing is pushed away
     from it unless somebody attacks. released: the five coefficients of the published script, as it reads them."""

@@ -61,6 +61,7 @@ CASES = (
     Case("stage2-offload-surgery-k2", 2, True, 2, surgery=True, meta=ASCENT),
     Case("stage1-every-2-clip", 1, clip=True, meta=(*ASCENT, ("every", 2))),
     Case("stage1-erased", 1, meta=(*ASCENT, ("forbidden_loss", "erased"))),
+    Case("stage2-erased-beyond", 2, meta=(*ASCENT, ("forbidden_loss", "erased"), ("negative_guidance", 1.5))),
     Case("stage2-released", 2, meta=(*ASCENT, ("coefficients", "released"))),
     Case("stage1-trained-scope-key", 1, meta=(*ASCENT, ("inner_scope", "trained"), ("timesteps", "key"))),
     # A step of a fresh AdamW is the gradient's sign, which is anybody's where the gradient is next to nothing.
@@ -184,6 +185,8 @@ def meta_gradient(
         if number == 0 and cfg.meta.forbidden_loss == "erased":
             chosen = judged.set_B == 0
             (goal,) = models.frozen(part.latents, part.timesteps, judged.anchor.select(chosen))
+            (concept,) = models.frozen(part.latents, part.timesteps, part.cond)
+            goal = goal + cfg.meta.negative_guidance * (goal - concept)
         found = gradients(error(models, attacked, part, goal), there)
         here = gradients(error(models, unet, part), trained)
         for name in total:

@@ -283,7 +283,15 @@ def test_folders_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         set_captions(load_config(None, [*words, "--meta.forbidden_folder", str(tmp_path), "--meta.batch_size", "5"]))
 
 
-@pytest.mark.parametrize("meta", [{}, {"forbidden_loss": "erased", "every": 2}, {"related_weight": 0.0}])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {},
+        {"forbidden_loss": "erased", "every": 2},
+        {"related_weight": 0.0},
+        {"forbidden_loss": "erased", "negative_guidance": 1.0},
+    ],
+)
 def test_the_planner_counts_what_a_run_evaluates(meta: dict[str, Any]) -> None:
     run = fused_run(**meta)
     update_all(run)

@@ -8,8 +8,8 @@ Legend: w the weights, w' the weights after the simulated attack; L_f, L_r, L_u 
 unrelated pictures, the same pictures, noise and timesteps before and after:
     m = gradient of   - f L_f(w')  +  r (L_r(w) - L_r(w'))  +  u (L_u(w) - L_u(w'))
 f, r, u are the three weights of the configuration. With ``forbidden_loss`` "erased", which is ours, + f E(w') stands in
-the place of - f L_f(w'): E is the squared distance to what the original predicts once the concept is removed from the
-prompt, so that there is an end to it.
+the place of - f L_f(w'): E is the squared distance to a + g (a - c), where c is what the original predicts and a what it
+predicts once the concept is removed from the prompt, so that there is an end to it.
 m is added after surgery: it is there to bend what happens after an attack, not to be projected away.
 """
 
@@ -116,11 +116,14 @@ class MetaTerm:
         return {}
 
     def _erased(self, judged: Judged) -> Tensor | None:
-        """What the original predicts once the concept is removed from the prompts; None where nobody asks."""
+        """What the original predicts without the concept in the prompts, and beyond; None where nobody asks."""
+        guidance, batch = self.cfg.meta.negative_guidance, judged.batch
         if self.cfg.meta.forbidden_loss == "ascent":
             return None
-        (goal,) = self.models.frozen(judged.batch.latents, judged.batch.timesteps, judged.anchor)
-        return goal
+        if not guidance:
+            return self.models.frozen(batch.latents, batch.timesteps, judged.anchor)[0]
+        anchor, concept = self.models.frozen(batch.latents, batch.timesteps, judged.anchor, batch.cond)
+        return anchor + guidance * (anchor - concept)
 
     def _loss(self, prediction: Tensor, judged: Judged, weights: Tensor, goal: Tensor | None) -> tuple[Tensor, Tensor]:
         """(weighted loss, mean of each set). ``goal``: what forbidden samples shall be predicted as, if not noise."""

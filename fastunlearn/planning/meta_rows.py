@@ -64,4 +64,4 @@ def add_meta(cfg: Config, count: Evaluations, ranks: int) -> None:
     count.student_forward += recorded
     count.student_backward += recorded
     if meta.forbidden_loss == "erased":
-        count.teacher += judged * batch
+        count.teacher += judged * batch * (2 if meta.negative_guidance else 1)
