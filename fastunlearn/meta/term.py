@@ -8,7 +8,7 @@ Legend: w the weights, w' the weights after the simulated attack; L_f, L_r, L_u 
 unrelated pictures, the same pictures, noise and timesteps before and after:
     m = gradient of   - f L_f(w')  +  r (L_r(w) - L_r(w'))  +  u (L_u(w) - L_u(w'))
 f, r, u are the three weights of the configuration. With ``forbidden_loss`` "erased", which is ours, + f E(w') stands in
-the place of - f L_f(w'): E is the squared distance to a + g (a - c), where c is what the original predicts and a what it
+the place of - f L_f(w'): E is the squared distance to a + g (a - c), c being what the original predicts and a what it
 predicts once the concept is removed from the prompt, so that there is an end to it.
 m is added after surgery: it is there to bend what happens after an attack, not to be projected away.
 """
