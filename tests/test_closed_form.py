@@ -241,7 +241,7 @@ REFUSED = [
     (["--resume_from_checkpoint", "latest"], ("resume_from_checkpoint", "overwrite_output_dir")),
     (["--teacher.storage", "int8"], ("teacher.storage", "no updates")),
     (["--train.scope", "attn2"], ("train.scope", "'attn2'", "'attn2_kv'")),
-    (["--rece.rounds", "1"], ("rece", "method 'rece'")),
+    (["--rece.rounds", "2"], ("rece", "method 'rece'")),
     (["--uce.tokens", "first"], ("uce.tokens", "'first'", "'all', 'tail' or 'last'")),
     (["--uce.regularisation", "0"], ("uce.regularisation", "greater than 0")),
     (["--uce.erase_scale", "-1"], ("uce.erase_scale", "greater than 0")),
