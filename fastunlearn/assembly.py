@@ -89,6 +89,7 @@ class Run:
         found: dict[str, Part | None] = {
             "models": self.models, "rollout": self.rollout, "method": self.method,
             "surgery": self.surgery, "retain": self.retain, "ema": self.ema,
+            "attack": None if self.meta is None else self.meta.attack,
         }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
 

@@ -31,11 +31,14 @@ class MetaConfig(Section):
     inner_steps: Positive = 3
     """Steps of the simulated fine-tuning."""
     inner_optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Its optimizer, with a fresh state in every update."""
+    """Its optimizer, with a fresh state whenever it starts."""
     inner_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Its learning rate; none: train.learning_rate, as published."""
     inner_scope: Literal["full", "trained", "lora"] = "full"
     """What it changes: all weights, as an attacker would; only what the run trains; or low-rank adapters."""
+    restart_every: Positive = 1
+    """Meta terms until the simulated attacker starts again from the weights as they are. 1: each time, as published.
+    Above, it goes on from where it was: up to restart_every x inner_steps steps, at two to three copies more."""
     inner_batch_size: Positive = 4
     """Pictures in each of its steps, on each rank."""
     lora_rank: Positive = 4
@@ -153,6 +156,12 @@ def check_meta(cfg: Config) -> None:
     from fastunlearn.meta.prompts import meta_prompts  # which knows Config
 
     meta_prompts(cfg)
+    if meta.restart_every > 1 and (meta.inner_scope == "lora" or meta.order == "second"):
+        field, value = ("inner_scope", "lora") if meta.inner_scope == "lora" else ("order", "second")
+        raise UserError(
+            f"meta.restart_every: {meta.restart_every} with meta.{field} {value!r}, where every attack starts from the "
+            "weights as they are; use 1"
+        )
     if meta.inner_scope == "lora" and cfg.model.compile != "no":
         raise UserError(
             f"meta.inner_scope: 'lora' with model.compile {cfg.model.compile!r}, which does not see adapters that come "

@@ -114,9 +114,7 @@ class Surgery:
         segments = self._cut(pieces)
         retain = self.retained(unlearn[0].device if unlearn else self.world.device)
         weighted = self.cfg.metric == "optimizer" and second_moments is not None
-        table = surgery_dots(
-            unlearn, retain, segments, second_moment=second_moments if weighted else None, eps=epsilon
-        )
+        table = surgery_dots(unlearn, retain, segments, second_moment=second_moments if weighted else None, eps=epsilon)
         if self.sharded:  # with offload the gradients are on the host, where the group of a GPU run has no backend
             table = sum_over_ranks(table.to(self.world.device)).to(table.device)
         plan = coefficients(self.cfg, table, self.kept.bias_correction, self.max_grad_norm or None)

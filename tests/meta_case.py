@@ -66,6 +66,8 @@ CASES = (
     Case("stage1-trained-scope-key", 1, meta=(*ASCENT, ("inner_scope", "trained"), ("timesteps", "key"))),
     # A step of a fresh AdamW is the gradient's sign, which is anybody's where the gradient is next to nothing.
     Case("stage2-adamw", 2, meta=ADAMW, tolerance=2e-2),
+    Case("stage1-goes-on", 1, meta=(*ASCENT, ("restart_every", 2))),
+    Case("stage2-every-2-goes-on-adamw", 2, meta=(*ADAMW, ("restart_every", 3), ("every", 2)), tolerance=2e-2),
 )
 
 
@@ -139,11 +141,14 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
     retain = PoolSource(cfg, models, book, Layout(0, 1, BATCH, 1), the_pool())
     sets = MetaSets(cfg, models, book, World(0, 1, torch.device("cpu")), the_sets())
     method = build_method(cfg)
+    attacker: dict[str, Any] = {}
     for step in method.table():
         if step.restart:
             rollout.restart(step)
         timestep = rollout.timesteps[step.index]
-        m = meta_gradient(cfg, models, sets, step, timestep) if step.update % cfg.meta.every == 0 else {}
+        if step.update % (cfg.meta.every * cfg.meta.restart_every) == 0:
+            attacker.clear()
+        m = meta_gradient(cfg, models, sets, step, timestep, attacker) if step.update % cfg.meta.every == 0 else {}
         (window,) = rollout.windows(step, None)
         outcome = method.loss(models, window)
         assert outcome.loss is not None
@@ -164,16 +169,16 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def meta_gradient(
-    cfg: Config, models: Predictors, sets: MetaSets, step: KeyStep, timestep: int
+    cfg: Config, models: Predictors, sets: MetaSets, step: KeyStep, timestep: int, attacker: dict[str, Any]
 ) -> Mapping[str, Tensor]:
-    """Attack a copy, take the losses there and here, one set after the other."""
+    """Attack a copy, take the losses there and here, one set after the other. ``attacker``: what goes on."""
     unet, w = models.sampler, meta_weights(cfg.meta)
     assert isinstance(unet, torch.nn.Module)
     judged = sets.judged(step, timestep)
     attacked = copy.deepcopy(unet)
     if cfg.meta.inner_scope == "full":
         attacked.requires_grad_(True)
-    attack(cfg, models, attacked, sets.attack_batches(step))
+    attack(cfg, models, attacked, sets.attack_batches(step), attacker)
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     there = {name: p for name, p in attacked.named_parameters() if name in trained}
     total = {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -194,12 +199,19 @@ def meta_gradient(
     return total
 
 
-def attack(cfg: Config, models: Predictors, unet: torch.nn.Module, batches: list[RetainBatch]) -> None:
-    """SGD, or AdamW's formulas written out."""
+def attack(
+    cfg: Config, models: Predictors, unet: torch.nn.Module, batches: list[RetainBatch], attacker: dict[str, Any]
+) -> None:
+    """SGD, or AdamW's formulas written out, from where the attacker was."""
     rate = cfg.meta.inner_learning_rate or cfg.train.learning_rate
     named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-    first, second = ({name: torch.zeros_like(p) for name, p in named.items()} for _ in range(2))
-    for number, batch in enumerate(batches, start=1):
+    zeros = {name: torch.zeros_like(p) for name, p in named.items()}
+    gone, first, second = (attacker.get(key, dict(zeros)) for key in ("gone", "first", "second"))
+    for name, p in named.items():
+        p.data += gone[name]
+    start = {name: p.detach() - gone[name] for name, p in named.items()}
+    done = attacker.get("steps", 0)
+    for number, batch in enumerate(batches, start=done + 1):
         found = gradients(error(models, unet, batch), named)
         for name, p in named.items():
             g = found[name]
@@ -209,6 +221,8 @@ def attack(cfg: Config, models: Predictors, unet: torch.nn.Module, batches: list
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.999 * second[name] + 0.001 * g * g
             p.data -= rate * (first[name] / (1 - 0.9**number)) / ((second[name] / (1 - 0.999**number)).sqrt() + 1e-8)
+    gone = {name: p.detach() - start[name] for name, p in named.items()}
+    attacker.update(gone=gone, first=first, second=second, steps=done + len(batches))
 
 
 def samples(judged: Judged, number: int) -> RetainBatch:

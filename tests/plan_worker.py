@@ -81,8 +81,13 @@ COUNT_CASES: dict[str, dict[str, Any]] = {
     "esd": {"method": "esd"},
     "sdd": {"method": "sdd"},
     "kscu-spread": {  # two concepts whose slices differ, so that the ranks do not evaluate the same
-        "concepts": ["neon style", "cat"], "keep": ["tree"], "kscu": {"loop": 1}, "train": {
-            "max_train_steps": 4, "spread_concepts": True, "scope": "attn2",
+        "concepts": ["neon style", "cat"],
+        "keep": ["tree"],
+        "kscu": {"loop": 1},
+        "train": {
+            "max_train_steps": 4,
+            "spread_concepts": True,
+            "scope": "attn2",
         },
     },
     "doco-guided": DOCO | {"doco": {"discriminator_warmup": 1, "guidance_scale": 3.0}},

@@ -188,9 +188,7 @@ def mutated_case(name: str) -> Case:
     """The case that a mutation names: "stage2-k1-offload"; clipped, per tensor, with an exact retain gradient."""
     stage, accumulation, accumulate = int(name[5]), int(name[8]), "fp32" if name.endswith("fp32") else "auto"
     precision = "bf16" if accumulate == "fp32" else "no"
-    return Case(
-        stage, "offload" in name, accumulation, False, True, "tensor", "auto", precision, accumulate=accumulate
-    )
+    return Case(stage, "offload" in name, accumulation, False, True, "tensor", "auto", precision, accumulate=accumulate)
 
 
 def faulty_case(fault: Fault) -> Case:

@@ -25,7 +25,8 @@ from fastunlearn.meta.prompts import meta_prompts
 from fastunlearn.meta.second_order import attacked_prediction
 from fastunlearn.meta.sets import Judged, set_captions
 from fastunlearn.planning.evaluations import count_evaluations
-from fastunlearn.planning.meta_rows import pool_sizes
+from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
+from fastunlearn.planning.states import Sizes
 from fastunlearn.retain import RetainBatch
 from fastunlearn.zero import World
 
@@ -243,6 +244,7 @@ BAD = [
     ({"meta.related_prompts": "a kitty"}, "meta.related_prompts"),
     ({"meta.forbidden_loss": "erased", "teacher.storage": "cached"}, "meta.forbidden_loss"),
     ({"meta.related_weight": -1.0}, "meta.related_weight"),
+    ({"meta.restart_every": 2, "meta.inner_scope": "lora"}, "meta.restart_every"),
 ]  # fmt: skip
 
 
@@ -298,6 +300,23 @@ def test_the_planner_counts_what_a_run_evaluates(meta: dict[str, Any]) -> None:
     pictures = 2 * pool_sizes(run.cfg)[0] * run.cfg.retain.num_inference_steps
     planned = count_evaluations(run.cfg, 1)
     assert replace(planned, teacher=planned.teacher - pictures) == run.models.evaluations  # the test's are not drawn
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_planner_knows_what_an_attacker_who_goes_on_keeps(optimizer: str) -> None:
+    run = fused_run(restart_every=2, inner_optimizer=optimizer)
+    assert run.meta is not None
+    attack, sizes = run.meta.attack, tuple(p.numel() for p in run.engine.sampler.parameters())
+    with attack.applied(run.meta.sets.attack_batches(run.table[0]), seed=0):
+        pass
+    state = attack.state_dict()
+    held = [value for slot in state["optimizer"]["state"].values() for value in slot.values() if value.ndim]
+    rows = {row.name: row for row in attack_rows(run.cfg, Sizes(((32, sizes),), ()), 0)}
+    assert sum(tensor.nbytes for tensor in state["gone"]) == rows["meta: how far it came"].device
+    assert sum(tensor.nbytes for tensor in held) == rows["meta: the attacker's moments"].device
+    with attack.applied(run.meta.sets.attack_batches(run.table[1]), seed=0):
+        pass
+    assert attack.state_dict() == {"terms": 2}
 
 
 def test_unused_batches_are_not_made() -> None:

@@ -37,7 +37,6 @@ def inputs() -> tuple[tuple, dict[str, Any]]:
     }  # fmt: skip
 
 
-
 @pytest.mark.parametrize("scope", ["attn2", "full"])
 @pytest.mark.parametrize(("storage", "bound"), [("int8", 0.02), ("fp8", 0.1)])
 def test_it_predicts_nearly_what_the_exact_one_does_whatever_the_student_learns(

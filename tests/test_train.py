@@ -155,7 +155,7 @@ WITH_STATE = {
     ),
     "a meta term beside surgery": (
         "--meta.enabled", "true", "--meta.every", "2", "--meta.num_images", "4", "--meta.batch_size", "1",
-        "--meta.inner_batch_size", "1", "--surgery.enabled", "true", *RETAIN,
+        "--meta.inner_batch_size", "1", "--meta.restart_every", "4", "--surgery.enabled", "true", *RETAIN,
     ),
 }  # fmt: skip
 CHECKPOINTS = ("--checkpointing_steps", "2", "--train.logging_steps", "1")

@@ -4,9 +4,11 @@ What this is: ``with attack.applied(batches)``; inside, the U-Net's weights are 
 works on the weights themselves, behind the engine's back: what DeepSpeed accumulates and steps is left alone.
 What this is not: the losses that are taken inside (``term.py``), or an attack on a finished model (``relearning/``).
 
-On several ranks every rank takes the same steps, by the mean of their gradients. The attacker starts with a fresh
-optimizer state each time. bf16 weights are rounded stochastically, with moments in 8 bits: at an attacker's learning
-rate, rounding to nearest would undo almost every step.
+On several ranks every rank takes the same steps, by the mean of their gradients. With ``meta.restart_every`` 1 the
+attacker starts from the weights as they are, each time. Above that it goes on from where it was, as far from the
+weights as then and with the optimizer state of then: an attack of many steps for the price of a few in an update.
+bf16 weights are rounded stochastically, with moments in 8 bits: at an attacker's learning rate, rounding to nearest
+would undo almost every step.
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ class Attack:
             for name, parameter in unet.named_parameters()
             if cfg.meta.inner_scope == "full" or parameter.requires_grad
         }
+        self._terms = 0
+        self._gone: list[Tensor] = []
+        """How far the attacker's weights are from the run's, while one goes on."""
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._seed = 0
 
     @contextlib.contextmanager
     def applied(self, batches: Sequence[RetainBatch], seed: int) -> Iterator[None]:
@@ -47,21 +54,63 @@ class Attack:
         """
         if self.cfg.meta.inner_scope == "lora":
             with low_rank(self.unet, self.cfg.meta.lora_rank, seed) as added:
-                self._fine_tune([p for pair in added for p in pair.parameters()], batches, seed)
+                parameters = [p for pair in added for p in pair.parameters()]
+                self._fine_tune(self._fresh_optimizer(parameters, seed), parameters, batches)
                 yield
             return
         parameters = list(self.attacked.values())
         before = [parameter.detach().clone() for parameter in parameters]
+        self._terms += 1
         try:
-            with all_trainable(parameters):
-                self._fine_tune(parameters, batches, seed)
+            self._go_on(parameters, batches, seed)
             yield
         finally:
-            for parameter, original in zip(parameters, before, strict=True):
-                parameter.data.copy_(original)
+            self._come_back(parameters, before)
 
-    def _fine_tune(self, parameters: list[nn.Parameter], batches: Sequence[RetainBatch], seed: int) -> None:
-        optimizer = self._optimizer(parameters, seed)
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the next term's attack begins where this one ends."""
+        return self._terms % self.cfg.meta.restart_every != 0
+
+    def _go_on(self, parameters: list[nn.Parameter], batches: Sequence[RetainBatch], seed: int) -> None:
+        for parameter, distance in zip(parameters, self._gone, strict=bool(self._gone)):
+            parameter.data.add_(distance)
+        self._gone = []
+        if self._optimizer is None:
+            self._optimizer, self._seed = self._fresh_optimizer(parameters, seed), seed
+        with all_trainable(parameters):
+            self._fine_tune(self._optimizer, parameters, batches)
+        if not self._goes_on:
+            self._optimizer = None
+
+    def _come_back(self, parameters: list[nn.Parameter], before: list[Tensor]) -> None:
+        """Where the attack goes on, the copy of each weight makes room for how far it came."""
+        for number, (parameter, original) in enumerate(zip(parameters, before, strict=True)):
+            if self._goes_on:
+                before[number] = parameter.data - original
+            parameter.data.copy_(original)
+        self._gone = before if self._goes_on else []
+
+    def state_dict(self) -> dict:
+        """Of an attacker who goes on."""
+        if self._optimizer is None:
+            return {"terms": self._terms} if self._terms else {}
+        state = {"gone": self._gone, "seed": self._seed, "optimizer": self._optimizer.state_dict()}
+        return {"terms": self._terms, **state}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of ``state_dict``."""
+        self._terms = state["terms"]
+        if "optimizer" in state:
+            parameters = list(self.attacked.values())
+            self._gone = [gone.to(p.device) for gone, p in zip(state["gone"], parameters, strict=True)]
+            self._seed = state["seed"]
+            self._optimizer = self._fresh_optimizer(parameters, self._seed)
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _fine_tune(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], batches: Sequence[RetainBatch]
+    ) -> None:
         for batch in batches:
             loss = noise_loss(self.models, batch, self._prediction(batch))
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -75,7 +124,7 @@ class Attack:
     def _prediction(self, batch: RetainBatch) -> Tensor:
         return self.models.attacked(self.unet, batch.latents, batch.timesteps, batch.cond)
 
-    def _optimizer(self, parameters: list[nn.Parameter], seed: int) -> torch.optim.Optimizer:
+    def _fresh_optimizer(self, parameters: list[nn.Parameter], seed: int) -> torch.optim.Optimizer:
         rate = self.learning_rate
         if self.cfg.meta.inner_optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=rate)

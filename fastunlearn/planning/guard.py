@@ -29,7 +29,7 @@ def check_memory(cfg: Config, world: int) -> None:
         return
     model = read_model(cfg)
     plan = make_plan(cfg, world, model)
-    limit, needed = (_gpu(plan) if torch.cuda.is_available() else _host(plan))
+    limit, needed = _gpu(plan) if torch.cuda.is_available() else _host(plan)
     if limit is None or needed * (1 - PLAN_ERROR) <= limit:
         return
     place = "a GPU" if torch.cuda.is_available() else "this machine"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fastunlearn.config import Config
 from fastunlearn.config_meta import SETS, meta_weights, set_weights
-from fastunlearn.planning.states import BLOCK, FP32, SMALLEST_IN_8_BIT, Row, Sizes
+from fastunlearn.planning.states import BLOCK, FP32, PHASES, SMALLEST_IN_8_BIT, Row, Sizes
 from fastunlearn.predictors import Evaluations
 
 
@@ -23,14 +23,18 @@ def attack_rows(cfg: Config, sizes: Sizes, kept: int) -> list[Row]:
     gradient = sum(sizes.trained)
     stored = {"auto": compute, "fp32": FP32, "bf16": 2, "int8": 1}[cfg.meta.gradient_dtype] * gradient
     before = total * compute
-    return [
+    rows = [
         Row("meta: weights before the attack", before, phases=("attack",)),
-        Row("meta: the attacker's moments", moments(cfg, attacked), phases=("attack",)),
         Row("meta: the attacker's gradient", total * compute, phases=("attack",)),
-        # The losses after the attack have a backward pass of their own, without a retain gradient beside it.
-        Row("meta: weights before the attack, beyond the above", max(before - kept, 0), phases=("backward", "reduce")),
         Row("meta: gradient that waits", stored, phases=("backward", "reduce", "keep", "project")),
     ]
+    state, copy = moments(cfg, attacked), "meta: weights before the attack, beyond the above"
+    if cfg.meta.restart_every > 1:
+        # Between two terms the attacker's distance takes the place of the weights before the attack.
+        return [*rows, Row("meta: the attacker's moments", state), Row("meta: how far it came", before, phases=PHASES)]
+    # The losses after the attack have a backward pass of their own, without a retain gradient beside it.
+    beyond = Row(copy, max(before - kept, 0), phases=("backward", "reduce"))
+    return [*rows, Row("meta: the attacker's moments", state, phases=("attack",)), beyond]
 
 
 def moments(cfg: Config, numels: tuple[int, ...]) -> int:
