@@ -30,6 +30,16 @@ SCORES = ("UA", "IRA", "CRA", "CRA_target", "UA_paraphrase", "UA_synonym")
 # the retain gradient as it is, "+surgery" takes out of the unlearning gradient what points against it as well.
 RETAIN = ["--surgery.enabled", "true", "--surgery.rho", "1.0"]
 ESD_X = ["--method", "esd", "--esd.variant", "x", "--train.scope", "auto"]
+# The meta term, with an attacker who goes on for 80 steps and a goal beyond the anchor; the retain gradient at many
+# timesteps holds what must be kept, where the two differences of the published losses are left out.
+META = [
+    "--meta.enabled", "true", "--meta.forbidden_loss", "erased", "--meta.forbidden_weight", "1",
+    "--meta.negative_guidance", "1", "--meta.related_weight", "0", "--meta.unrelated_weight", "0",
+    "--meta.inner_steps", "4", "--meta.inner_learning_rate", "2e-4", "--meta.restart_every", "20",
+    "--meta.batch_size", "6", "--surgery.enabled", "true", "--surgery.rho", "2", "--retain.batch_size", "8",
+    "--retain.timesteps", "uniform", "--retain.num_inference_steps", "12", "--train.scope", "full",
+    "--train.learning_rate", "1e-4", "--train.lr_scheduler", "constant", "--max_train_steps", "400",
+]  # fmt: skip
 METHODS = {
     "kscu": [],
     "kscu+retain": [*RETAIN, "--surgery.projection", "none"],
@@ -59,9 +69,24 @@ METHODS = {
     "kscu: teacher in 8 bits": ["--teacher.storage", "int8"],
     "kscu: cached teacher": ["--teacher.storage", "cached"],
 }
+METHODS |= {f"{base}+meta": [*METHODS[base], *META] for base in ("esd-x", "sdd", "uce", "rece", "kscu", "doco")}
+# What of the meta term does the work, as above.
+METHODS |= {
+    "kscu+meta: a fresh attacker each time": [*META, "--meta.restart_every", "1"],
+    "kscu+meta: no goal beyond the anchor": [*META, "--meta.negative_guidance", "0"],
+    "kscu+meta: ascent": [*META, "--meta.forbidden_loss", "ascent", "--meta.negative_guidance", "0"],
+    "kscu+meta: tied differences too": [*META, "--meta.related_weight", "0.1", "--meta.unrelated_weight", "0.1"],
+    "kscu+meta: released coefficients": [
+        *META, "--meta.coefficients", "released", "--meta.forbidden_loss", "ascent", "--meta.negative_guidance", "0",
+    ],
+    "kscu+meta: key steps": [*META, "--meta.timesteps", "key"],
+    "kscu+meta: no retain gradient": [*META, "--surgery.enabled", "false"],
+    "kscu: the same without the term": [*META, "--meta.enabled", "false"],
+    "kscu: further beyond the anchor": [*META, "--meta.enabled", "false", "--kscu.negative_guidance", "4"],
+}  # fmt: skip
 BASE_METHODS = ["esd-x", "sdd", "uce", "rece", "kscu", "doco"]  # what `--methods base` stands for
 OWN_CONFIGS = ("doco", "sdd", "uce", "rece")
-DEFAULT_METHODS = [method for method in METHODS if ":" not in method and method not in ("sdd", "uce", "rece")]
+DEFAULT_METHODS = ["kscu", "kscu+retain", "kscu+surgery", "esd-x", "esd-x+retain", "esd-x+surgery", "doco"]
 
 
 def config_of(method: str, kind: str) -> Path:

@@ -153,10 +153,14 @@ def measure(benchmark: BenchmarkFixture, make: Callable[[], Callable[[], Any]], 
         seconds = -synchronised()
         call()
         seconds += synchronised()
-        benchmark.extra_info |= machine() | facts | {
-            "launches": launches_of(call) if on_gpu else None,
-            "peak_extra_bytes": peak_extra(call) if on_gpu else None,
-        }
+        benchmark.extra_info |= (
+            machine()
+            | facts
+            | {
+                "launches": launches_of(call) if on_gpu else None,
+                "peak_extra_bytes": peak_extra(call) if on_gpu else None,
+            }
+        )
         # Long enough for the clock, and for the queue to hide the host where it can.
         iterations = max(1, min(200, int(0.02 / max(seconds, 1e-6))))
         benchmark.pedantic(call, rounds=20 if on_gpu else 3, iterations=iterations, warmup_rounds=2)

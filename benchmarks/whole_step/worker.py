@@ -180,4 +180,3 @@ def whole_run(subject: Subject, device: torch.device) -> dict[str, Any]:
         },
         "peak_memory_bytes": peak_memory_bytes(device),
     }
-
