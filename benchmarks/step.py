@@ -6,9 +6,10 @@ projection as published, a Python loop over tensors that asks the device about e
 it stands at stage 0 on one rank only.
 
     python benchmarks/step.py --stages 0 2 --worlds 1 2 --updates 20 --json output/step.json
-    python benchmarks/step.py --modes off meta "meta literal" --stages 0 1 --json output/meta.json
+    python benchmarks/step.py --modes off meta "meta published" "meta literal" --stages 0 1 --json output/meta.json
 
-"meta literal" is a meta term as published, with a copy of the model in every update.
+"meta published" is the term with the published loss and attack, "meta literal" the same with a copy of the model in
+every update.
 
 Each row is a process group of its own on MiniCanvas (--config, --set change that). On a CPU the seconds say little
 about a GPU; evaluations and bytes do not depend on the machine.
@@ -30,13 +31,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
-MODES = ("off", "surgery", "surgery int8", "literal", "meta", "meta literal")
+MODES = ("off", "surgery", "surgery int8", "literal", "meta", "meta published", "meta literal")
 SURGERY_MODES = MODES[:4]
 COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor",
     "reduce_scatter",
 )  # fmt: skip
 WARMUP = 2
+# Ascent after a fresh attack of three steps, with the losses on what is kept as differences.
+PUBLISHED = [
+    "--meta.forbidden_loss", "ascent", "--meta.negative_guidance", "0", "--meta.forbidden_weight", "0.1",
+    "--meta.restart_every", "1", "--meta.inner_steps", "3",
+]  # fmt: skip
 
 
 def overrides(mode: str) -> list[str]:
@@ -44,7 +50,7 @@ def overrides(mode: str) -> list[str]:
     if mode == "off":
         return []
     if mode.startswith("meta"):
-        return ["--meta.enabled", "true", "--meta.num_images", "8", *pool]
+        return ["--meta.enabled", "true", "--meta.num_images", "8", *pool, *(PUBLISHED if mode != "meta" else [])]
     dtype = "int8" if mode == "surgery int8" else "auto"
     return ["--surgery.enabled", "true", "--surgery.rho", "1.0", "--surgery.retain_dtype", dtype, *pool]
 

@@ -160,7 +160,7 @@ class Config(Section):
     def needs_teacher(self) -> bool:
         """Whether the frozen original of what is trained is kept: not where its targets are made before training, nor
         where the targets are the student's own."""
-        asked = self.method != "sdd" or self.retains or (self.has_meta and self.meta.forbidden_loss == "erased")
+        asked = self.method != "sdd" or self.retains or (self.has_meta and not self.meta.ascends)
         return self.teacher.storage != "cached" and asked
 
     @property

@@ -16,6 +16,7 @@ from fastunlearn.errors import UserError
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
+TERMS_PER_ATTACK = 20
 SETS = ("forbidden", "related", "unrelated")
 
 
@@ -28,7 +29,7 @@ class MetaConfig(Section):
     """Updates from one meta term to the next."""
     order: Literal["first", "second"] = "first"
     """first: the gradient at the attacked weights, as it is; second: through the attack, for small models and SGD."""
-    inner_steps: Positive = 3
+    inner_steps: Positive = 4
     """Steps of the simulated fine-tuning."""
     inner_optimizer: Literal["adamw", "sgd"] = "adamw"
     """Its optimizer, with a fresh state whenever it starts."""
@@ -36,24 +37,27 @@ class MetaConfig(Section):
     """Its learning rate; none: train.learning_rate, as published."""
     inner_scope: Literal["full", "trained", "lora"] = "full"
     """What it changes: all weights, as an attacker would; only what the run trains; or low-rank adapters."""
-    restart_every: Positive = 1
+    restart_every: Positive | None = None
     """Meta terms until the simulated attacker starts again from the weights as they are. 1: each time, as published.
-    Above, it goes on from where it was: up to restart_every x inner_steps steps, at two to three copies more."""
+    Above, it goes on from where it was: restart_every x inner_steps steps, at two to three copies more. None given: 20;
+    1 for inner_scope "lora" and in second order, which always start again."""
     inner_batch_size: Positive = 4
     """Pictures in each of its steps, on each rank."""
     lora_rank: Positive = 4
     """Rank of the adapters of inner_scope "lora"."""
     batch_size: Positive = 4
     """Pictures of each set in the losses before and after the attack, on each rank."""
-    forbidden_loss: Literal["ascent", "erased"] = "ascent"
-    """What the attacked model shall do on forbidden pictures. ascent: have a large loss, as published. erased: predict
-    what the original predicts once the concept is removed from the prompt, which has a bound."""
-    negative_guidance: NotNegativeFloat = 0.0
+    forbidden_loss: Literal["erased", "ascent"] = "erased"
+    """What the attacked model shall do on forbidden pictures. erased: predict what the original predicts once the
+    concept is removed from the prompt, and beyond. ascent: have a large loss, as published; it has no bound, so give it
+    a small forbidden_weight, such as 0.1."""
+    negative_guidance: NotNegativeFloat = 1.0
     """erased: how far beyond the prompt without the concept the goal lies, a + g (a - c) in the place of a."""
     coefficients: Literal["tied", "released"] = "tied"
     """tied: the loss on what must be kept enters as the difference of before and after, so that nothing is pushed away
-    from it unless somebody attacks. released: the five coefficients of the published script, as it reads them."""
-    forbidden_weight: NotNegativeFloat = 0.1
+    from it unless somebody attacks. released: the five coefficients of the published script, as it reads them, and its
+    ascent."""
+    forbidden_weight: NotNegativeFloat = 1.0
     """Weight of the forbidden loss after the attack."""
     related_weight: NotNegativeFloat = 0.1
     """Weight of the difference on what is related to the concept."""
@@ -79,6 +83,17 @@ class MetaConfig(Section):
     unrelated_folder: Place | None = None
     """Images with captions instead of unrelated_prompts."""
 
+    @property
+    def ascends(self) -> bool:
+        """Whether the forbidden loss is pushed up, not pulled down."""
+        return self.forbidden_loss == "ascent" or self.coefficients == "released"
+
+    @property
+    def terms_per_attack(self) -> int:
+        """``restart_every``, with its default."""
+        starts_again = self.inner_scope == "lora" or self.order == "second"
+        return self.restart_every or (1 if starts_again else TERMS_PER_ATTACK)
+
 
 class Weights(NamedTuple):
     """What each loss counts for; each is a mean over the samples of its set. Negative: pushed up."""
@@ -100,7 +115,7 @@ def meta_weights(meta: MetaConfig) -> Weights:
     if meta.coefficients == "released":
         return RELEASED
     forbidden, related, unrelated = meta.forbidden_weight, meta.related_weight, meta.unrelated_weight
-    sign = -1.0 if meta.forbidden_loss == "ascent" else 1.0
+    sign = -1.0 if meta.ascends else 1.0
     return Weights(related, unrelated, sign * forbidden, -related, -unrelated)
 
 
@@ -140,7 +155,7 @@ def check_meta(cfg: Config) -> None:
             "meta.inner_optimizer: 'sgd' on bf16 weights, where most of its steps would be rounded away; use 'adamw', "
             "which rounds stochastically, or model.mixed_precision 'no'"
         )
-    if meta.forbidden_loss == "erased" and cfg.teacher.storage == "cached":
+    if not meta.ascends and cfg.teacher.storage == "cached":
         raise UserError(
             "meta.forbidden_loss: 'erased' asks the frozen model, which teacher.storage 'cached' does without; use "
             "'ascent', or teacher.storage 'int8'"
@@ -156,7 +171,7 @@ def check_meta(cfg: Config) -> None:
     from fastunlearn.meta.prompts import meta_prompts  # which knows Config
 
     meta_prompts(cfg)
-    if meta.restart_every > 1 and (meta.inner_scope == "lora" or meta.order == "second"):
+    if meta.terms_per_attack > 1 and (meta.inner_scope == "lora" or meta.order == "second"):
         field, value = ("inner_scope", "lora") if meta.inner_scope == "lora" else ("order", "second")
         raise UserError(
             f"meta.restart_every: {meta.restart_every} with meta.{field} {value!r}, where every attack starts from the "

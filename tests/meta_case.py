@@ -73,7 +73,8 @@ CASES = (
 
 def config_of(case: Case, world_size: int) -> Config:
     per_rank = BATCH // world_size
-    meta = {"enabled": True, "batch_size": per_rank, "inner_batch_size": per_rank, "num_images": 8}
+    published = {"forbidden_loss": "ascent", "negative_guidance": 0.0, "restart_every": 1}
+    meta = {"enabled": True, **published, "batch_size": per_rank, "inner_batch_size": per_rank, "num_images": 8}
     weights = {"forbidden_weight": 0.05, "related_weight": 0.03, "unrelated_weight": 0.02}
     return Config.model_validate(
         {
@@ -146,7 +147,7 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
         if step.restart:
             rollout.restart(step)
         timestep = rollout.timesteps[step.index]
-        if step.update % (cfg.meta.every * cfg.meta.restart_every) == 0:
+        if step.update % (cfg.meta.every * cfg.meta.terms_per_attack) == 0:
             attacker.clear()
         m = meta_gradient(cfg, models, sets, step, timestep, attacker) if step.update % cfg.meta.every == 0 else {}
         (window,) = rollout.windows(step, None)
@@ -187,7 +188,7 @@ def meta_gradient(
         part, goal = samples(judged, number), None
         if not len(part.latents):
             continue
-        if number == 0 and cfg.meta.forbidden_loss == "erased":
+        if number == 0 and not cfg.meta.ascends:
             chosen = judged.set_B == 0
             (goal,) = models.frozen(part.latents, part.timesteps, judged.anchor.select(chosen))
             (concept,) = models.frozen(part.latents, part.timesteps, part.cond)

@@ -18,7 +18,7 @@ from tiny_run import update_all
 
 from fastunlearn.assembly import Run
 from fastunlearn.config import load_config
-from fastunlearn.config_meta import meta_weights
+from fastunlearn.config_meta import MetaConfig, meta_weights
 from fastunlearn.errors import UserError
 from fastunlearn.meta.attack import all_trainable
 from fastunlearn.meta.prompts import meta_prompts
@@ -270,6 +270,23 @@ def test_the_released_coefficients_are_those_of_the_script() -> None:
     assert tuple(meta_weights(cfg.meta)) == pytest.approx(expected)
     tied = meta_weights(load_config(None, ["--concepts", "cat", "--meta.enabled", "true"]).meta)
     assert tied.before_related == -tied.after_related and tied.before_unrelated == -tied.after_unrelated
+
+
+@pytest.mark.parametrize(
+    ("given", "terms", "ascends"),
+    [
+        ({}, 20, False),
+        ({"inner_scope": "lora"}, 1, False),
+        ({"order": "second"}, 1, False),
+        ({"restart_every": 3}, 3, False),
+        ({"coefficients": "released"}, 20, True),
+        ({"forbidden_loss": "ascent"}, 20, True),
+    ],
+)
+def test_what_follows_from_what_is_given(given: dict[str, Any], terms: int, ascends: bool) -> None:
+    meta = MetaConfig.model_validate(given)
+    assert (meta.terms_per_attack, meta.ascends) == (terms, ascends)
+    assert (meta_weights(meta).after_forbidden < 0) == ascends
 
 
 def test_folders_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ What this is: ``with attack.applied(batches)``; inside, the U-Net's weights are 
 works on the weights themselves, behind the engine's back: what DeepSpeed accumulates and steps is left alone.
 What this is not: the losses that are taken inside (``term.py``), or an attack on a finished model (``relearning/``).
 
-On several ranks every rank takes the same steps, by the mean of their gradients. With ``meta.restart_every`` 1 the
+On several ranks every rank takes the same steps, by the mean of their gradients. With ``restart_every`` 1 the
 attacker starts from the weights as they are, each time. Above that it goes on from where it was, as far from the
 weights as then and with the optimizer state of then: an attack of many steps for the price of a few in an update.
 bf16 weights are rounded stochastically, with moments in 8 bits: at an attacker's learning rate, rounding to nearest
@@ -70,7 +70,7 @@ class Attack:
     @property
     def _goes_on(self) -> bool:
         """Whether the next term's attack begins where this one ends."""
-        return self._terms % self.cfg.meta.restart_every != 0
+        return self._terms % self.cfg.meta.terms_per_attack != 0
 
     def _go_on(self, parameters: list[nn.Parameter], batches: Sequence[RetainBatch], seed: int) -> None:
         for parameter, distance in zip(parameters, self._gone, strict=bool(self._gone)):

@@ -118,7 +118,7 @@ class MetaTerm:
     def _erased(self, judged: Judged) -> Tensor | None:
         """What the original predicts without the concept in the prompts, and beyond; None where nobody asks."""
         guidance, batch = self.cfg.meta.negative_guidance, judged.batch
-        if self.cfg.meta.forbidden_loss == "ascent":
+        if self.cfg.meta.ascends:
             return None
         if not guidance:
             return self.models.frozen(batch.latents, batch.timesteps, judged.anchor)[0]

@@ -29,7 +29,7 @@ def attack_rows(cfg: Config, sizes: Sizes, kept: int) -> list[Row]:
         Row("meta: gradient that waits", stored, phases=("backward", "reduce", "keep", "project")),
     ]
     state, copy = moments(cfg, attacked), "meta: weights before the attack, beyond the above"
-    if cfg.meta.restart_every > 1:
+    if cfg.meta.terms_per_attack > 1:
         # Between two terms the attacker's distance takes the place of the weights before the attack.
         return [*rows, Row("meta: the attacker's moments", state), Row("meta: how far it came", before, phases=PHASES)]
     # The losses after the attack have a backward pass of their own, without a retain gradient beside it.
@@ -67,5 +67,5 @@ def add_meta(cfg: Config, count: Evaluations, ranks: int) -> None:
     recorded = meta.inner_steps * meta.inner_batch_size * ranks + (judged + kept) * batch
     count.student_forward += recorded
     count.student_backward += recorded
-    if meta.forbidden_loss == "erased":
+    if not meta.ascends:
         count.teacher += judged * batch * (2 if meta.negative_guidance else 1)
