@@ -328,7 +328,7 @@ def test_the_planner_knows_what_an_attacker_who_goes_on_keeps(optimizer: str) ->
         pass
     state = attack.state_dict()
     held = [value for slot in state["optimizer"]["state"].values() for value in slot.values() if value.ndim]
-    rows = {row.name: row for row in attack_rows(run.cfg, Sizes(((32, sizes),), ()), 0)}
+    rows = {row.name: row for row in attack_rows(run.cfg, Sizes(((32, sizes),), ()))}
     assert sum(tensor.nbytes for tensor in state["gone"]) == rows["meta: how far it came"].device
     assert sum(tensor.nbytes for tensor in held) == rows["meta: the attacker's moments"].device
     with attack.applied(run.meta.sets.attack_batches(run.table[1]), seed=0):

@@ -1,7 +1,8 @@
 """How much memory the activations of the U-Net take, found without computing them.
 
 What this is: the U-Net is built from its configuration as fake tensors, which have shapes and storages but no contents;
-one forward and backward pass runs on them while every storage that is born or dies is counted.
+one forward and backward pass runs on them while every storage that is born or dies is counted. Passes of two and three
+samples tell what of it grows with the batch; one sample is a case of its own, which some operations need not copy.
 What this is not: the memory of weights, gradients and optimizer (``states.py``), or what a GPU's libraries take
 for themselves: convolution workspaces and the allocator's fragments are not seen here.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -27,17 +29,20 @@ from torch.utils.checkpoint import checkpoint
 
 from fastunlearn.backbone import set_trainable, trainable_names
 
+FEW = 3  # samples, up to which a pass is run as it is
 NORMS = (functional.group_norm, functional.layer_norm)
 PRODUCTS = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention, torch.bmm, torch.baddbmm)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes. ``saved``: kept by the forward pass for the backward pass; ``backward``: the peak of both together;
-    ``forward``: the peak of a pass without a gradient."""
+    """Bytes. ``saved``: kept by the forward pass for the backward pass; ``backward``: the peak of both, without the
+    gradients of weights that are done; ``together``: with them, from none at the start; ``forward``: the peak of a pass
+    without a gradient."""
 
     saved: int
     backward: int
+    together: int
     forward: int
 
 
@@ -58,7 +63,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, ignored: Sequence[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.aside = 0
+        self.seen: list[tuple[int, int]] = [(0, 0)]
+        """After each storage that was born: all bytes but those put aside, and these."""
         self._known: set[int] = set()
         self._watched: dict[int, weakref.ref] = {}
         for tensor in ignored:
@@ -86,7 +93,7 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(key)
         self._watched[key] = weakref.ref(storage, gone)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.seen.append((self.now - self.aside, self.aside))
 
 
 class FlashAttention(torch.autograd.Function):
@@ -130,29 +137,61 @@ def build_unet(config: dict[str, Any]) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(config)
 
 
-@lru_cache(maxsize=64)
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of so many samples saw: ``backward``, (2, events), are the bytes beside gradients, and theirs."""
+
+    saved: int
+    backward: np.ndarray
+    forward: np.ndarray
+
+
 def measure(unet_json: str, scope: str, rows: int, shape: Shape) -> Activations:
     """One call of the U-Net of this ``unet/config.json`` with ``rows`` samples, training ``scope``."""
+    if rows <= FEW:
+        seen = observe(unet_json, scope, rows, shape)
+    else:
+        two, three = (observe(unet_json, scope, samples, shape) for samples in (2, 3))
+        seen = Pass(
+            two.saved + (rows - 2) * (three.saved - two.saved),
+            two.backward + (rows - 2) * (three.backward - two.backward),
+            two.forward + (rows - 2) * (three.forward - two.forward),
+        )
+    beside, gradients = seen.backward
+    return Activations(seen.saved, int(beside.max()), int((beside + gradients).max()), int(seen.forward[0].max()))
+
+
+@lru_cache(maxsize=64)
+def observe(unet_json: str, scope: str, rows: int, shape: Shape) -> Pass:
+    """Run the pass; the same operations in the same order for any number of samples."""
     config = json.loads(unet_json)
     unet = build_unet(config).to(shape.dtype).train()
     unet.set_attn_processor(AttnProcessor() if shape.eager else AttnProcessor2_0())
     set_trainable(unet, trainable_names(unet, scope))
     if shape.checkpointing:
         unet.enable_gradient_checkpointing(_checkpoint(shape.autocast))
-    for parameter in unet.parameters():
-        if parameter.requires_grad:  # their gradients are counted elsewhere
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
     inputs = example_inputs(config, rows, shape, "meta")
     weights = list(unet.parameters())
     with AsOnTheGpu(shape.autocast), LiveBytes(weights) as live:
         out = unet(**inputs, return_dict=False)[0]
         saved = live.now
+    _put_aside_gradients(weights, live)
     with live:
         out.float().sum().backward()
     del out
     with torch.no_grad(), AsOnTheGpu(shape.autocast), LiveBytes(weights) as alone:
         unet(**inputs, return_dict=False)
-    return Activations(saved, live.peak, alone.peak)
+    return Pass(saved, np.array(live.seen).T, np.array(alone.seen).T)
+
+
+def _put_aside_gradients(weights: Sequence[nn.Parameter], live: LiveBytes) -> None:
+    def put_aside(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            live.aside += parameter.grad.untyped_storage().nbytes()
+
+    for parameter in weights:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(put_aside)
 
 
 def example_inputs(config: dict[str, Any], rows: int, shape: Shape, device: str) -> dict[str, Any]:
@@ -183,7 +222,3 @@ def _checkpoint(autocast: bool) -> Callable[..., Any]:
         return checkpoint(recomputed, *args, use_reentrant=False)
 
     return run
-
-
-def _drop_gradient(parameter: nn.Parameter) -> None:
-    parameter.grad = None

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from fastunlearn.config import Config
 from fastunlearn.config_meta import SETS, meta_weights, set_weights
-from fastunlearn.planning.states import BLOCK, FP32, PHASES, SMALLEST_IN_8_BIT, Row, Sizes
+from fastunlearn.planning.states import AFTER_META, BLOCK, FP32, PHASES, SMALLEST_IN_8_BIT, Row, Sizes
 from fastunlearn.predictors import Evaluations
 
 
-def attack_rows(cfg: Config, sizes: Sizes, kept: int) -> list[Row]:
-    """``kept``: bytes of a retain gradient that is alive with the method's gradients, but not with these."""
+def attack_rows(cfg: Config, sizes: Sizes) -> list[Row]:
+    """What is there besides the method's own."""
     if not cfg.has_meta:
         return []
     compute = 2 if cfg.bf16_weights else FP32
@@ -24,17 +24,16 @@ def attack_rows(cfg: Config, sizes: Sizes, kept: int) -> list[Row]:
     stored = {"auto": compute, "fp32": FP32, "bf16": 2, "int8": 1}[cfg.meta.gradient_dtype] * gradient
     before = total * compute
     rows = [
-        Row("meta: weights before the attack", before, phases=("attack",)),
+        Row("meta: weights before the attack", before, phases=("attack", "backward", "reduce"), windows=("meta",)),
         Row("meta: the attacker's gradient", total * compute, phases=("attack",)),
-        Row("meta: gradient that waits", stored, phases=("backward", "reduce", "keep", "project")),
+        Row("meta: gradient that waits", stored, phases=("backward", "reduce", "keep", "project"), windows=AFTER_META),
     ]
-    state, copy = moments(cfg, attacked), "meta: weights before the attack, beyond the above"
-    if cfg.meta.terms_per_attack > 1:
-        # Between two terms the attacker's distance takes the place of the weights before the attack.
-        return [*rows, Row("meta: the attacker's moments", state), Row("meta: how far it came", before, phases=PHASES)]
-    # The losses after the attack have a backward pass of their own, without a retain gradient beside it.
-    beyond = Row(copy, max(before - kept, 0), phases=("backward", "reduce"))
-    return [*rows, Row("meta: the attacker's moments", state, phases=("attack",)), beyond]
+    state = moments(cfg, attacked)
+    if cfg.meta.terms_per_attack == 1:
+        return [*rows, Row("meta: the attacker's moments", state, phases=("attack",))]
+    # Between two terms the attacker's distance takes the place of the weights before the attack.
+    distance = Row("meta: how far it came", before, phases=PHASES, windows=AFTER_META)
+    return [*rows, Row("meta: the attacker's moments", state), distance]
 
 
 def moments(cfg: Config, numels: tuple[int, ...]) -> int:

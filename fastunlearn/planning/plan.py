@@ -20,7 +20,7 @@ import torch
 
 from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config, resolved_scope
-from fastunlearn.config_meta import set_weights
+from fastunlearn.config_meta import meta_weights, set_weights
 from fastunlearn.discriminator import Discriminator
 from fastunlearn.errors import UserError
 from fastunlearn.loading import hub_file, stored_dtype
@@ -34,7 +34,7 @@ from fastunlearn.planning.activations import Activations, Shape, build_unet, mea
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.evaluations import count_evaluations, pools, teacher_conditions, trained_conditions
 from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
-from fastunlearn.planning.states import Row, Sizes, peak, totals, worst_rank
+from fastunlearn.planning.states import Row, Sizes, gradients_of_one_pass, peak, totals, worst_rank
 from fastunlearn.predictors import Evaluations
 from fastunlearn.prompts import build_prompt_book
 from fastunlearn.retain import folder_captions
@@ -160,11 +160,9 @@ def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = 
         prompts = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
         rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.config["cross_attention_dim"])
         return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
-    states = worst_rank(cfg, sizes, world)
-    kept = sum(row.device for row in states if row.name.startswith("retain gradient ("))
     rows = [
-        *states, *mean_rows(cfg, sizes), *attack_rows(cfg, sizes, kept), *_latents_and_text(cfg, model),
-        *activation_rows(cfg, model, scope),
+        *worst_rank(cfg, sizes, world), *mean_rows(cfg, sizes), *attack_rows(cfg, sizes),
+        *_latents_and_text(cfg, model), *activation_rows(cfg, model, scope, gradients_of_one_pass(cfg, sizes, world)),
     ]  # fmt: skip
     rows = [row for row in rows if row.device or row.host]
     return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
@@ -222,45 +220,47 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
     return rows
 
 
-def activation_rows(cfg: Config, model: Model, scope: str) -> list[Row]:
-    """The window with the highest peak; there is one at a time."""
-    name, saved, highest = max(_windows(cfg, model, scope), key=lambda window: window[2])
-    attack = 0
+def activation_rows(cfg: Config, model: Model, scope: str, gradients: int) -> list[Row]:
+    """One row for each call of the U-Net. ``gradients``: bytes of other rows that come as activations go; a row has
+    only what activations and they take beyond these at any one time."""
+    peaks = _windows(cfg, model, scope, gradients).items()
+    rows = [
+        Row(f"activations at their peak ({name})", max(size - gradients, 0), phases=("backward",), windows=(name,))
+        for name, size in peaks
+    ]
     if cfg.has_meta:
         attacked = "full" if cfg.meta.inner_scope == "full" else scope
         attack = _activations(cfg, model, attacked, cfg.meta.inner_batch_size).backward
-    return [
-        Row("activations of the simulated attack at their peak", attack, phases=("attack",)),
-        Row(f"activations kept for the backward pass ({name})", saved, phases=("backward",)),
-        Row("activations beyond that at their peak", highest - saved, phases=("backward",)),
-    ]
+        rows.append(Row("activations at their peak (simulated attack)", attack, phases=("attack",)))
+    return rows
 
 
-def _windows(cfg: Config, model: Model, scope: str) -> list[tuple[str, int, int]]:
-    """(name, bytes kept for the backward pass, peak) of everything that calls the U-Net."""
+def _windows(cfg: Config, model: Model, scope: str, gradients: int) -> dict[str, int]:
+    """The peak of everything that calls the U-Net, by name, with the gradients where there are ``gradients``."""
     method, batch, retained = build_method(cfg), cfg.train.train_batch_size, cfg.retain.batch_size
     trained, frozen = trained_conditions(method), teacher_conditions(cfg, method)
 
     def run(rows: int) -> Activations:
         return _activations(cfg, model, scope, rows)
 
-    # What is evaluated without a gradient while the student's graph waits: the sampler's or the discriminator's share.
+    def recorded(rows: int, beside: int) -> int:
+        """``beside``: what is evaluated without a gradient while the student's graph waits."""
+        student = run(rows)
+        waiting = student.saved + (run(beside).forward if beside else 0)
+        return max(student.together if gradients else student.backward, waiting)
+
+    # The sampler's or the discriminator's share.
     beside = {"kscu": 3 - trained, "doco": frozen}.get(cfg.method, 0) * batch
-    student = run(trained * batch)
-    alone = run(max(2, frozen) * batch).forward
-    windows = [
-        ("unlearning", student.saved, max(student.backward, student.saved + (run(beside).forward if beside else 0))),
-        ("trajectories and teacher", 0, alone),
-    ]
+    windows = {"unlearning": recorded(trained * batch, beside), "trajectories": run(max(2, frozen) * batch).forward}
     if cfg.retains:
-        student = run(retained)
-        teacher = student.forward if cfg.retain.target == "teacher" else 0
-        windows.append(("retain", student.saved, max(student.backward, student.saved + teacher)))
+        windows["retain"] = recorded(retained, retained if cfg.retain.target == "teacher" else 0)
     if cfg.has_meta:
         judged = sum(1 for weight in set_weights(cfg.meta).values() if weight) * cfg.meta.batch_size
-        windows.append(("meta", run(judged).saved, run(judged).backward))
+        weights = meta_weights(cfg.meta)
+        again = bool(weights.before_related or weights.before_unrelated)  # on top of the gradients after the attack
+        windows["meta"] = run(judged).backward + gradients if again else recorded(judged, 0)
     if cfg.method == "doco" or (cfg.retains and cfg.retain_source != "folder"):
-        windows.append(("pictures", 0, run(2 * retained).forward))
+        windows["pictures"] = run(2 * retained).forward
     return windows
 
 
@@ -271,7 +271,4 @@ def _activations(cfg: Config, model: Model, scope: str, rows: int) -> Activation
         latent_side(cfg, model), model.tokens, torch.bfloat16 if half and not autocast else torch.float32, autocast,
         cfg.model.gradient_checkpointing, cfg.model.attention in ("eager", "sdpa-math"),
     )  # fmt: skip
-    if autocast:  # casts of weights do not grow with the batch
-        return measure(model.unet, scope, rows, shape)
-    one = measure(model.unet, scope, 1, shape)
-    return Activations(one.saved * rows, one.backward * rows, one.forward * rows)
+    return measure(model.unet, scope, rows, shape)

@@ -15,7 +15,7 @@ import torch
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.planning.advice import smallest_change
 from fastunlearn.planning.plan import ALLOWANCE, GIB, Plan, make_plan, read_model
-from fastunlearn.planning.states import ALWAYS
+from fastunlearn.planning.states import ALWAYS, Row
 
 PHASE_WORDS = {
     "attack": "simulated attack",
@@ -58,7 +58,7 @@ def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
     width = max(len(row.name) for row in plan.rows)
     lines.append(f"{'each rank':<{width}}  {'device':>10}  {'host':>10}")
     for row in plan.rows:
-        lines.append(f"{row.name:<{width}}  {size(row.device):>10}  {size(row.host):>10}{_when(row.phases)}")
+        lines.append(f"{row.name:<{width}}  {size(row.device):>10}  {size(row.host):>10}{_when(row)}")
     lines.append("")
     for phase, (device, host) in plan.phases.items() if cfg.trains else ():
         if phase not in ("keep", "project") or cfg.retains:
@@ -82,8 +82,10 @@ def _how(plan: Plan) -> str:
     )
 
 
-def _when(phases: tuple[str, ...]) -> str:
-    return "" if phases == ALWAYS else "  " + ", ".join(phases)
+def _when(row: Row) -> str:
+    if row.phases == ALWAYS:
+        return ""
+    return "  " + ", ".join(row.phases) + (f" ({', '.join(row.windows)})" if len(row.windows) > 1 else "")
 
 
 def _verdict(plan: Plan, limit: int | None, better: Plan | None) -> list[str]:

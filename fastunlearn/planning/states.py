@@ -15,12 +15,15 @@ An update goes through phases, and its memory is that of the largest. A row of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastunlearn.config import Config
 
 PHASES = ("backward", "reduce", "keep", "project", "update")
 ALWAYS = ("attack", *PHASES)
+# What calls the U-Net, in this order; trajectories move on last, or restart first of all.
+AFTER_META = ("retain", "unlearning", "trajectories")
+AFTER_RETAIN = AFTER_META[1:]
 BLOCK = 256  # elements that share an absmax, in the kept gradient and in bitsandbytes' state
 FP32 = 4
 SMALLEST_IN_8_BIT = 4096  # elements; below, bitsandbytes keeps 32-bit state
@@ -38,6 +41,8 @@ class Row:
     device: int = 0
     host: int = 0
     phases: tuple[str, ...] = ALWAYS
+    windows: tuple[str, ...] = ()
+    """In which calls of the U-Net of those phases, one of which runs at a time; none given: in all."""
 
 
 @dataclass(frozen=True)
@@ -247,11 +252,13 @@ class StateMemory:
         if mean and (surgery.retain_dtype in ("int8", "bf16") or away):
             beside += mean  # the old mean, in fp32
         label = f"retain gradient ({surgery.retain_dtype if surgery.retain_dtype != 'auto' else 'as it came'})"
-        # Without a running mean it is gone after the projection.
-        phases = ALWAYS if surgery.retain_ema else PHASES[: PHASES.index("update")]
+        # Without a running mean it comes with its own window, and is gone after the projection.
+        phases: tuple[str, ...] = ALWAYS if surgery.retain_ema else PHASES[: PHASES.index("update")]
+        windows = () if surgery.retain_ema else AFTER_RETAIN
         if away and not surgery.retain_ema:
             phases = tuple(phase for phase in phases if phase != "keep")  # a row of its own below
-        rows = [Row(label, host=kept, phases=phases) if away else self._placed(label, kept, phases)]
+        row = Row(label, host=kept, phases=phases) if away else self._placed(label, kept, phases)
+        rows = [replace(row, windows=windows)]
         rows.append(self._placed("retain gradient: copies when it is taken", beside, ("keep",)))
         if away:
             rows.append(Row("retain gradient, on its way to the host", host=kept, phases=("keep",)))
@@ -299,16 +306,31 @@ def teacher_bytes(cfg: Config, sizes: Sizes, compute: int) -> list[Row]:
     ]
 
 
+def gradients_of_one_pass(cfg: Config, sizes: Sizes, world: int) -> int:
+    """Bytes of gradients that one backward pass makes from nothing and keeps, one weight after the other; 0 where less
+    than all of them are kept, or nobody knows which come first."""
+    several = cfg.train.gradient_accumulation_steps > 1
+    whole = cfg.zero_stage == 0 or (cfg.zero_stage == 1 and not cfg.zero.overlap_comm)
+    next_batch = cfg.zero_stage == 2 and world == 1 and several and cfg.zero.offload_optimizer == "none"
+    if cfg.engine == "fused" or not (next_batch or (whole and not several)):
+        return 0
+    return sum(sizes.trained) * (2 if cfg.bf16_weights else FP32)
+
+
 def totals(rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
-    """(device, host) bytes in each phase; without a meta term there is no attack."""
+    """(device, host) bytes in each phase, in the window of it that needs most of the device; without a meta term there
+    is no attack."""
     attacked = any("attack" in row.phases and row.phases != ALWAYS for row in rows)
-    return {
-        phase: (
-            sum(row.device for row in rows if phase in row.phases),
-            sum(row.host for row in rows if phase in row.phases),
-        )
-        for phase in (ALWAYS if attacked else PHASES)
-    }
+    phases = ALWAYS if attacked else PHASES
+    return {phase: _largest_window([row for row in rows if phase in row.phases]) for phase in phases}
+
+
+def _largest_window(rows: Sequence[Row]) -> tuple[int, int]:
+    found = []
+    for window in {window for row in rows for window in row.windows} or {""}:
+        there = [row for row in rows if not row.windows or window in row.windows]
+        found.append((sum(row.device for row in there), sum(row.host for row in there)))
+    return max(found)
 
 
 def peak(rows: Sequence[Row]) -> tuple[int, int]:
