@@ -71,6 +71,11 @@ class LiveBytes(TorchDispatchMode):
         for tensor in ignored:
             self._watch(tensor.untyped_storage(), counts=0)
 
+    @property
+    def peak(self) -> int:
+        """Of all bytes together."""
+        return max(sum(point) for point in self.seen)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then look at what it returned."""
         out = func(*args, **(kwargs or {}))

@@ -45,13 +45,15 @@ def smallest_change(plan: Plan, model: Model, limit: int) -> Plan | None:
         if alone is not None and alone.fits(limit):
             return alone
     taken: tuple[Change, ...] = ()
-    best = plan
-    for change in changes:
-        tried = apply(plan, model, (*taken, change))
-        if tried is not None and tried.device < best.device:
-            taken, best = (*taken, change), tried
-        if best.fits(limit):
-            return _without_the_needless(plan, model, limit, taken)
+    best, before = plan, plan.device + 1
+    while best.device < before:  # what did not help at one peak may help at the next
+        before = best.device
+        for change in (change for change in changes if change not in taken):
+            tried = apply(plan, model, (*taken, change))
+            if tried is not None and tried.device < best.device:
+                taken, best = (*taken, change), tried
+            if best.fits(limit):
+                return _without_the_needless(plan, model, limit, taken)
     return None
 
 
