@@ -38,6 +38,7 @@ from fastunlearn.meta.sets import MetaSets, draw_sets, encode_sets
 from fastunlearn.meta.term import MetaTerm
 from fastunlearn.methods import UCE, Method, build_method, rank_table
 from fastunlearn.predictors import Evaluations, Predictors
+from fastunlearn.prompt_keys import PromptKeys, projects_prompts
 from fastunlearn.prompts import PromptBook, build_prompt_book
 from fastunlearn.retain import (
     Pool,
@@ -185,6 +186,7 @@ def shard(
     attention = install_attention(unet, cfg.model.attention, device=world.device, dtype=compute_dtype(cfg))
     if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
         stop_first_token_gradient(unet)
+    keys = PromptKeys(unet, backbone.embeds, backbone.autocast) if cfg.model.cache_prompt_keys else None
     teacher = None
     if cfg.needs_teacher:
         teacher = Teacher(unet, list(originals), whole_copy=cfg.zero_stage == 3, storage=cfg.teacher.storage)
@@ -205,7 +207,10 @@ def shard(
         print(f"{cfg.method}: {len(engine.named)} tensors, {count:,} parameters trained; {how}")
     sampler = GraphedSampler(engine.sampler) if cfg.model.cuda_graphs else engine.sampler
     # As long as nothing is trained, the student is its own teacher.
-    return Predictors(backbone, engine, sampler, teacher or engine.sampler), engine
+    models = Predictors(backbone, engine, sampler, teacher or engine.sampler)
+    models.frozen_keys = keys
+    models.own_keys = None if projects_prompts(originals) else keys
+    return models, engine
 
 
 def moving_mean(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema:

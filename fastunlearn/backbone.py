@@ -47,10 +47,12 @@ Predictor: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """Text conditions: ``hidden`` (B, L, D) for cross-attention; ``pooled`` (B, P) for SDXL's text_time, else None."""
+    """Text conditions: ``hidden`` (B, L, D) for cross-attention; ``pooled`` (B, P) for SDXL's text_time, else None;
+    ``rows`` (B,), which of the run's prompts they are, where they are unchanged."""
 
     hidden: Tensor
     pooled: Tensor | None
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -58,19 +60,28 @@ class PromptEmbeds:
     def select(self, rows: Sequence[int] | Tensor) -> PromptEmbeds:
         """The conditions of these rows, in this order."""
         index = torch.as_tensor(rows, device=self.hidden.device)
-        return PromptEmbeds(self.hidden[index], None if self.pooled is None else self.pooled[index])
+        pooled, numbers = (None if tensor is None else tensor[index] for tensor in (self.pooled, self.rows))
+        return PromptEmbeds(self.hidden[index], pooled, numbers)
+
+    def numbered(self) -> PromptEmbeds:
+        """The same as the prompts of a run, each in its row."""
+        return PromptEmbeds(self.hidden, self.pooled, torch.arange(len(self), device=self.hidden.device))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
         """A copy on this device in this dtype."""
-        return PromptEmbeds(
-            self.hidden.to(device, dtype), None if self.pooled is None else self.pooled.to(device, dtype)
-        )
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return PromptEmbeds(self.hidden.to(device, dtype), pooled, None if self.rows is None else self.rows.to(device))
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
         """Stack along the batch axis."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return PromptEmbeds(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
+        rows = [part.rows for part in parts if part.rows is not None]
+        return PromptEmbeds(
+            torch.cat([part.hidden for part in parts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat(rows) if len(rows) == len(parts) else None,
+        )
 
 
 @dataclass
@@ -161,7 +172,7 @@ def build_backbone(
     encoders = [encoder for encoder in encoders if encoder is not None]
     for encoder in encoders:
         encoder.to(device)
-    embeds = encode_prompts(pipeline, prompts, device).to(device, dtype)
+    embeds = encode_prompts(pipeline, prompts, device).to(device, dtype).numbered()
     for encoder in encoders:
         encoder.to("cpu")
     unet = pipeline.unet

@@ -66,6 +66,8 @@ def _check_speed(cfg: Config) -> None:
         )
     if cfg.model.cuda_graphs:
         _check_graphs(cfg)
+    if cfg.model.cache_prompt_keys:
+        _check_prompt_keys(cfg)
     if cfg.model.channels_last and cfg.zero_stage == 3:
         raise UserError(
             "model.channels_last: true with zero.stage 3, which flattens all weights; use false, or zero.stage 2"
@@ -85,6 +87,18 @@ def _check_graphs(cfg: Config) -> None:
             "model.cuda_graphs: true under autocast, which would record casts of weights that have changed since; set "
             "zero.stage to 1 or 2, or use false"
         )
+
+
+def _check_prompt_keys(cfg: Config) -> None:
+    against = {
+        "zero.stage 3, whose teacher is another U-Net": cfg.zero_stage == 3,
+        "model.compile 'regional', which would compile every call anew": cfg.model.compile != "no",
+        "model.cuda_graphs true, which replays the projections that were recorded": cfg.model.cuda_graphs,
+        "model.attention 'eager', which is for comparison": cfg.model.attention == "eager",
+    }
+    for what, there in against.items():
+        if there:
+            raise UserError(f"model.cache_prompt_keys: true with {what}; use false")
 
 
 def _check_cached(cfg: Config) -> None:

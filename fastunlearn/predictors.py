@@ -9,12 +9,14 @@ Counts are single-sample U-Net evaluations: a guided pair of a batch of 4 is 8. 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from fastunlearn.backbone import Backbone, Predictor, PromptEmbeds
+from fastunlearn.prompt_keys import PromptKeys
 
 
 @dataclass
@@ -34,6 +36,11 @@ class Evaluations:
 
 class Predictors:
     """Student and teacher of one run. Every method returns one fp32 prediction (B, C, H, W) per condition given."""
+
+    frozen_keys: PromptKeys | None = None
+    """Keys and values of the prompts for calls of the frozen model, if they are kept."""
+    own_keys: PromptKeys | None = None
+    """The same for calls of the student without a gradient, where it does not train them."""
 
     def __init__(self, backbone: Backbone, student: Predictor, sampler: Predictor, teacher: Predictor) -> None:
         self.backbone = backbone
@@ -68,25 +75,32 @@ class Predictors:
     def student(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student's own prediction as a target: no gradient, and not the sampler's weights where those differ."""
         self.evaluations.student_forward += len(conditions) * len(latents_BCHW)
-        return self._call(self._weights, latents_BCHW, timestep, conditions)
+        return self._call(self._weights, latents_BCHW, timestep, conditions, self.own_keys)
 
     @torch.no_grad()
     def rollout(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student without a gradient, or its running mean, for the sampler."""
         self.evaluations.rollout += len(conditions) * len(latents_BCHW)
-        return self._call(self.sampler, latents_BCHW, timestep, conditions)
+        return self._call(self.sampler, latents_BCHW, timestep, conditions, self.own_keys)
 
     @torch.no_grad()
     def frozen(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The original model."""
         self.evaluations.teacher += len(conditions) * len(latents_BCHW)
-        return self._call(self.teacher, latents_BCHW, timestep, conditions)
+        return self._call(self.teacher, latents_BCHW, timestep, conditions, self.frozen_keys)
 
     def _call(
-        self, unet: Predictor, latents: Tensor, timestep: int | Tensor, conditions: tuple[PromptEmbeds, ...]
+        self,
+        unet: Predictor,
+        latents: Tensor,
+        timestep: int | Tensor,
+        conditions: tuple[PromptEmbeds, ...],
+        keys: PromptKeys | None = None,
     ) -> tuple[Tensor, ...]:
         batch = torch.cat([latents] * len(conditions))
         if isinstance(timestep, Tensor) and timestep.dim():
             timestep = timestep.repeat(len(conditions))
-        prediction = self.backbone.predict(unet, batch, timestep, PromptEmbeds.cat(conditions))
+        embeds = PromptEmbeds.cat(conditions)
+        with nullcontext() if keys is None else keys.lent(embeds.rows):
+            prediction = self.backbone.predict(unet, batch, timestep, embeds)
         return prediction.chunk(len(conditions))

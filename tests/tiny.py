@@ -55,7 +55,7 @@ def tiny_backbone(book: PromptBook, prediction_type: str = "epsilon", unet: obje
     return Backbone(
         unet=tiny_unet() if unet is None else unet,
         scheduler=tiny_scheduler(prediction_type),
-        embeds=PromptEmbeds(hidden, pooled),
+        embeds=PromptEmbeds(hidden, pooled).numbered(),
         time_ids=torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]),
         sample_shape=(4, 8, 8),
     )

@@ -110,7 +110,7 @@ def random_backbone(
     return Backbone(
         unet=unet.to(device=device, dtype=dtype),
         scheduler=scheduler,
-        embeds=PromptEmbeds(hidden, pooled).to(device, dtype),
+        embeds=PromptEmbeds(hidden, pooled).to(device, dtype).numbered(),
         time_ids=time_ids,
         sample_shape=(config["in_channels"], side, side),
     )

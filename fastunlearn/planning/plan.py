@@ -36,6 +36,7 @@ from fastunlearn.planning.evaluations import count_evaluations, pools, teacher_c
 from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
 from fastunlearn.planning.states import Row, Sizes, gradients_of_one_pass, peak, totals, worst_rank
 from fastunlearn.predictors import Evaluations
+from fastunlearn.prompt_keys import cross_attentions
 from fastunlearn.prompts import build_prompt_book
 from fastunlearn.retain import folder_captions
 from fastunlearn.retain_prompts import preserve_prompts, retain_prompts
@@ -208,6 +209,11 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
     embeddings = texts * model.tokens * config["cross_attention_dim"] * width
     latents = pictures * config["in_channels"] * side * side * 4
     rows = [Row("prompt embeddings and latents", embeddings + latents)]
+    if cfg.model.cache_prompt_keys:
+        layers = cross_attentions(build_unet(config))
+        channels = sum(layer.to_k.out_features + layer.to_v.out_features for layer in layers)
+        computed = 2 if cfg.model.mixed_precision == "bf16" else 4
+        rows.append(Row("keys and values of the prompts", texts * model.tokens * channels * computed))
     if cfg.teacher.storage == "cached":
         indices = len({(step.concept, step.index) for step in build_method(cfg).table()})
         stored = 4 * indices * cfg.teacher.trajectories * config["in_channels"] * side * side * 4
