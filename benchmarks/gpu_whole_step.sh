@@ -54,6 +54,7 @@ one_step() {
 			scope=attn2 $fused $eight batch=4 model.channels_last=true -- \
 			scope=attn2 $fused $eight batch=1,4 model.compile=regional -- \
 			scope=attn2 $fused $eight batch=1,4 model.cuda_graphs=true -- \
+			scope=attn2,noxattn $fused $eight model.cache_prompt_keys=true -- \
 			scope=attn2 $fused $eight teacher.storage=int8,cached -- \
 			scope=attn2 engine=zero $eight stage=0,2,3 ;;
 	caps) # smaller cards: the allocator gets the cap less 1 GiB
