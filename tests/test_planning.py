@@ -200,9 +200,9 @@ def minicanvas_plan(world: int = 1, **fields: dict) -> tuple[Plan, Model]:
 
 
 def test_the_smallest_change_is_named() -> None:
-    few = {"retain": {"batch_size": 1}}  # so that the largest window is that which has the retain gradient
-    plan, model = minicanvas_plan(**few)
-    one_smaller = minicanvas_plan(surgery={"enabled": True, "retain_dtype": "int8"}, **few)[0]
+    few = {"batch_size": 1}  # so that the largest window is that which has the retain gradient
+    plan, model = minicanvas_plan(retain=few)
+    one_smaller = minicanvas_plan(surgery={"enabled": True, "retain_dtype": "int8"}, retain=few)[0]
     assert one_smaller.device < plan.device
     alone = smallest_change(plan, model, ALLOWANCE + one_smaller.device)
     assert alone is not None and alone.changes == ("--surgery.retain_dtype int8",)
