@@ -23,6 +23,8 @@ from typing import Any
 from minicanvas_quality import BASE_METHODS, METHODS, ROOT, Job, run_job
 from tqdm import tqdm
 
+from fastunlearn.relearning.plot import step_axis
+
 CONCEPTS = {"style": ("neon style", "ink style"), "object": ("cat", "car")}
 ATTACKS = {
     "full": [],
@@ -89,9 +91,8 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
                 row["steps"], row["recognised"]["mean"], yerr=row["recognised"]["spread"], capsize=2,
                 color=f"C{methods.index(base)}", linestyle="-" if meta else "--", label=row["method"],
             )  # fmt: skip
-        axes.set(title=concept, xlabel="attack steps", ylim=(-0.03, 1.03))
-        axes.set_xscale("symlog", linthresh=10)
-        axes.set_xticks(rows[0]["steps"], [str(step) for step in rows[0]["steps"]])
+        axes.set(title=concept, ylim=(-0.03, 1.03))
+        step_axis(axes, rows[0]["steps"])
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("erased concept recognised")
     panels[-1].legend(fontsize=7)

@@ -57,7 +57,7 @@ def _panel(axes: Any, result: dict, lines: dict[str, str]) -> None:
         _half(axes, result, curves)
     if "error" not in lines:
         axes.set_ylim(-0.03, 1.03)
-    _step_axis(axes, steps)
+    step_axis(axes, steps)
     axes.grid(alpha=0.25)
 
 
@@ -89,7 +89,7 @@ def _half(axes: Any, result: dict, curves: dict[str, dict]) -> None:
                 axes.plot(run["steps_to_half"], half, "|", color=COLOURS[which], markersize=14, markeredgewidth=1.5)
 
 
-def _step_axis(axes: Any, steps: list[int]) -> None:
+def step_axis(axes: Any, steps: list[int]) -> None:
     """Early steps wide, late ones narrow: the first tens decide, and all points stay readable."""
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
     axes.set_xlim(0, steps[-1] * 1.02)
