@@ -38,7 +38,7 @@ from fastunlearn.meta.sets import MetaSets, draw_sets, encode_sets
 from fastunlearn.meta.term import MetaTerm
 from fastunlearn.methods import UCE, Method, build_method, rank_table
 from fastunlearn.predictors import Evaluations, Predictors
-from fastunlearn.prompt_keys import PromptKeys, projects_prompts
+from fastunlearn.prompt_keys import PromptKeys
 from fastunlearn.prompts import PromptBook, build_prompt_book
 from fastunlearn.retain import (
     Pool,
@@ -209,7 +209,7 @@ def shard(
     # As long as nothing is trained, the student is its own teacher.
     models = Predictors(backbone, engine, sampler, teacher or engine.sampler)
     models.frozen_keys = keys
-    models.own_keys = None if projects_prompts(originals) else keys
+    models.own_keys = keys if originals.keys().isdisjoint(trainable_names(unet, "attn2_kv")) else None
     return models, engine
 
 

@@ -9,7 +9,7 @@ for embeddings with noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,11 +23,6 @@ from fastunlearn.backbone import PromptEmbeds
 def cross_attentions(unet: nn.Module) -> list[Attention]:
     """The layers that project text."""
     return [module for module in unet.modules() if isinstance(module, Attention) and module.is_cross_attention]
-
-
-def projects_prompts(names: Iterable[str]) -> bool:
-    """Whether any of these parameters makes keys or values of prompts."""
-    return any(".attn2.to_k." in name or ".attn2.to_v." in name for name in names)
 
 
 class PromptKeys:

@@ -90,9 +90,10 @@ def test_the_planner_knows_the_tables() -> None:
     cfg = load_config(None, ["--concepts", "cat", "--model.cache_prompt_keys", "true"])
     (row,) = [row for row in make_plan(cfg, 1, read_model(cfg)).rows if row.name == "keys and values of the prompts"]
     unet = tiny_unet()
-    keys = PromptKeys(unet, the_run("attn2", cached=False).models.backbone.embeds, autocast=False)
+    embeds = the_run("attn2", cached=False).models.backbone.embeds
+    keys = PromptKeys(unet, embeds, autocast=False)
     channels = sum(layer.to_k.out_features + layer.to_v.out_features for layer in cross_attentions(unet))
-    prompts, tokens, _ = the_run("attn2", cached=False).models.backbone.embeds.hidden.shape
+    prompts, tokens, _ = embeds.hidden.shape
     assert keys.nbytes == prompts * tokens * channels * 4
     assert row.device > 0
 
