@@ -183,7 +183,7 @@ class Config(Section):
     @property
     def retain_timesteps(self) -> str:
         """``retain.timesteps`` with auto filled in."""
-        auto = "uniform" if self.method == "doco" else "key"
+        auto = "uniform" if self.method == "doco" or self.closed_form else "key"
         return auto if self.retain.timesteps == "auto" else self.retain.timesteps
 
     @property

@@ -115,14 +115,20 @@ def _check_sdd(cfg: Config) -> None:
 
 
 def _check_meta_alone(cfg: Config) -> None:
-    """The meta term after an edit: there is no gradient of a method beside it."""
-    why = f"with method {cfg.method!r}, whose updates consist of the meta term alone"
-    if cfg.retains:
-        raise UserError(f"surgery.enabled: true {why}; use false")
+    """The meta term after an edit: there is no gradient of a method beside it, and no trajectory."""
+    why = f"with method {cfg.method!r}, which edits in closed form and has no updates but those of the meta term"
     if cfg.meta.every > 1:
         raise UserError(f"meta.every: {cfg.meta.every} {why}; use 1")
     if cfg.teacher.storage == "cached":
-        raise UserError(f"teacher.storage: 'cached' {why}, which has no trajectories; use 'exact' or 'int8'")
+        raise UserError(f"teacher.storage: 'cached' {why}, so no trajectories; use 'exact' or 'int8'")
+    if cfg.meta.timesteps == "key":
+        raise UserError(f"meta.timesteps: 'key' {why}, so no key steps; use 'uniform'")
+    if not cfg.retains:
+        return
+    if cfg.retain_timesteps == "key":
+        raise UserError(f"retain.timesteps: 'key' {why}, so no key steps; use 'uniform'")
+    if cfg.retain_source == "prompts":
+        raise UserError(f"retain.source: 'prompts' {why}, so no trajectories; use 'generated'")
 
 
 def _refuse_training(cfg: Config) -> None:

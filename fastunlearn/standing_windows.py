@@ -1,12 +1,15 @@
 """What stands in the place of a rollout where nothing walks.
 
-What this is: the part that such windows have in common, and the windows of a method that has none.
+What this is: the part that such windows have in common, and the windows and the loss of a method that has none.
 What this is not: pictures of anchors (``anchor_windows.py``) or stored trajectories (``cached_windows.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
 
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.predictors import Predictors
@@ -47,3 +50,8 @@ class NoWindows(StandingWindows):
     def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
         """None."""
         return iter(())
+
+
+def no_loss(parameters: Iterable[Tensor]) -> Tensor:
+    """A loss of zero, fp32, whose gradient is zero for each of them: a window for an engine that needs one."""
+    return torch.stack([(parameter * 0).sum().float() for parameter in parameters]).sum()

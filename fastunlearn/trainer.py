@@ -22,6 +22,7 @@ from fastunlearn.recorder import Recorder, Update
 from fastunlearn.results import RunFigures, start_output, write_results
 from fastunlearn.retain import retain_loss
 from fastunlearn.rollout import GuidedPair
+from fastunlearn.standing_windows import no_loss
 from fastunlearn.surgery import Figures
 from fastunlearn.zero import World, sum_of_counts
 
@@ -89,7 +90,7 @@ def one_update(run: Run, step: KeyStep) -> Update:
     windows = list(run.rollout.windows(step, run.method.augmentation(step)))
     update, trains = Update(), all(window.trains for window in windows)
     if run.meta is not None and trains and run.meta.is_due(step):
-        update.figures |= run.meta.window(step, run.rollout.timesteps[step.index], alone=not windows)
+        update.figures |= run.meta.window(step, run.rollout.timesteps[step.index])
     if run.surgery is not None and trains:
         update.retain_losses = retain_window(run, step)
     pairs: list[GuidedPair] = []
@@ -100,6 +101,8 @@ def one_update(run: Run, step: KeyStep) -> Update:
             update.losses.append(outcome.loss.detach())
         if outcome.pair is not None:
             pairs.append(outcome.pair)
+    if not windows:  # after an edit in closed form: the update is what has been put aside
+        run.engine.backward(no_loss(run.engine.named.values()), last=True)
     if trains:
         update.surgery = apply_gradient(run)
     update.figures |= run.method.finish()

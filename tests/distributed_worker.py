@@ -26,7 +26,7 @@ from fastunlearn import optimizers
 from fastunlearn.assembly import Run
 from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config
-from fastunlearn.zero import World, connect
+from fastunlearn.zero import World, connect, disconnect
 
 UPDATES = 4
 WORLD = 2
@@ -105,6 +105,7 @@ def main(folder: Path) -> None:
             weights["-loaded"] = run.engine.full_weights()
         for what, tensors in weights.items() if world.is_main else ():
             save_file(tensors, folder / f"{case.name}{what}.safetensors")
+    disconnect()
     print(f"rank {world.rank} done")
 
 

@@ -16,7 +16,7 @@ from meta_case import CASES, build_run
 from safetensors.torch import save_file
 from tiny_run import update_all
 
-from fastunlearn.zero import connect
+from fastunlearn.zero import connect, disconnect
 
 
 def main(folder: Path) -> None:
@@ -27,6 +27,7 @@ def main(folder: Path) -> None:
         weights = run.engine.full_weights()
         if world.is_main:
             save_file(weights, folder / f"{case.name}.safetensors")
+    disconnect()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from fastunlearn.assembly import Run, prepare
 from fastunlearn.config import Config, load_config
 from fastunlearn.keysteps import KeyStep
 from fastunlearn.trainer import one_update
-from fastunlearn.zero import connect
+from fastunlearn.zero import connect, disconnect
 
 SURGERY = ("--surgery.enabled", "true", "--surgery.rho", "1", "--retain.batch_size", "4")
 FULL = ("--train.scope", "full")
@@ -96,6 +96,7 @@ def main(folder: Path) -> None:
         before = alive()
         peaks[case] = measure(case) - before
     (folder / "peaks.json").write_text(json.dumps(peaks))
+    disconnect()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from fastunlearn.retain import Pool, anchor_prompts, build_source, generate_pool
 from fastunlearn.retain_prompts import retain_prompts
 from fastunlearn.rollout import Layout
 from fastunlearn.surgery import Surgery
-from fastunlearn.zero import Engine, World, connect
+from fastunlearn.zero import Engine, World, connect, disconnect
 
 WORLD = 2
 SCOPE = "full"  # of the tiny U-Net, so that there are partitions large enough for 8-bit state
@@ -248,6 +248,7 @@ def main(folder: Path, chosen: list[str]) -> None:
         (folder / f"{name}-{world.rank}.json").write_text(json.dumps(held(state_config(name), world)))
     for name in () if chosen else COUNT_CASES:
         (folder / f"{name}-{world.rank}.json").write_text(json.dumps(counted(count_config(name), world)))
+    disconnect()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import nn
 from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config
 from fastunlearn.speed import apply_channels_last, compile_blocks
-from fastunlearn.zero import connect
+from fastunlearn.zero import connect, disconnect
 
 BACKEND = "aot_eager"
 LEVERS = ("plain", "both")
@@ -61,6 +61,7 @@ def main(folder: Path) -> None:
             weights = run.engine.full_weights()
             if world.is_main:
                 save_file(weights, folder / f"{stage}-{scope}-{levers}.safetensors")
+    disconnect()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from fastunlearn.backbone import trainable_names
 from fastunlearn.config import Config
 from fastunlearn.prompts import PromptBook
 from fastunlearn.retain import Pool
-from fastunlearn.zero import World, connect
+from fastunlearn.zero import World, connect, disconnect
 
 RETAINED = ["a cat", "a house in ink style", "a tree"]
 # With an epsilon far above the gradients' size AdamW's step is linear in the gradient, so that a wrong length shows.
@@ -214,6 +214,7 @@ def main(folder: Path, what: list[str]) -> None:
             weights = train_case(mutated_case(mutation.case), world)
             if world.is_main:
                 save_file(weights, folder / f"mutation-{number}.safetensors")
+    disconnect()
     print(f"rank {world.rank} done")
 
 

@@ -215,7 +215,7 @@ def test_second_order_reaches_the_engine() -> None:
     """The gradient that the engine is handed is the exact one."""
     run = build_run(replace(FUSED, meta=(*ASCENT, ("order", "second"), ("inner_learning_rate", 0.5))), WORLD)
     assert run.meta is not None
-    run.meta.window(run.table[0], 500, alone=False)
+    run.meta.window(run.table[0], 500)
     kept = {name: torch.zeros(0) for name in run.engine.named}
     for layer in run.engine._layers:  # type: ignore[union-attr]
         for parameter, tensor in zip(layer.parameters, layer.meta._dequantized(torch.float32), strict=True):

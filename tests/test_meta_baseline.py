@@ -25,12 +25,12 @@ def test_the_copy_gives_the_gradient_of_the_term_in_place() -> None:
         run = build_run(replace(CASE), World(0, 1, torch.device("cpu")))
         assert run.meta is not None
         if literal:
-            DeepCopyMeta(run).window(run.table[0], 500, alone=False)
+            DeepCopyMeta(run).window(run.table[0], 500)
             names = list(run.engine.named)
             kept = run.meta.addition.kept._dequantized(torch.float32)
             found.append(flat(dict(zip(names, kept, strict=True))))
             continue
-        run.meta.window(run.table[0], 500, alone=False)
+        run.meta.window(run.table[0], 500)
         name_of = {id(parameter): name for name, parameter in run.engine.named.items()}
         parts = {}
         for layer in run.engine._layers:  # type: ignore[union-attr]

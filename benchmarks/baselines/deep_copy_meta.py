@@ -26,7 +26,7 @@ class DeepCopyMeta:
     def __init__(self, run: Any) -> None:
         self.run, self.meta = run, run.meta
 
-    def window(self, step: KeyStep, timestep: int, alone: bool) -> dict[str, Tensor]:
+    def window(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
         """Copy, attack the copy, add up; the sum is put aside as the run's own term does."""
         run, meta = self.run, self.meta
         weights = meta_weights(run.cfg.meta)

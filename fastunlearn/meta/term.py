@@ -63,24 +63,17 @@ class MetaTerm:
         """Whether this update has the term."""
         return step.update % self.cfg.meta.every == 0
 
-    def window(self, step: KeyStep, timestep: int, alone: bool) -> dict[str, Tensor]:
-        """Make this update's gradient of the term and put it aside; returns the losses for the log. Collective.
-
-        ``alone``: the method has no loss of its own (UCE, RECE). Then the last backward pass is that of the update.
-        """
+    def window(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
+        """Make this update's gradient of the term and put it aside; returns the losses for the log. Collective."""
         judged = self.sets.judged(step, timestep)
         weights = self._before.tolist()
         phases: list[Callable[..., dict[str, Tensor]]] = [partial(self._attacked, step, judged)]
         if any(weights):
             phases.append(partial(self._unharmed, judged.without_forbidden()))
-        own = [phases.pop()] if alone else []
         found: dict[str, Tensor] = {}
-        if phases:
-            with self.engine.kept_window(self.addition, "meta"):
-                for number, phase in enumerate(phases, start=1):
-                    found |= phase(last=number == len(phases))
-        for phase in own:
-            found |= phase(last=True)
+        with self.engine.kept_window(self.addition, "meta"):
+            for number, phase in enumerate(phases, start=1):
+                found |= phase(last=number == len(phases))
         return found
 
     def _attacked(self, step: KeyStep, judged: Judged, *, last: bool) -> dict[str, Tensor]:

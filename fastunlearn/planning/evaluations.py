@@ -40,6 +40,8 @@ def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int
         trains = step.update >= first_student_update(cfg)
         if cfg.has_meta and trains and step.update % cfg.meta.every == 0:
             add_meta(cfg, count, ranks)
+        if cfg.retains and trains:
+            _add_retain(cfg, count, step, retained)
         if cfg.closed_form:
             continue
         if not cached:
@@ -52,8 +54,6 @@ def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int
             count.student_backward += student
         else:
             count.rollout += student
-        if cfg.retains and trains:
-            _add_retain(cfg, count, step, retained)
 
 
 def _add_targets(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int) -> None:

@@ -257,7 +257,9 @@ def _windows(cfg: Config, model: Model, scope: str, gradients: int) -> dict[str,
 
     # The sampler's or the discriminator's share.
     beside = {"kscu": 3 - trained, "doco": frozen}.get(cfg.method, 0) * batch
-    windows = {"unlearning": recorded(trained * batch, beside), "trajectories": run(max(2, frozen) * batch).forward}
+    windows = {}
+    if not cfg.closed_form:
+        windows = {"unlearning": recorded(trained * batch, beside), "trajectories": run(max(2, frozen) * batch).forward}
     if cfg.retains:
         windows["retain"] = recorded(retained, retained if cfg.retain.target == "teacher" else 0)
     if cfg.has_meta:
