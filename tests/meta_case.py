@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -49,6 +49,9 @@ class Case:
     clip: bool = False
     meta: tuple[tuple[str, Any], ...] = ()
     engine: str = "zero"
+    method: str = "kscu"
+    """"uce": of an edit that has been made, so that the update is the meta term and what surgery adds."""
+    rho: float = 0.0
     tolerance: float = 1e-4
 
 
@@ -66,6 +69,8 @@ CASES = (
     Case("stage1-trained-scope-key", 1, meta=(*ASCENT, ("inner_scope", "trained"), ("timesteps", "key"))),
     # A step of a fresh AdamW is the gradient's sign, which is anybody's where the gradient is next to nothing.
     Case("stage2-adamw", 2, meta=ADAMW, tolerance=2e-2),
+    Case("stage1-after-an-edit-clip", 1, clip=True, meta=ASCENT, method="uce"),
+    Case("stage2-after-an-edit-surgery-k2", 2, accumulation=2, surgery=True, meta=ASCENT, method="uce", rho=1.5),
     Case("stage1-goes-on", 1, meta=(*ASCENT, ("restart_every", 2))),
     Case("stage2-every-2-goes-on-adamw", 2, meta=(*ADAMW, ("restart_every", 3), ("every", 2)), tolerance=2e-2),
 )
@@ -79,6 +84,7 @@ def config_of(case: Case, world_size: int) -> Config:
     return Config.model_validate(
         {
             "concepts": ["neon style"],
+            "method": case.method,
             "engine": case.engine,
             "train": {
                 "max_train_steps": 3, "train_batch_size": per_rank // case.accumulation, "learning_rate": RATE,
@@ -93,7 +99,9 @@ def config_of(case: Case, world_size: int) -> Config:
                 "offload_optimizer": "cpu" if case.offload else "none",
             } if case.engine == "zero" else {},
             "model": {"attention": "eager"},
-            "surgery": {"enabled": case.surgery, "retain_dtype": "auto" if case.engine == "zero" else "fp32"},
+            "surgery": {
+                "enabled": case.surgery, "rho": case.rho, "retain_dtype": "auto" if case.engine == "zero" else "fp32",
+            },
             "retain": {"batch_size": per_rank // case.accumulation, "target": "noise"},
             "meta": {**meta, **weights, "related_prompts": RETAINED[:1], **dict(case.meta)},
         }
@@ -128,7 +136,8 @@ def build_run(case: Case, world: World) -> Run:
 @cache
 def reference(case: Case) -> tuple[Tensor, Tensor]:
     """Trained weights at the start and at the end, flat, by plain means."""
-    cfg, book = config_of(Case(case.name, surgery=case.surgery, clip=case.clip, meta=case.meta), 1), the_book()
+    plain = replace(case, stage=0, offload=False, accumulation=1, engine="zero")
+    cfg, book = config_of(plain, 1), the_book()
     backbone = tiny_backbone(book)
     unet = backbone.unet.double()
     backbone.embeds = backbone.embeds.to(torch.device("cpu"), torch.float64)
@@ -150,22 +159,26 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
         if step.update % (cfg.meta.every * cfg.meta.terms_per_attack) == 0:
             attacker.clear()
         m = meta_gradient(cfg, models, sets, step, timestep, attacker) if step.update % cfg.meta.every == 0 else {}
-        (window,) = rollout.windows(step, None)
-        outcome = method.loss(models, window)
-        assert outcome.loss is not None
-        u = gradients(outcome.loss, trained)
+        if cfg.closed_form:
+            u, pair = {name: torch.zeros_like(p) for name, p in trained.items()}, None
+        else:
+            (window,) = rollout.windows(step, None)
+            outcome = method.loss(models, window)
+            assert outcome.loss is not None
+            u, pair = gradients(outcome.loss, trained), outcome.pair
         if case.surgery:
             (kept,) = retain.batches(step, timestep)
             r = gradients(error(models, unet, kept), trained)
             dots = {name: float((u[name] * r[name]).sum()) for name in u}
-            u = {name: u[name] - min(0.0, dots[name]) / float(r[name].square().sum()) * r[name] for name in u}
+            c = {name: min(0.0, dots[name]) / float(r[name].square().sum()) - case.rho for name in u}
+            u = {name: u[name] - c[name] * r[name] for name in u}
         total = {name: u[name] + m.get(name, 0.0) for name in u}
         norm = math.sqrt(sum(float(g.square().sum()) for g in total.values()))
         for name, parameter in trained.items():
             parameter.grad = total[name] * (min(1.0, CLIP / (norm + 1e-6)) if case.clip else 1.0)
         optimizer.step()
-        if step.continues and outcome.pair is not None:
-            rollout.advance(step, [outcome.pair])
+        if step.continues and pair is not None:
+            rollout.advance(step, [pair])
     return start, flat(trained)
 
 

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "bf16": (*FULL, *SURGERY, "--mixed_precision", "bf16"),
     "checkpointing, batch 16": ("--model.gradient_checkpointing", "true", "--train_batch_size", "16"),
     "meta": (*FULL, *SURGERY, *META, "--meta.batch_size", "6"),
+    "after an edit, meta": ("--method", "uce", *FULL, *SURGERY, *META),
     "fused": ("--engine", "fused", *FULL, *SURGERY),
     "fused, bf16, 8-bit, batch 8": (
         "--engine", "fused", *FULL, *SURGERY, "--mixed_precision", "bf16", "--optimizer.name", "adamw8bit",

@@ -24,7 +24,7 @@ from fastunlearn.meta.attack import all_trainable
 from fastunlearn.meta.prompts import meta_prompts
 from fastunlearn.meta.second_order import attacked_prediction
 from fastunlearn.meta.sets import Judged, set_captions
-from fastunlearn.planning.evaluations import count_evaluations
+from fastunlearn.planning.evaluations import count_evaluations, pools
 from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
 from fastunlearn.planning.states import Sizes
 from fastunlearn.retain import RetainBatch
@@ -51,9 +51,11 @@ def test_two_ranks_equal_a_plain_copy_and_attack(case: Case, trained: Path) -> N
     assert distance(load_file(trained / f"{case.name}.safetensors"), case) <= case.tolerance
 
 
+@pytest.mark.parametrize("weights", [{}, {"related_weight": 0.0, "unrelated_weight": 0.0}], ids=["", "forbidden"])
+@pytest.mark.parametrize("method", ["kscu", "uce"])
 @pytest.mark.parametrize("surgery", [False, True])
-def test_the_fused_engine_does_the_same(surgery: bool) -> None:
-    case = replace(FUSED, surgery=surgery)
+def test_the_fused_engine_does_the_same(surgery: bool, method: str, weights: dict[str, float]) -> None:
+    case = replace(FUSED, surgery=surgery, method=method, rho=1.5, meta=(*ASCENT, *weights.items()))
     run = build_run(case, WORLD)
     update_all(run)
     assert distance(run.engine.full_weights(), case) <= case.tolerance
@@ -245,6 +247,11 @@ BAD = [
     ({"meta.forbidden_loss": "erased", "teacher.storage": "cached"}, "meta.forbidden_loss"),
     ({"meta.related_weight": -1.0}, "meta.related_weight"),
     ({"meta.restart_every": 2, "meta.inner_scope": "lora"}, "meta.restart_every"),
+    ({"method": "uce", "meta.every": 2}, "meta.every"),
+    ({"method": "rece", "meta.timesteps": "key"}, "meta.timesteps"),
+    ({"method": "uce", "teacher.storage": "cached"}, "teacher.storage"),
+    ({"method": "uce", "surgery.enabled": "true", "retain.timesteps": "key"}, "retain.timesteps"),
+    ({"method": "uce", "surgery.enabled": "true", "retain.source": "prompts"}, "retain.source"),
 ]  # fmt: skip
 
 
@@ -314,7 +321,18 @@ def test_folders_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
 def test_the_planner_counts_what_a_run_evaluates(meta: dict[str, Any]) -> None:
     run = fused_run(**meta)
     update_all(run)
-    pictures = 2 * pool_sizes(run.cfg)[0] * run.cfg.retain.num_inference_steps
+    counted_as_planned(run)
+
+
+def test_the_planner_counts_the_updates_after_an_edit() -> None:
+    run = build_run(replace(FUSED, method="uce", surgery=True, rho=1.0, meta=ASCENT), WORLD)
+    update_all(run)
+    counted_as_planned(run)
+
+
+def counted_as_planned(run: Run) -> None:
+    pictures = 2 * (pools(run.cfg, run.method) * run.cfg.retain.num_images + pool_sizes(run.cfg)[0])
+    pictures *= run.cfg.retain.num_inference_steps
     planned = count_evaluations(run.cfg, 1)
     assert replace(planned, teacher=planned.teacher - pictures) == run.models.evaluations  # the test's are not drawn
 

@@ -17,7 +17,8 @@ from fastunlearn.config import Config
 from fastunlearn.methods import build_method
 from fastunlearn.prompts import PromptBook
 from fastunlearn.retain import Pool, PoolSource
-from fastunlearn.rollout import Layout
+from fastunlearn.rollout import Layout, Rollout
+from fastunlearn.standing_windows import NoWindows
 from fastunlearn.surgery import Surgery
 from fastunlearn.trainer import one_update
 from fastunlearn.zero import World
@@ -35,7 +36,11 @@ def tiny_run(cfg: Config, world: World, book: PromptBook, names: Sequence[str], 
     backbone.embeds = backbone.embeds.to(torch.device("cpu"), weights_dtype(cfg))
     models, engine = shard(cfg, backbone, originals, world)
     layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
-    rollout = tiny_rollout(models, book, layout, steps=cfg.sampler.num_inference_steps)
+    rollout: Rollout | NoWindows
+    if cfg.closed_form:
+        rollout = NoWindows(models, cfg.sampler.num_inference_steps)
+    else:
+        rollout = tiny_rollout(models, book, layout, steps=cfg.sampler.num_inference_steps)
     method = build_method(cfg)
     run = Run(cfg, world, method, method.table(), models, rollout, engine)
     if pool is not None:
