@@ -237,8 +237,8 @@ class RetainConfig(Section):
     target: Literal["teacher", "noise"] = "teacher"
     """What the student is held to: the frozen model's prediction, or the noise that was added."""
     timesteps: Literal["auto", "key", "uniform"] = "auto"
-    """key: that of the unlearning window (auto for KSCU and ESD); uniform: drawn for each sample (auto for DoCo, and after
-    the edit of UCE or RECE)."""
+    """key: that of the unlearning window (auto for KSCU and ESD); uniform: drawn for each sample (auto for DoCo, and
+    after the edit of UCE or RECE)."""
     batch_size: Positive = 4
     """Retain samples per rank and micro-batch."""
     num_images: Positive = 64
