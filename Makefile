@@ -1,5 +1,5 @@
 # make demo    erase a style and an object from the embedded model, on this machine's CPU or GPU
-# make test    set-up, lint, tests (also what continuous integration runs)
+# make test    set-up, lint, tests (also what continuous integration runs); JOBS=N: so many side by side, 2 by default
 # make lint    ruff and mypy only
 # make bench   timings of one update, by method, and of the kernels
 # make clean   remove what runs and checks left (not .venv)
@@ -82,8 +82,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# Side by side, a file at a time: what a file's tests share is made once.
+JOBS ?= 2
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(READY)
 	@mkdir -p output
