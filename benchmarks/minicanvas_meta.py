@@ -76,6 +76,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def pairs(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, one line per method, concept and attack that has a row without and one with the term."""
+    steps = rows[0]["steps"]
+    heads = ["method", "concept", "attack", *SCORES, *(f"after {n}" for n in steps if n), "steps to half"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    found = {(row["attack"], row["kind"], row["concept"], row["method"]): row for row in rows}
+    for (attack, kind, concept, method), base in sorted(found.items()):
+        meta = found.get((attack, kind, concept, f"{method}+meta"))
+        if meta is None:
+            continue
+        cells = [f"{base['before'][name]:.3f} → {meta['before'][name]:.3f}" for name in SCORES]
+        shares = zip(steps, base["recognised"]["mean"], meta["recognised"]["mean"], strict=True)
+        cells += [f"{without:.2f} → {with_it:.2f}" for step, without, with_it in shares if step]
+        lines.append("| " + " | ".join([method, concept, attack, *cells, f"{half(base)} → {half(meta)}"]) + " |")
+    return "\n".join(lines)
+
+
 def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     """One panel per concept: dashed without the term, solid with it."""
     from matplotlib.figure import Figure
@@ -113,6 +130,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; one core each")
     parser.add_argument("--rows", type=Path, help="also write the rows to this JSON file")
     parser.add_argument("--picture", type=Path, help="also draw the curves of the first attack here")
+    parser.add_argument("--pairs", action="store_true", help="print without → with the term, in one line")
     parser.add_argument("--show", nargs="+", type=Path, help="run nothing: the rows in these files")
     args, extra = parser.parse_known_args()
     if args.show:
@@ -123,7 +141,7 @@ def main() -> None:
         args.rows.write_text(json.dumps(rows, indent=1) + "\n")
     if args.picture:
         draw([row for row in rows if row["attack"] == rows[0]["attack"]], args.picture)
-    print(table(rows))
+    print(pairs(rows) if args.pairs else table(rows))
 
 
 def measured(args: argparse.Namespace, extra: Sequence[str]) -> list[dict[str, Any]]:
