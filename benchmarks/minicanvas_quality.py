@@ -70,7 +70,7 @@ METHODS = {
     "kscu: cached teacher": ["--teacher.storage", "cached"],
 }
 METHODS |= {f"{base}+meta": [*METHODS[base], *META] for base in ("esd-x", "sdd", "uce", "rece", "kscu")}
-# The adversary's gradient over all weights is a hundred times as long as the other two; and it learns first, 200 updates.
+# The adversary's gradient over all weights is a hundred times as long as the other two, and learns first, 200 updates.
 METHODS["doco+meta"] = [*META, "--meta.forbidden_weight", "100", "--surgery.rho", "200", "--max_train_steps", "600"]
 # What of the meta term does the work, as above.
 METHODS |= {
