@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# A pytest of its own: a worker of pytest-xdist would time nothing.
+OURS = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS} | {"KERNEL_SIZES": "4096"}
 
 
 def test_benchmark_and_table(tmp_path: Path) -> None:
     report, table = tmp_path / "benchmark.json", tmp_path / "kernels.md"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"KERNEL_SIZES": "4096"}
     command = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "-p", "no:cacheprovider"]
     command += ["-k", "guided_step and not compiled", f"--benchmark-json={report}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
     rows = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
     assert {row["extra_info"]["provider"] for row in rows} == {"ours", "eager"}
@@ -32,8 +34,7 @@ def test_an_op_that_is_wrong_gets_no_speed(tmp_path: Path) -> None:
     from kernel_mutants import MUTANTS, build
 
     build(next(mutant for mutant in MUTANTS if mutant.op == "guided_step"), tmp_path / "copy")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"KERNEL_SIZES": "4096", "PYTHONPATH": str(tmp_path / "copy")}
+    env = ENVIRONMENT | {"PYTHONPATH": str(tmp_path / "copy")}
     command = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "-p", "no:cacheprovider"]
     command += ["-k", "guided_step and ours", "--tb=line"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
