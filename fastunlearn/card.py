@@ -117,7 +117,8 @@ def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
         ("asked to keep", "; ".join(cfg.keep) or "nothing in particular"),
         ("method", METHODS.get(cfg.method, cfg.method)),
         ("prompts", "; ".join(f"`{template}`" for template in cfg.prompts.templates)),
-        *(_training_facts if cfg.trains else _edit_facts)(resolved, metrics),
+        *(_edit_facts(resolved) if cfg.closed_form else []),
+        *(_training_facts(resolved, metrics) if cfg.trains else []),
     ]
     evaluations = metrics.get("unet_evaluations") or {}
     if evaluations:
@@ -143,15 +144,33 @@ def _training_facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
         ("learning rate", f"{cfg.train.learning_rate:g} ({cfg.train.lr_scheduler}), {cfg.optimizer.name}"),
         ("sampler in training", f"DDIM, {cfg.sampler.num_inference_steps} steps, "
                                 f"guidance {cfg.sampler.guidance_scale:g}"),
+        *_additions(cfg),
         ("seed", str(cfg.seed)),
     ]  # fmt: skip
 
 
-def _edit_facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
+def _additions(cfg: Config) -> list[tuple[str, str]]:
+    """What goes with any method: the retain gradient, and the meta term."""
+    surgery, retain, meta = cfg.surgery, cfg.retain, cfg.meta
+    facts = []
+    if cfg.retains:
+        projection = "no projection" if surgery.projection == "none" else f"{surgery.projection} projection"
+        samples = f"{retain.batch_size} samples per rank and micro-batch ({cfg.retain_source}, target: {retain.target})"
+        facts.append(("retain gradient", f"{projection}, per {surgery.granularity}; rho {surgery.rho:g}; {samples}"))
+    if cfg.has_meta:
+        rate = meta.inner_learning_rate or cfg.train.learning_rate
+        attack = f"{meta.inner_steps} steps of {meta.inner_optimizer} at {rate:g} (scope: {meta.inner_scope})"
+        again = f"starting again every {meta.terms_per_attack} terms; goal: {meta.forbidden_loss}"
+        every = "every update" if meta.every == 1 else f"every {meta.every} updates"
+        facts.append(("against fine-tuning", f"Meta-Unlearning (arXiv:2410.12777), {every}: {attack}, {again}"))
+    return facts
+
+
+def _edit_facts(cfg: Config) -> list[tuple[str, str]]:
     """Of a method in closed form."""
     settings = {"uce": cfg.uce.model_dump(), "rece": cfg.rece.model_dump() if cfg.method == "rece" else {}}
     shown = [f"{section}.{name} {value}" for section, values in settings.items() for name, value in values.items()]
-    return [("edited part of the U-Net", cfg.train.scope), ("settings", ", ".join(shown))]
+    return [("edited part of the U-Net", "attn2_kv"), ("settings of the edit", ", ".join(shown))]
 
 
 def _figures(cfg: Config, evaluation: dict) -> str:

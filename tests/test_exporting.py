@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastunlearn import samples
 from fastunlearn.card import usage
-from fastunlearn.config import Config
+from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.exporting import (
     apply_delta,
@@ -224,6 +224,18 @@ def test_card_states_what_was_done_and_what_was_measured(tmp_path: Path) -> None
         assert expected in card, expected
     assert next(line for line in card.splitlines() if line.startswith("| IRA: ")).endswith("| 140 | no |")
     assert "base_model:" not in card
+
+
+def test_card_names_what_held_the_rest_and_what_makes_it_last(tmp_path: Path) -> None:
+    words = ["--method", "uce", "--concepts", "cat", "--meta.enabled", "true", "--learning_rate", "1e-4"]
+    for surgery in (["--surgery.enabled", "true", "--surgery.rho", "2"], []):
+        write_card(load_config(None, [*words, *surgery]), {"evaluation": None}, tmp_path / "README.md")
+        card = (tmp_path / "README.md").read_text()
+        assert ("textbook projection, per tensor; rho 2; 4 samples per rank and micro-batch (generated" in card) == bool(surgery)
+        assert "uce.regularisation 0.5" in card and "attn2_kv" in card and "| full |" in card
+        assert "4 steps of adamw at 0.0001 (scope: full), starting again every 20 terms; goal: erased" in card
+    write_card(a_run(), {"evaluation": None}, tmp_path / "README.md")
+    assert "against fine-tuning" not in (tmp_path / "README.md").read_text()
 
 
 def test_card_of_an_object_says_how_synonyms_leak(tmp_path: Path) -> None:
