@@ -112,7 +112,9 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
         step_axis(axes, rows[0]["steps"])
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("erased concept recognised")
-    panels[-1].legend(fontsize=7)
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = sorted(handles)
+    figure.legend([handles[name] for name in names], names, loc="outside right upper", fontsize=8)
     figure.savefig(picture, dpi=110)
 
 
