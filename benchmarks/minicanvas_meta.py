@@ -63,24 +63,29 @@ def half(row: dict[str, Any]) -> str:
     return f"{'>' if None in row['steps_to_half'] else ''}{sum(found) / len(found):.0f}"
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a table's lines."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, one line per row; recognised: mean and standard deviation over the attack's seeds."""
     steps = rows[0]["steps"]
     heads = ["method", "concept", "attack", *SCORES, *(f"after {n}" for n in steps), "steps to half", "area"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    body = []
     for row in sorted(rows, key=lambda row: (row["attack"], row["kind"], row["concept"], row["method"])):
         shares = zip(row["recognised"]["mean"], row["recognised"]["spread"], strict=True)
         cells = [row["method"], row["concept"], row["attack"], *(f"{row['before'][name]:.3f}" for name in SCORES)]
         cells += [f"{mean:.2f} ± {spread or 0:.2f}" for mean, spread in shares]
-        lines.append("| " + " | ".join([*cells, half(row), f"{row['area']['mean']:.2f}"]) + " |")
-    return "\n".join(lines)
+        body.append([*cells, half(row), f"{row['area']['mean']:.2f}"])
+    return markdown([heads, ["---"] * len(heads), *body])
 
 
 def pairs(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, one line per method, concept and attack that has a row without and one with the term."""
     steps = rows[0]["steps"]
     heads = ["method", "concept", "attack", *SCORES, *(f"after {n}" for n in steps if n), "steps to half"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    body = []
     found = {(row["attack"], row["kind"], row["concept"], row["method"]): row for row in rows}
     for (attack, kind, concept, method), base in sorted(found.items()):
         meta = found.get((attack, kind, concept, f"{method}+meta"))
@@ -89,8 +94,8 @@ def pairs(rows: Sequence[dict[str, Any]]) -> str:
         cells = [f"{base['before'][name]:.3f} → {meta['before'][name]:.3f}" for name in SCORES]
         shares = zip(steps, base["recognised"]["mean"], meta["recognised"]["mean"], strict=True)
         cells += [f"{without:.2f} → {with_it:.2f}" for step, without, with_it in shares if step]
-        lines.append("| " + " | ".join([method, concept, attack, *cells, f"{half(base)} → {half(meta)}"]) + " |")
-    return "\n".join(lines)
+        body.append([method, concept, attack, *cells, f"{half(base)} → {half(meta)}"])
+    return markdown([heads, ["---"] * len(heads), *body])
 
 
 def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:

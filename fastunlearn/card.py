@@ -158,9 +158,9 @@ def _additions(cfg: Config) -> list[tuple[str, str]]:
         samples = f"{retain.batch_size} samples per rank and micro-batch ({cfg.retain_source}, target: {retain.target})"
         facts.append(("retain gradient", f"{projection}, per {surgery.granularity}; rho {surgery.rho:g}; {samples}"))
     if cfg.has_meta:
-        rate = meta.inner_learning_rate or cfg.train.learning_rate
+        rate, goal = cfg.attack_learning_rate, "ascent" if meta.ascends else "erased"
         attack = f"{meta.inner_steps} steps of {meta.inner_optimizer} at {rate:g} (scope: {meta.inner_scope})"
-        again = f"starting again every {meta.terms_per_attack} terms; goal: {meta.forbidden_loss}"
+        again = f"starting again every {meta.terms_per_attack} terms; goal: {goal}"
         every = "every update" if meta.every == 1 else f"every {meta.every} updates"
         facts.append(("against fine-tuning", f"Meta-Unlearning (arXiv:2410.12777), {every}: {attack}, {again}"))
     return facts

@@ -175,6 +175,11 @@ class Config(Section):
         return is_active(self.meta)
 
     @property
+    def attack_learning_rate(self) -> float:
+        """Of the meta term's simulated attack: ``meta.inner_learning_rate``, or else that of the training."""
+        return self.meta.inner_learning_rate or self.train.learning_rate
+
+    @property
     def retain_source(self) -> str:
         """``retain.source`` with auto filled in."""
         auto = "anchors" if self.method == "doco" else "generated"

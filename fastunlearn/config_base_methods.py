@@ -82,7 +82,7 @@ def check_base_methods(cfg: Config) -> None:
     if cfg.method not in CLOSED_FORM:
         return
     if cfg.has_meta:
-        _check_meta_alone(cfg)
+        _check_meta_after_edit(cfg)
     elif cfg.train.scope not in ("auto", "attn2_kv"):
         raise UserError(
             f"train.scope: {cfg.train.scope!r}, but method {cfg.method!r} edits the keys and values of the "
@@ -114,7 +114,7 @@ def _check_sdd(cfg: Config) -> None:
         )
 
 
-def _check_meta_alone(cfg: Config) -> None:
+def _check_meta_after_edit(cfg: Config) -> None:
     """The meta term after an edit: there is no gradient of a method beside it, and no trajectory."""
     why = f"with method {cfg.method!r}, which edits in closed form and has no updates but those of the meta term"
     if cfg.meta.every > 1:

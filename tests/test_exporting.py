@@ -234,6 +234,9 @@ def test_card_names_what_held_the_rest_and_what_makes_it_last(tmp_path: Path) ->
         assert ("textbook projection, per tensor; rho 2; 4 samples per rank and micro-batch" in card) == bool(surgery)
         assert "uce.regularisation 0.5" in card and "attn2_kv" in card and "| full |" in card
         assert "4 steps of adamw at 0.0001 (scope: full), starting again every 20 terms; goal: erased" in card
+    released = load_config(None, [*words, "--meta.coefficients", "released"])
+    write_card(released, {"evaluation": None}, tmp_path / "README.md")
+    assert "goal: ascent" in (tmp_path / "README.md").read_text()
     write_card(a_run(), {"evaluation": None}, tmp_path / "README.md")
     assert "against fine-tuning" not in (tmp_path / "README.md").read_text()
 

@@ -34,7 +34,7 @@ class Attack:
     def __init__(self, cfg: Config, unet: nn.Module, models: Predictors, world: World) -> None:
         """``unet``: the bare module whose weights the engine also holds, with the trained ones requiring a gradient."""
         self.cfg, self.unet, self.models, self.world = cfg, unet, models, world
-        self.learning_rate = cfg.meta.inner_learning_rate or cfg.train.learning_rate
+        self.learning_rate = cfg.attack_learning_rate
         self.attacked: dict[str, nn.Parameter] = {
             name: parameter
             for name, parameter in unet.named_parameters()
