@@ -72,6 +72,8 @@ METHODS = {
 METHODS |= {f"{base}+meta": [*METHODS[base], *META] for base in ("esd-x", "sdd", "uce", "rece", "kscu")}
 # The adversary's gradient over all weights is a hundred times as long as the other two, and learns first, 200 updates.
 METHODS["doco+meta"] = [*META, "--meta.forbidden_weight", "100", "--surgery.rho", "200", "--max_train_steps", "600"]
+# On top, for one kind. A style's anchor is another style, so the term's goal is far away, and more must hold the rest.
+OF_KIND = {("doco+meta", "style"): ["--surgery.rho", "1000", "--optimizer.adam_beta1", "0.9"]}
 # What of the meta term does the work, as above.
 METHODS |= {
     "kscu+meta: a fresh attacker each time": [*META, "--meta.restart_every", "1"],
@@ -121,7 +123,8 @@ def run_job(job: Job, output: Path, extra: Sequence[str]) -> dict:
         config = str(config_of(job.method, job.kind))
         command = [sys.executable, str(ROOT / "fastunlearn" / "train.py"), "--config", config]
         command += ["--concepts", job.concept, "--seed", str(job.seed), "--output_dir", str(folder)]
-        command += ["--overwrite_output_dir", "true", *METHODS[job.method], *extra]
+        command += ["--overwrite_output_dir", "true", *METHODS[job.method]]
+        command += [*OF_KIND.get((job.method, job.kind), []), *extra]
         if job.updates is not None:
             command += ["--max_train_steps", str(job.updates)]
         folder.mkdir(parents=True, exist_ok=True)
