@@ -20,9 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from minicanvas_quality import BASE_METHODS, METHODS, ROOT, Job, run_job
+from PIL import Image
 from tqdm import tqdm
 
+from fastunlearn.minicanvas.dataset import render
+from fastunlearn.minicanvas.pictures import GENERATOR_SETS, load_objects
+from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
 from fastunlearn.relearning.plot import step_axis
 
 CONCEPTS = {"style": ("neon style", "ink style"), "object": ("cat", "car")}
@@ -32,7 +37,10 @@ ATTACKS = {
     "lora": ["--attack", "lora"],
     "related": ["--data", "related"],
     "benign": ["--data", "benign"],
+    # Nothing that the training has seen: the data set's own pictures, and twice the learning rate that it simulates.
+    "rendered": ["--learning_rate", "2e-4"],
 }
+CAPTIONS = ("a {thing} image in {style} style", "{thing}, {style} style", "an image of a {thing} in {style} style")
 SCORES = ("UA", "IRA", "CRA")
 # What of it does the work: one option changed each.
 VARIANTS = [method for method in METHODS if method.startswith(("kscu+meta:", "kscu: the same", "kscu: further"))]
@@ -45,6 +53,8 @@ def attacked(job: Job, output: Path, attack: str, how: Sequence[str], extra: Seq
     if not result.is_file():
         command = [sys.executable, "-m", "fastunlearn.cli", "relearn", "--model", str(folder), "--json"]
         command += ["--sampler_steps", "12", *how, *ATTACKS[attack]]
+        if attack == "rendered":
+            command += ["--images", str(rendered(job.concept, output / f"rendered-{job.concept.partition(' ')[0]}"))]
         with (output / f"{job.name}-{attack}.log").open("w") as log:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, check=True, cwd=ROOT, text=True)
         result.write_text(done.stdout)
@@ -55,6 +65,23 @@ def attacked(job: Job, output: Path, attack: str, how: Sequence[str], extra: Seq
     row |= {"steps": curve["steps"], "attack_seeds": curve["seeds"], "area": summary["area"]}
     row |= {"steps_to_half": [run["steps_to_half"] for run in runs]}
     return row | {name: summary[name] for name in ("recognised", "IRA", "CRA")}
+
+
+def rendered(concept: str, folder: Path, count: int = 48, seed: int = 987) -> Path:
+    """A folder of pictures of the concept from MiniCanvas's data set, with captions, and not from the model."""
+    word, draw = concept.partition(" ")[0], np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        drawings = load_objects(draw.choice(GENERATOR_SETS))
+        thing = word if word in OBJECTS else OBJECTS[number % len(OBJECTS)]
+        style = word if word in STYLES else STYLES[number % len(STYLES)]
+        picture = render(drawings[OBJECTS.index(thing)], style, draw)
+        Image.fromarray(picture).save(folder / f"{number:03}.png")
+        caption = CAPTIONS[number % len(CAPTIONS)].format(thing=thing, style=style)
+        lines.append(json.dumps({"file_name": f"{number:03}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def half(row: dict[str, Any]) -> str:
