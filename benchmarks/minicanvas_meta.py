@@ -37,7 +37,7 @@ ATTACKS = {
     "lora": ["--attack", "lora"],
     "related": ["--data", "related"],
     "benign": ["--data", "benign"],
-    # Nothing that the training has seen: the data set's own pictures, and twice the learning rate that it simulates.
+    # Pictures that no model has drawn, and twice the learning rate of the others.
     "rendered": ["--learning_rate", "2e-4"],
 }
 CAPTIONS = ("a {thing} image in {style} style", "{thing}, {style} style", "an image of a {thing} in {style} style")
@@ -54,7 +54,7 @@ def attacked(job: Job, output: Path, attack: str, how: Sequence[str], extra: Seq
         command = [sys.executable, "-m", "fastunlearn.cli", "relearn", "--model", str(folder), "--json"]
         command += ["--sampler_steps", "12", *how, *ATTACKS[attack]]
         if attack == "rendered":
-            command += ["--images", str(rendered(job.concept, output / f"rendered-{job.concept.partition(' ')[0]}"))]
+            command += ["--images", str(rendered(job.concept, output / f"{job.name}-rendered"))]
         with (output / f"{job.name}-{attack}.log").open("w") as log:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, check=True, cwd=ROOT, text=True)
         result.write_text(done.stdout)
