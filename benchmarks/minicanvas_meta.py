@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minicanvas_quality import BASE_METHODS, METHODS, ROOT, Job, run_job
+from minicanvas_quality import BASE_METHODS, METHODS, ROOT, Job, markdown, run_job
 from PIL import Image
 from tqdm import tqdm
 
@@ -88,11 +88,6 @@ def half(row: dict[str, Any]) -> str:
     """Mean of the seeds; where one never got there it is a lower bound."""
     found = [row["steps"][-1] if value is None else value for value in row["steps_to_half"]]
     return f"{'>' if None in row['steps_to_half'] else ''}{sum(found) / len(found):.0f}"
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Cells as a table's lines."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -144,20 +144,25 @@ def table(rows: Iterable[dict], means_only: bool = False) -> str:
     rows = [row | {"H": harmonic_mean([row[name] for name in SCORES[:3]])} for row in rows]
     shown = (*SCORES[:3], "H", *SCORES[3:])
     columns = ("updates", "unet_evaluations", "seconds")
-    lines = ["| method | concept | seed | updates | U-Net evaluations | s | " + " | ".join(shown) + " |"]
-    lines.append("|" + "---|" * (6 + len(shown)))
+    heads = ["method", "concept", "seed", "updates", "U-Net evaluations", "s", *shown]
+    lines = [heads, ["---"] * len(heads)]
     groups: dict[tuple[str, str, int], list[dict]] = {}
     for row in sorted(rows, key=lambda row: (row["kind"], row["method"], row["updates"], row["concept"], row["seed"])):
         groups.setdefault((row["kind"], row["method"], row["updates"]), []).append(row)
     for (kind, method, _), group in groups.items():
         for row in [] if means_only else group:
             cells = [method, row["concept"], row["seed"], *(f"{row[name]:.0f}" for name in columns)]
-            lines.append("| " + " | ".join(map(str, [*cells, *(_cell(row[name]) for name in shown)])) + " |")
+            lines.append([*map(str, cells), *(_cell(row[name]) for name in shown)])
         means = [mean(row[name] for row in group) for name in columns]
         scores = [_mean_cell([row[name] for row in group if row[name] is not None]) for name in shown]
         cells = [method, f"**{kind}s, mean of {len(group)}**", "", *(f"{value:.0f}" for value in means), *scores]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(lines)
+
+
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    """Cells as a table's lines."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _cell(value: float | None) -> str:
