@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fastunlearn.minicanvas.dataset import render
 from fastunlearn.minicanvas.pictures import GENERATOR_SETS, load_objects
-from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
+from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES, normalise_concept
 from fastunlearn.relearning.plot import step_axis
 
 CONCEPTS = {"style": ("neon style", "ink style"), "object": ("cat", "car")}
@@ -69,14 +69,14 @@ def attacked(job: Job, output: Path, attack: str, how: Sequence[str], extra: Seq
 
 def rendered(concept: str, folder: Path, count: int = 48, seed: int = 987) -> Path:
     """A folder of pictures of the concept from MiniCanvas's data set, with captions, and not from the model."""
-    word, draw = concept.partition(" ")[0], np.random.default_rng(seed)
+    word, rng = normalise_concept(concept), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
-        drawings = load_objects(draw.choice(GENERATOR_SETS))
+        drawings = load_objects(rng.choice(GENERATOR_SETS))
         thing = word if word in OBJECTS else OBJECTS[number % len(OBJECTS)]
         style = word if word in STYLES else STYLES[number % len(STYLES)]
-        picture = render(drawings[OBJECTS.index(thing)], style, draw)
+        picture = render(drawings[OBJECTS.index(thing)], style, rng)
         Image.fromarray(picture).save(folder / f"{number:03}.png")
         caption = CAPTIONS[number % len(CAPTIONS)].format(thing=thing, style=style)
         lines.append(json.dumps({"file_name": f"{number:03}.png", "text": caption}))
