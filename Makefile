@@ -90,7 +90,7 @@ test: lint
 bench: $(READY)
 	@mkdir -p output
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest benchmarks --benchmark-json=output/benchmark.json
-	$(VENV)/bin/python benchmarks/kernel_table.py output/benchmark.json --output output/kernels.md
+	$(VENV)/bin/python benchmarks/ops/kernel_table.py output/benchmark.json --output output/kernels.md
 	@echo "The kernels' table: output/kernels.md"
 
 kernels-report: $(READY)
@@ -99,7 +99,7 @@ kernels-report: $(READY)
 # Beside the environment, not in it: torch's own Triton stays as it is. Until 3.6 the interpreter calls int() on arrays of
 # one element, which NumPy 2.4 no longer allows.
 TRITON_VERSIONS ?= 3.4.0 3.6.0 newest
-KERNEL_TESTS := $(addprefix tests/test_kernels_,ops.py latent.py surgery.py 8bit.py)
+KERNEL_TESTS := $(addprefix tests/ops/test_kernels_,ops.py latent.py surgery.py 8bit.py)
 triton-matrix: $(READY)
 	@for version in $(TRITON_VERSIONS); do \
 		folder=output/triton-$$version; \
@@ -116,7 +116,7 @@ gpu-kernels: $(READY)
 
 bench-step: $(READY)
 	@mkdir -p output
-	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/throughput.py --sweep engine=zero,fused surgery=off,int8 \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/update/throughput.py --sweep engine=zero,fused surgery=off,int8 \
 		--sweep baseline=paper_kscu,quick_kscu,esd_sdxl,doco_loop --markdown output/throughput.md
 
 STEP ?= all

@@ -14,14 +14,14 @@ name=$(echo "$gpu" | tr 'A-Z ' 'a-z_' | tr -cd 'a-z0-9_-')
 echo "== $gpu, driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1), commit $(git rev-parse --short HEAD 2>/dev/null || echo '?')"
 
 echo "== tests"
-"$python" -m pytest tests/test_kernels_*.py
+"$python" -m pytest tests/ops/test_kernels_*.py
 
 if command -v compute-sanitizer >/dev/null; then
 	for tool in memcheck racecheck; do
 		echo "== compute-sanitizer $tool"
 		# The allocator of torch would hide what lies beyond a tensor, within its own blocks.
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-			"$python" tests/kernel_checks.py --case "1000 elements"
+			"$python" tests/support/kernel_checks.py --case "1000 elements"
 	done
 else
 	echo "== compute-sanitizer is not on PATH: memcheck and racecheck are left out"
@@ -29,6 +29,6 @@ fi
 
 echo "== benchmarks"
 mkdir -p benchmarks/results
-"$python" -m pytest benchmarks/test_kernels.py --benchmark-json="benchmarks/results/kernels_$name.json" --benchmark-disable-gc -q
-"$python" benchmarks/kernel_table.py "benchmarks/results/kernels_$name.json" --output "benchmarks/results/kernels_$name.md"
+"$python" -m pytest benchmarks/ops/test_kernels.py --benchmark-json="benchmarks/results/kernels_$name.json" --benchmark-disable-gc -q
+"$python" benchmarks/ops/kernel_table.py "benchmarks/results/kernels_$name.json" --output "benchmarks/results/kernels_$name.md"
 echo "== benchmarks/results/kernels_$name.md"

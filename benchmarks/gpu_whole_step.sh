@@ -40,7 +40,7 @@ run() {
 		esac
 	done
 	echo "== $step: $gpu"
-	"$python" benchmarks/throughput.py "${model[@]}" --time-limit "$limit" --json "$file.json" --markdown "$file.md" "${arguments[@]}"
+	"$python" benchmarks/update/throughput.py "${model[@]}" --time-limit "$limit" --json "$file.json" --markdown "$file.md" "${arguments[@]}"
 }
 
 one_step() {

@@ -93,8 +93,8 @@ def usage() -> str:
 def train(argv: list[str]) -> int:
     """``fastunlearn train``: in this process, or through DeepSpeed's launcher where more than one rank is asked for."""
     from fastunlearn.config import config_from_arguments
-    from fastunlearn.config_text import take_option
-    from fastunlearn.preflight import check_all
+    from fastunlearn.config.loader import take_option
+    from fastunlearn.training.preflight import check_all
 
     text, rest = take_option(argv, "num_gpus")
     ranks = _rank_count(text)
@@ -138,8 +138,8 @@ def _gpu_count() -> int:
 def plan(argv: list[str]) -> int:
     """``fastunlearn plan``: options as for ``train``, and ``--vram`` and ``--json``."""
     from fastunlearn.config import config_from_arguments
-    from fastunlearn.config_text import take_option
-    from fastunlearn.quiet import prepare_environment
+    from fastunlearn.config.loader import take_option
+    from fastunlearn.utils.environment import prepare_environment
 
     if "--help" in argv or "-h" in argv:
         print(PLAN_USAGE)
@@ -150,7 +150,7 @@ def plan(argv: list[str]) -> int:
     limit = None if text is None else _gib(text)
     config = config_from_arguments([word for word in rest if word != "--json"])
     prepare_environment(1)
-    from fastunlearn.planning.report import run as run_plan
+    from fastunlearn.commands.plan import run as run_plan
 
     return run_plan(config, ranks, limit, as_json="--json" in rest)
 
@@ -173,17 +173,17 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer images, wider intervals")
     parser.add_argument("--full", action="store_true", help="also the relearning test (see fastunlearn relearn)")
     args = parser.parse_args(argv)
-    from fastunlearn.preflight import check_results
+    from fastunlearn.training.preflight import check_results
 
     check_results(Path(args.model))  # before torch is loaded
-    from fastunlearn.scoring.command import run as run_evaluation
+    from fastunlearn.commands.evaluate import run as run_evaluation
 
     return run_evaluation(args)
 
 
 def relearn(argv: list[str]) -> int:
     """``fastunlearn relearn --model OUT [--attack NAME] [--data NAME] [--steps N,N,...] [--seeds N] [--json] ...``."""
-    from fastunlearn.relearning import command
+    from fastunlearn.commands import relearn as command
 
     parser = Parser(prog="fastunlearn relearn", description=COMMANDS["relearn"], allow_abbrev=False)
     command.add_arguments(parser)
@@ -193,8 +193,8 @@ def relearn(argv: list[str]) -> int:
 
 def doctor(argv: list[str]) -> int:
     """``fastunlearn doctor [--json] [--make-random KIND DIR ...]``."""
-    from fastunlearn import doctor as examination
-    from fastunlearn.quiet import prepare_environment
+    from fastunlearn.commands import doctor as examination
+    from fastunlearn.utils.environment import prepare_environment
 
     parser = Parser(prog="fastunlearn doctor", description=COMMANDS["doctor"], allow_abbrev=False)
     examination.add_arguments(parser)
@@ -205,7 +205,7 @@ def doctor(argv: list[str]) -> int:
 
 def minicanvas(argv: list[str]) -> int:
     """``fastunlearn minicanvas path | sample | rebuild``."""
-    from fastunlearn.minicanvas import commands
+    from fastunlearn.commands import minicanvas as commands
 
     parser = Parser(prog="fastunlearn", allow_abbrev=False)
     commands.add_parser(parser.add_subparsers(required=True, parser_class=Parser))

@@ -18,8 +18,8 @@ if __name__ == "__main__":
 
 from fastunlearn.config import Config, config_from_arguments
 from fastunlearn.errors import UserError
-from fastunlearn.preflight import check_all, check_kernels
-from fastunlearn.quiet import prepare_environment
+from fastunlearn.training.preflight import check_all, check_kernels
+from fastunlearn.utils.environment import prepare_environment
 
 
 def main(argv: list[str]) -> int:
@@ -55,17 +55,17 @@ def gpu_present() -> bool:
 def run(cfg: Config, world_size: int) -> None:
     """Join the other ranks and train. Imports torch, so it comes after every check that needs neither."""
     prepare_environment(cfg.train.cpu_threads)
-    from fastunlearn.checkpoint import check_resumable, find_checkpoint
+    from fastunlearn.training.checkpoint import check_resumable, find_checkpoint
 
     resume = find_checkpoint(cfg)
     if resume is not None:
         check_resumable(resume, cfg, world_size)
     if is_main():
-        from fastunlearn.planning.guard import check_memory
+        from fastunlearn.training.memory_check import check_memory
 
         check_memory(cfg, world_size)
-    from fastunlearn.trainer import train
-    from fastunlearn.zero import connect, disconnect, unconnected
+    from fastunlearn.engines.zero import connect, disconnect, unconnected
+    from fastunlearn.training.trainer import train
 
     world = connect() if cfg.trains else unconnected()
     train(cfg, world)

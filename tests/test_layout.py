@@ -1,6 +1,6 @@
-"""The rules of the source tree: which way imports point, what modules may be called, how long they are.
+"""The rules of the source tree: which way imports point, who knows a foreign library, how long a module may be.
 
-Read from the source with `ast`; nothing is imported, except by the test that loads every config.
+Read from the source with `ast`; nothing is imported. `python tests/test_layout.py` prints every offence.
 """
 
 from __future__ import annotations
@@ -16,28 +16,55 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = ROOT / "fastunlearn"
 KERNELS = ROOT / "kernels" / "fastunlearn_kernels"
+BENCHMARKS = ROOT / "benchmarks"
 MODULES = sorted([*TRAINER.rglob("*.py"), *KERNELS.rglob("*.py")])
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
+# From the top of the house to its foundations. A package imports what stands below it, and nothing beside or above it.
+LAYERS = (
+    ("fastunlearn.__main__",),
+    ("fastunlearn.cli",),
+    ("fastunlearn.commands",),
+    ("fastunlearn.minicanvas.build",),
+    ("fastunlearn.train",),
+    ("fastunlearn.training",),
+    ("fastunlearn.export",),
+    ("fastunlearn.evaluation",),
+    ("fastunlearn.planning",),
+    ("fastunlearn.methods",),
+    ("fastunlearn.meta",),
+    ("fastunlearn.sampling",),
+    ("fastunlearn.engines",),
+    ("fastunlearn.gradients",),
+    ("fastunlearn.denoisers",),
+    ("fastunlearn.acceleration",),
+    ("fastunlearn.models",),
+    ("fastunlearn.config",),
+    ("fastunlearn.prompts",),
+    ("fastunlearn.schema",),
+    ("fastunlearn.minicanvas.data",),
+    ("fastunlearn.minicanvas",),
+    ("fastunlearn.registry",),
+    ("fastunlearn.utils",),
+    ("fastunlearn.errors",),
+    ("fastunlearn_kernels.testing",),
+    ("fastunlearn_kernels",),
+    ("fastunlearn_kernels.adamw8bit",),
+    ("fastunlearn_kernels.gradients",),
+    ("fastunlearn_kernels.latent",),
+    ("fastunlearn_kernels.common",),
+)
+LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
+
 MAX_LINES = 350
 MAX_LINES_OF = {"fastunlearn/train.py": 120}
+MAX_MODULES = 12  # of one package, its sub-packages apart
 
 # Foreign library -> the only files that import it.
 ONE_FILE_KNOWS = {
-    "deepspeed": {"fastunlearn/zero.py", "fastunlearn/cli.py"},  # cli.py: the launcher only
-    "bitsandbytes": {"fastunlearn/optimizers.py"},
-    "xformers": {"fastunlearn/attention.py"},
-}
-# Layer -> modules of fastunlearn that nothing in it may import.
-MUST_NOT_IMPORT = {
-    "fastunlearn/methods/": {"trainer", "train", "cli", "zero", "checkpoint", "exporting", "scoring", "optimizers"},
-    "fastunlearn/scoring/": {"trainer", "train", "cli", "zero", "methods", "rollout", "checkpoint"},
-    "fastunlearn/relearning/": {"trainer", "train", "cli", "zero", "methods", "checkpoint", "exporting", "assembly"},
-    "fastunlearn/minicanvas/": {"trainer", "train", "cli", "zero", "methods", "rollout", "checkpoint"},
-    "fastunlearn/config": {"trainer", "train", "cli", "zero", "methods", "rollout", "checkpoint", "scoring"},
-    "fastunlearn/rollout.py": {"trainer", "train", "cli", "zero", "methods", "checkpoint", "scoring"},
-    "fastunlearn/teacher.py": {"trainer", "train", "cli", "methods", "checkpoint", "scoring"},
-    "fastunlearn/zero.py": {"trainer", "train", "cli", "methods", "rollout", "scoring"},
+    "deepspeed": {"fastunlearn/engines/zero.py", "fastunlearn/utils/distributed.py"},
+    "bitsandbytes": {"fastunlearn/engines/optimizers"},
+    "xformers": {"fastunlearn/acceleration/attention.py"},
 }
 
 
@@ -45,23 +72,83 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def dotted(path: Path) -> str:
+    """fastunlearn/methods/kscu.py -> fastunlearn.methods.kscu"""
+    base = ROOT / "kernels" if KERNELS in path.parents else BENCHMARKS if BENCHMARKS in path.parents else ROOT
+    parts = path.relative_to(base).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> str | None:
+    """The longest entry of LAYERS that the module is in."""
+    found = [name for name in LEVEL if module == name or module.startswith(name + ".")]
+    return max(found, key=len, default=None)
+
+
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """Dotted names of everything the file imports, anywhere in it; relative imports made absolute."""
-    package = path.relative_to(ROOT / "kernels" if KERNELS in path.parents else ROOT).parent.parts
+    """Dotted names of everything the file imports, anywhere in it, also for types only."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return frozenset(found)
+
+
+@cache
+def module_names() -> dict[str, Path]:
+    return {dotted(path): path for path in [*MODULES, *sorted(BENCHMARKS.rglob("*.py"))]}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Those of our own modules that the file imports."""
+    return {name for name in imports(path) if name in module_names()} - {dotted(path)}
+
+
+def offences() -> list[str]:
+    """Imports that point sideways or up."""
+    found = []
+    for path in MODULES:
+        own = layer_of(dotted(path))
+        for module in sorted(imported_modules(path)):
+            other = layer_of(module)
+            if own is None or other is None or module == "fastunlearn":
+                continue
+            if own != other and LEVEL[other] >= LEVEL[own]:
+                found.append(f"{dotted(path)} imports {module}")
+    return found
+
+
+def circles(paths: list[Path]) -> list[str]:
+    """Modules that import each other in a ring, found by taking away whatever imports nothing that is left."""
+    graph = {dotted(path): imported_modules(path) for path in paths}
+    while True:
+        free = {name for name, needs in graph.items() if not needs & graph.keys()}
+        if not free:
+            return sorted(graph)
+        graph = {name: needs for name, needs in graph.items() if name not in free}
 
 
 def imports_package(path: Path, package: str) -> bool:
     return any(name == package or name.startswith(package + ".") for name in imports(path))
+
+
+def test_imports_point_down() -> None:
+    assert not offences()
+
+
+def test_every_module_stands_in_a_layer() -> None:
+    assert not [name for name in map(dotted, MODULES) if name != "fastunlearn" and layer_of(name) is None]
+
+
+def test_no_circle_of_modules() -> None:
+    assert not circles(MODULES)
+
+
+def test_no_circle_in_the_benchmarks() -> None:
+    assert not circles(sorted(BENCHMARKS.rglob("*.py")))
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=name_of)
@@ -70,40 +157,32 @@ def test_kernels_import_torch_and_triton_only(path: Path) -> None:
     assert roots <= {"torch", "triton", "fastunlearn_kernels"}
 
 
-def test_only_the_entry_points_import_the_trainer() -> None:
-    importers = {name_of(path) for path in MODULES if imports_package(path, "fastunlearn.trainer")}
-    assert importers <= {"fastunlearn/train.py", "fastunlearn/cli.py"}
-
-
 @pytest.mark.parametrize("library", ONE_FILE_KNOWS)
-def test_one_file_knows_each_foreign_library(library: str) -> None:
-    importers = {name_of(path) for path in MODULES if imports_package(path, library)}
-    assert importers <= ONE_FILE_KNOWS[library]
-
-
-@pytest.mark.parametrize("layer", MUST_NOT_IMPORT)
-def test_imports_point_one_way(layer: str) -> None:
-    offences = [
-        f"{name_of(path)} imports {module}"
-        for path in MODULES
-        if name_of(path).startswith(layer)
-        for module in MUST_NOT_IMPORT[layer]
-        if imports_package(path, f"fastunlearn.{module}")
-    ]
-    assert not offences
+def test_one_place_knows_each_foreign_library(library: str) -> None:
+    places = tuple(ONE_FILE_KNOWS[library])
+    importers = [name_of(path) for path in MODULES if imports_package(path, library)]
+    assert importers and all(name.startswith(places) for name in importers)
 
 
 def test_no_module_has_the_name_of_a_library() -> None:
     """`deepspeed fastunlearn/train.py` puts fastunlearn/ first on sys.path until train.py removes it."""
     ours = {path.stem for path in TRAINER.glob("*.py")} | {path.parent.name for path in TRAINER.glob("*/__init__.py")}
     libraries = set(packages_distributions()) | sys.stdlib_module_names | {"datasets", "evaluate", "kernels", "wandb"}
-    assert not (ours - {"__init__"}) & (libraries - {"fastunlearn", "fastunlearn_kernels"})
+    assert not (ours - {"__init__", "__main__"}) & (libraries - {"fastunlearn", "fastunlearn_kernels"})
 
 
 def test_no_package_is_called_kernels() -> None:
     """It would shadow Hugging Face's package of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "tests" / "kernels").exists()
+
+
+def test_packages_are_small_and_say_what_lives_there() -> None:
+    for folder in sorted({path.parent for path in MODULES}):
+        front = folder / "__init__.py"
+        assert front.is_file(), f"{name_of(folder)} has no __init__.py"
+        assert ast.get_docstring(ast.parse(front.read_text(encoding="utf-8"))), f"{name_of(front)} says nothing"
+        assert len(list(folder.glob("*.py"))) <= MAX_MODULES + 1, f"{name_of(folder)} holds too many modules"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -125,3 +204,7 @@ def test_every_config_loads_and_says_how_to_run_it(path: Path) -> None:
     assert config.concepts
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert header.startswith("#") and f"configs/{path.name}" in header, "its first comment gives the exact command"
+
+
+if __name__ == "__main__":
+    print("\n".join([*offences(), "in a circle:", *circles(MODULES), *circles(sorted(BENCHMARKS.rglob("*.py")))]))

@@ -11,8 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from fastunlearn.meta.attack import Attack
-from fastunlearn.retain import RetainBatch
+from fastunlearn.meta.inner_loop import Attack
+from fastunlearn.sampling.retain import RetainBatch
 from fastunlearn_kernels.prediction import prediction_number, training_target
 
 

@@ -7,7 +7,6 @@ To add a method: write a file with a class that has ``table`` and ``loss`` as in
 from dataclasses import replace
 
 from fastunlearn.config import Config, resolved_steps
-from fastunlearn.keysteps import KeyStep
 from fastunlearn.methods.base import Method
 from fastunlearn.methods.doco import DoCo
 from fastunlearn.methods.esd import ESD
@@ -15,6 +14,7 @@ from fastunlearn.methods.kscu import KSCU
 from fastunlearn.methods.rece import RECE
 from fastunlearn.methods.sdd import SDD
 from fastunlearn.methods.uce import UCE
+from fastunlearn.sampling.key_steps import KeyStep
 
 METHODS: dict[str, type[Method]] = {"kscu": KSCU, "esd": ESD, "doco": DoCo, "sdd": SDD, "uce": UCE, "rece": RECE}
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastunlearn.config import Config
-from fastunlearn.keysteps import KeyStep
-from fastunlearn.predictors import Predictors
-from fastunlearn.rollout import Augmentation, GuidedPair, Window
+from fastunlearn.denoisers.predictors import Predictors
+from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.rollout import Augmentation, GuidedPair, Window
 
 
 @dataclass

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from fastunlearn.config import Config, resolved_start, resolved_steps
-from fastunlearn.discriminator import Judge
-from fastunlearn.keysteps import KeyStep
+from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.methods.base import Method, Outcome
-from fastunlearn.predictors import Predictors
-from fastunlearn.rollout import Window
+from fastunlearn.methods.parts.discriminator import Judge
+from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.rollout import Window
 from fastunlearn_kernels import to_epsilon
 
 

@@ -9,10 +9,10 @@ are scopes in ``config_rules.py``.
 from __future__ import annotations
 
 from fastunlearn.config import resolved_steps
-from fastunlearn.keysteps import KeyStep, uniform_table
+from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.methods.base import Method, Outcome, frozen_predictions, sampler_pair
-from fastunlearn.predictors import Predictors
-from fastunlearn.rollout import Window
+from fastunlearn.sampling.key_steps import KeyStep, uniform_table
+from fastunlearn.sampling.rollout import Window
 from fastunlearn_kernels import guided_noise_loss
 
 

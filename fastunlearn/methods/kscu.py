@@ -14,10 +14,10 @@ prompt~ is the prompt itself, in the tail of the run an augmented one with a lit
 from __future__ import annotations
 
 from fastunlearn.config import resolved_start, resolved_steps
-from fastunlearn.keysteps import KeyStep, key_step_table
+from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.methods.base import Method, Outcome, frozen_predictions, sampler_pair
-from fastunlearn.predictors import Predictors
-from fastunlearn.rollout import Augmentation, Window
+from fastunlearn.sampling.key_steps import KeyStep, key_step_table
+from fastunlearn.sampling.rollout import Augmentation, Window
 from fastunlearn_kernels import guided_noise_loss
 
 # With the published weight of 1e-4 the unconditional term has about a millionth of the conditional gradient at the

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastunlearn.closed_form import Tokens, Weights, beyond, erase, evoking, gram, joined
+from fastunlearn.methods.parts.closed_form import Tokens, Weights, beyond, erase, evoking, gram, joined
 from fastunlearn.methods.uce import UCE
 
 

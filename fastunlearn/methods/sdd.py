@@ -13,10 +13,10 @@ Nothing is asked of the original model: there is no frozen teacher, unless a ret
 from __future__ import annotations
 
 from fastunlearn.config import resolved_steps
-from fastunlearn.keysteps import KeyStep, uniform_table
+from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.methods.base import Method, Outcome, sampler_pair
-from fastunlearn.predictors import Predictors
-from fastunlearn.rollout import Window
+from fastunlearn.sampling.key_steps import KeyStep, uniform_table
+from fastunlearn.sampling.rollout import Window
 from fastunlearn_kernels import to_epsilon
 
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastunlearn.closed_form import Tokens, Weights, beyond, erase
 from fastunlearn.config import resolved_steps
-from fastunlearn.keysteps import KeyStep
+from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.methods.base import Method, Outcome
-from fastunlearn.predictors import Predictors
-from fastunlearn.rollout import Window
+from fastunlearn.methods.parts.closed_form import Tokens, Weights, beyond, erase
+from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.rollout import Window
 
 
 class UCE(Method):

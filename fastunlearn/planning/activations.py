@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from fastunlearn.backbone import set_trainable, trainable_names
+from fastunlearn.models.backbone import set_trainable, trainable_names
 
 FEW = 3  # samples, up to which a pass is run as it is
 NORMS = (functional.group_norm, functional.layer_norm)

@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastunlearn.backbone import SCOPES
 from fastunlearn.config import Config, resolved_scope
-from fastunlearn.config_text import merge
+from fastunlearn.config.loader import merge
 from fastunlearn.errors import UserError
+from fastunlearn.models.backbone import SCOPES
 from fastunlearn.planning.plan import Model, Plan, make_plan, unet_sizes
 
 RANKS = (2, 4, 8)

@@ -7,8 +7,8 @@ the host says how large all of it is.
 
 from __future__ import annotations
 
-from fastunlearn.closed_form import MATRICES
 from fastunlearn.config import Config
+from fastunlearn.methods.parts.closed_form import MATRICES
 from fastunlearn.planning.states import FP32, Row, Sizes
 
 FP64 = 8

@@ -8,9 +8,9 @@ What this is not: the method's own rows (``states.py``, ``fused_states.py``).
 from __future__ import annotations
 
 from fastunlearn.config import Config
-from fastunlearn.config_meta import SETS, meta_weights, set_weights
+from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.planning.states import AFTER_META, BLOCK, FP32, PHASES, SMALLEST_IN_8_BIT, Row, Sizes
-from fastunlearn.predictors import Evaluations
+from fastunlearn.schema.meta import SETS, meta_weights, set_weights
 
 
 def attack_rows(cfg: Config, sizes: Sizes) -> list[Row]:
@@ -51,7 +51,7 @@ def pool_sizes(cfg: Config) -> tuple[int, int]:
     """(pictures in all sets, sets that are drawn by the model)"""
     if not cfg.has_meta:
         return 0, 0
-    from fastunlearn.meta.prompts import meta_prompts
+    from fastunlearn.prompts.meta_sets import meta_prompts
 
     drawn = len(meta_prompts(cfg))
     return drawn * cfg.meta.num_images, drawn

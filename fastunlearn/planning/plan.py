@@ -18,29 +18,29 @@ from typing import Any
 
 import torch
 
-from fastunlearn.backbone import trainable_names
+from fastunlearn.acceleration.text_kv_cache import cross_attentions
 from fastunlearn.config import Config, resolved_scope
-from fastunlearn.config_meta import meta_weights, set_weights
-from fastunlearn.discriminator import Discriminator
+from fastunlearn.denoisers.predictors import Evaluations
+from fastunlearn.engines.optimizers import is_small, layer_of, parameter_groups
 from fastunlearn.errors import UserError
-from fastunlearn.loading import hub_file, stored_dtype
-from fastunlearn.meta.prompts import meta_texts
-from fastunlearn.meta.sets import set_captions
+from fastunlearn.meta.image_sets import set_captions
 from fastunlearn.methods import build_method
 from fastunlearn.methods.doco import shown_channels
-from fastunlearn.model_files import COMPONENTS, FIELD, check_kind, check_safetensors, is_hub_id, variant_of
-from fastunlearn.optimizers import is_small, layer_of, parameter_groups
+from fastunlearn.methods.parts.discriminator import Discriminator
+from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models.formats.headers import COMPONENTS, FIELD, check_kind, check_safetensors, is_hub_id, variant_of
+from fastunlearn.models.formats.single_file import read_single_file
+from fastunlearn.models.loading import hub_file, stored_dtype
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.edits import edit_rows, mean_rows
-from fastunlearn.planning.evaluations import count_evaluations, pools, teacher_conditions, trained_conditions
 from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
 from fastunlearn.planning.states import Row, Sizes, gradients_of_one_pass, peak, totals, worst_rank
-from fastunlearn.predictors import Evaluations
-from fastunlearn.prompt_keys import cross_attentions
-from fastunlearn.prompts import build_prompt_book
-from fastunlearn.retain import folder_captions
-from fastunlearn.retain_prompts import preserve_prompts, retain_prompts
-from fastunlearn.single_file import read_single_file
+from fastunlearn.planning.unet_calls import count_evaluations, pools, teacher_conditions, trained_conditions
+from fastunlearn.prompts.meta_sets import meta_texts
+from fastunlearn.prompts.preserved import preserve_prompts, retain_prompts
+from fastunlearn.prompts.variants import build_prompt_book
+from fastunlearn.sampling.retain import folder_captions
+from fastunlearn.schema.meta import meta_weights, set_weights
 
 GIB = 2**30
 CLIP_TOKENS = 77

@@ -1,0 +1,116 @@
+"""The model of a row: a folder or file through the ordinary loader, or random weights made where they are used.
+
+What this is: ``sdxl-random`` and the like build the U-Net of a public architecture on the device itself, in bf16, with
+random prompt embeddings, so that a GPU needs neither a disk nor the text encoders. All else is the trainer's own
+``prepare``: only the two functions that load a pipeline and embed its prompts are stood in for.
+What this is not: a model that draws anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from fastunlearn.config import Config
+from fastunlearn.models.backbone import Backbone, PromptEmbeds, build_backbone, load_pipeline
+from fastunlearn.models.formats.architectures import ARCHITECTURES, Architecture
+from fastunlearn.planning.plan import CLIP_TOKENS, Model, read_model
+from fastunlearn.training import setup as assembly
+
+SUFFIX = "-random"
+SEED = 0
+
+
+def random_architecture(name: str) -> Architecture | None:
+    """What ``sdxl-random`` or ``tiny-sdxl-random`` stands for; None for a folder, a file, a hub id or minicanvas."""
+    return ARCHITECTURES.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
+
+
+def plan_model(cfg: Config) -> Model:
+    """What the planner needs to know of a row's model."""
+    architecture = random_architecture(cfg.model.pretrained_model_name_or_path)
+    if architecture is None:
+        return read_model(cfg)
+    return Model(json.dumps(dict(architecture.unet)), CLIP_TOKENS, architecture.factor, 0)
+
+
+@contextlib.contextmanager
+def loading(cfg: Config, device: torch.device) -> Iterator[None]:
+    """Inside, ``prepare`` finds the row's model."""
+    architecture = random_architecture(cfg.model.pretrained_model_name_or_path)
+    if architecture is None:
+        yield
+        return
+    dtype = torch.bfloat16 if cfg.model.mixed_precision == "bf16" else torch.float32
+
+    def load(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(unet=random_unet(architecture, device, dtype))
+
+    def embed(pipeline: Any, prompts: Sequence[str], resolution: int | None, place: torch.device, kind: torch.dtype,
+              ) -> Backbone:  # fmt: skip
+        return random_backbone(architecture, pipeline.unet, len(prompts), resolution, place, kind)
+
+    with mock.patch.object(assembly, "load_pipeline", load), mock.patch.object(assembly, "build_backbone", embed):
+        yield
+
+
+def backbone_of(cfg: Config, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> Backbone:
+    """The row's model for a baseline, in ``dtype``."""
+    architecture = random_architecture(cfg.model.pretrained_model_name_or_path)
+    if architecture is None:
+        pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
+        return build_backbone(pipeline, prompts, cfg.train.resolution, device, dtype)
+    unet = random_unet(architecture, device, dtype)
+    return random_backbone(architecture, unet, len(prompts), cfg.train.resolution, device, dtype)
+
+
+def random_unet(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    """PyTorch's own initialisation, made on the device in ``dtype``: no second copy is ever there."""
+    torch.manual_seed(SEED)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return UNet2DConditionModel.from_config(dict(architecture.unet))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_backbone(
+    architecture: Architecture,
+    unet: UNet2DConditionModel,
+    prompts: int,
+    resolution: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Backbone:
+    """Normal prompt embeddings; row 0, the unconditional prompt, is zeros as SDXL's is."""
+    config = unet.config
+    draw = torch.Generator().manual_seed(SEED)
+    hidden = torch.randn(prompts, CLIP_TOKENS, config["cross_attention_dim"], generator=draw)
+    hidden[0] = 0
+    pooled = None
+    side = resolution // architecture.factor if resolution else config["sample_size"]
+    time_ids = None
+    if config["addition_embed_type"] == "text_time":
+        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        pooled = torch.randn(prompts, width, generator=draw)
+        pooled[0] = 0
+        pixels = float(side * architecture.factor)
+        time_ids = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]], device=device)
+    scheduler = DDIMScheduler.from_config(dict(architecture.scheduler), clip_sample=False, set_alpha_to_one=False)
+    return Backbone(
+        unet=unet.to(device=device, dtype=dtype),
+        scheduler=scheduler,
+        embeds=PromptEmbeds(hidden, pooled).to(device, dtype).numbered(),
+        time_ids=time_ids,
+        sample_shape=(config["in_channels"], side, side),
+    )

@@ -1,0 +1,143 @@
+"""What a row of the benchmark is: short names for what is swept, their product, and the configuration behind them.
+
+What this is: ``scope=attn2,full batch=1,4`` as text, as rows, and as a ``Config``. A name with a dot is a field of the
+configuration itself (``model.compile=no,blocks``), so a lever that the trainer gains can be swept at once.
+What this is not: a measurement. Nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastunlearn.config import Config
+from fastunlearn.config import loader as config_text
+from fastunlearn.errors import UserError, nearest
+
+Row = dict[str, str]
+
+DEFAULTS: Row = {
+    "model": "minicanvas", "kind": "style", "method": "kscu", "baseline": "ours", "engine": "zero", "surgery": "off",
+    "batch": "1", "precision": "auto", "checkpointing": "false", "attention": "auto", "scope": "auto", "cap": "none",
+    "profile": "false", "whole": "false",
+}  # fmt: skip
+# Only where they are given: what is left out is the configuration's own default.
+OPTIONAL = {"resolution": "train.resolution", "stage": "zero.stage", "optimizer": "optimizer.name"}
+ALLOWED = {
+    "kind": ("style", "object"),
+    "surgery": ("off", "auto", "fp32", "bf16", "int8"),
+    "precision": ("auto", "published", "bf16", "no"),
+    "checkpointing": ("true", "false"),
+    "profile": ("true", "false"),
+    "whole": ("true", "false"),
+}
+OF_OURS = ("engine", "stage", "surgery", "optimizer", "method")
+"""What a baseline fixes itself."""
+CONCEPTS = {"style": "neon style", "object": "cat"}
+ANCHORS = {"style": "ink style", "object": "car"}
+KEPT = ["a house", "a fish in ink style", "a photograph of a tree", "a boat on a lake"]
+
+
+def parse_sweep(groups: Sequence[Sequence[str]], fixed: Mapping[str, str]) -> list[Row]:
+    """The rows of all groups, each the product of its ``name=value,value``; the same row twice counts once.
+
+    Raises:
+        UserError: an unknown name, or a value that is not allowed.
+    """
+    rows: dict[str, Row] = {}
+    for group in groups or [[]]:
+        axes = dict(_axis(entry) for entry in group)
+        for values in itertools.product(*axes.values()):
+            row = normal({**fixed, **dict(zip(axes, values, strict=True))})
+            rows.setdefault(identity(row), row)
+    return list(rows.values())
+
+
+def _axis(entry: str) -> tuple[str, list[str]]:
+    name, equals, values = entry.partition("=")
+    known = [*DEFAULTS, *OPTIONAL]
+    if not equals or not values:
+        raise UserError(f"--sweep: {entry!r} is not name=value,value")
+    if name not in known and "." not in name:
+        raise UserError(f"--sweep: {name!r} is unknown; allowed are {', '.join(known)} and fields such as model.compile"
+                        + nearest(name, known))  # fmt: skip
+    chosen = [value.strip() for value in values.split(",")]
+    for value in chosen:
+        if value not in ALLOWED.get(name, (value,)):
+            raise UserError(f"--sweep: {name}={value}; allowed are {', '.join(ALLOWED[name])}")
+        if name in ("batch", "resolution", "stage") and not value.isdecimal():
+            raise UserError(f"--sweep: {name}={value}; a whole number is needed")
+        if name == "cap" and value != "none" and not _is_positive(value):
+            raise UserError(f"--sweep: cap={value}; allowed are none, or GiB such as 12")
+    return name, chosen
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def normal(row: Mapping[str, str]) -> Row:
+    """With defaults, and without what means nothing to it: ZeRO's stage to the fused engine, ours to a baseline."""
+    full = {**DEFAULTS, **row}
+    if full["baseline"] != "ours":
+        full = {name: value for name, value in full.items() if name not in OF_OURS}
+    elif full["engine"] == "fused":
+        full.pop("stage", None)
+    return full
+
+
+def identity(row: Mapping[str, str]) -> str:
+    """The same for rows that measure the same."""
+    return json.dumps(dict(row), sort_keys=True)
+
+
+def title(row: Mapping[str, str]) -> str:
+    """What distinguishes a row from the defaults, for progress lines."""
+    said = [f"{name}={value}" for name, value in row.items() if DEFAULTS.get(name) != value]
+    return " ".join(said) or "defaults"
+
+
+def config_of(row: Mapping[str, str], has_gpu: bool, *, short: bool) -> Config:
+    """The configuration of a row. ``short``: as it is measured, with a pool of pictures that takes no time to draw;
+    otherwise the run that a user would start, whose evaluations are counted.
+
+    Raises:
+        UserError: the trainer refuses it.
+    """
+    kind, surgery = row["kind"], row.get("surgery", "off")
+    precision = ("bf16" if has_gpu else "no") if row["precision"] in ("auto", "published") else row["precision"]
+    data: dict[str, Any] = {
+        "concepts": [{"name": CONCEPTS[kind], "anchor": ANCHORS[kind] if row.get("method") == "doco" else "",
+                      "kind": kind}],
+        "method": row.get("method", "kscu"),
+        "engine": row.get("engine", "zero"),
+        "model": {
+            "pretrained_model_name_or_path": row["model"], "mixed_precision": precision,
+            "attention": row["attention"], "gradient_checkpointing": row["checkpointing"] == "true",
+        },
+        "train": {"train_batch_size": int(row["batch"]), "scope": row["scope"], "cpu_threads": 1},
+        "retain": {"batch_size": int(row["batch"])},
+        "report": {"report_to": "none"},
+    }  # fmt: skip
+    if surgery != "off":
+        data["surgery"] = {"enabled": True, "retain_dtype": surgery}
+    if row["model"] != "minicanvas":
+        data["retain"]["prompts"] = KEPT
+    if short:
+        data["retain"] |= {"num_images": int(row["batch"]), "num_inference_steps": 2}
+        data["doco"] = {"discriminator_warmup": 0}
+        data["teacher"] = {"trajectories": int(row["batch"])}
+    given = {OPTIONAL.get(name, name): value for name, value in row.items() if name in OPTIONAL or "." in name}
+    options = [part for name, value in given.items() for part in (f"--{name}", value)]
+    config_text.merge(data, config_text.parse_overrides(options, Config))
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise config_text.one_line(error, Config) from None

@@ -1,0 +1,117 @@
+"""``fastunlearn evaluate --model OUT [--json] [--quick] [--full]``: measure what a run left, as a table or JSON.
+
+What this is: the table and the JSON. What this is not: the measurement (`evaluation.py`). It writes one file,
+``OUT/evaluation.json``, with ``--full`` also those of ``fastunlearn relearn``, and leaves everything else as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastunlearn.evaluation.scores import FIGURES, clear_difference
+from fastunlearn.training.preflight import check_results
+from fastunlearn.utils.files import atomic_write_text
+
+if TYPE_CHECKING:
+    from fastunlearn.config import Config
+
+MEANINGS = {
+    "UA": "erased: no longer recognised",
+    "IRA": "kept, same kind: still recognised",
+    "CRA": "kept, other kind: still recognised",
+    "CRA_target": "other kind, on the erased prompts",
+    "UA_paraphrase": "UA, in other wordings",
+    "IRA_paraphrase": "IRA, in other wordings",
+    "CRA_paraphrase": "CRA, in other wordings",
+    "UA_synonym": "UA, by a synonym",
+}
+SEEN_SHOWN = 5
+
+
+def run(args: Namespace) -> int:
+    """Evaluate ``args.model``; print a table, or with ``args.json`` nothing but JSON on stdout.
+
+    Raises:
+        UserError: the folder is not what a finished run leaves, or the judge does not know its concepts.
+    """
+    from fastunlearn.config import load_config
+    from fastunlearn.utils.environment import prepare_environment
+
+    check_results(Path(args.model))
+    # As many threads as the run had: on a busy machine a second one can make the drawing many times slower.
+    prepare_environment(load_config(str(Path(args.model) / "config.toml"), []).train.cpu_threads)
+    from fastunlearn.evaluation.evaluate import evaluate_model
+
+    config, result = evaluate_model(args.model, quick=args.quick)
+    if args.full:
+        from fastunlearn.commands.relearn import write
+        from fastunlearn.evaluation.relearning import relearn
+
+        result["relearn"] = relearn(args.model)
+        write(result["relearn"], Path(args.model))
+    text = json.dumps(result, indent=2)
+    atomic_write_text(Path(args.model) / "evaluation.json", text + "\n")
+    print(text if args.json else table(config, result))
+    return 0
+
+
+def table(config: Config, result: dict) -> str:
+    """Both models side by side, as plain text for a terminal (at most 100 columns, no colours)."""
+    before, after = result["before"], result["after"]
+    erased = ", ".join(concept.name for concept in config.concepts)
+    lines = [f"erased: {erased}   base: {config.model.pretrained_model_name_or_path}   method: {config.method}", ""]
+    lines.append(f"{'':<16}{'':<36}{'before':>8}{'after':>8}   {'95 % interval':<15}change")
+    lines += [_figure_row(name, before, after) for name in FIGURES if before[name] is not None]
+    for kind in ("object", "style"):
+        lines += ["", f"per {kind}: accuracy (*: erased; measured on the prompts that ask for it)"]
+        lines += _class_rows(kind, before, after)
+    lines += ["", "seen on the prompts that ask for the erased concept"]
+    for name, seen in after["confusion"].items():
+        shown = [f"{what} {count}" for what, count in list(seen.items())[:SEEN_SHOWN]]
+        rest = sum(list(seen.values())[SEEN_SHOWN:])
+        lines.append(f"  {name:<14}{', '.join(shown + ([f'others {rest}'] if rest else []))}")
+    lines += ["", *_drawn(after["protocol"])]
+    if "relearn" in result:
+        from fastunlearn.commands.relearn import table as relearn_table
+
+        lines += ["", "relearning test", relearn_table(result["relearn"])]
+    return "\n".join(lines)
+
+
+def _figure_row(name: str, before: dict, after: dict) -> str:
+    low, high = after["intervals"][name]
+    counts = before["counts"][name], after["counts"][name]
+    change = f"{after[name] - before[name]:+.3f}"
+    if not clear_difference(before[name], after[name], *counts):
+        change += " (noise)"
+    interval = f"{low:.3f}-{high:.3f}"
+    return f"{name:<16}{MEANINGS[name]:<36}{before[name]:>8.3f}{after[name]:>8.3f}   {interval:<15}{change}"
+
+
+def _class_rows(kind: str, before: dict, after: dict) -> list[str]:
+    erased = {c["name"] for c in after["protocol"]["concepts"] if c["kind"] == kind}
+    rows = []
+    for name, accuracy in after["per_class"][kind].items():
+        mark = "*" if name in erased else " "
+        rows.append(f"{mark} {name:<14}{'':<36}{before['per_class'][kind][name]:>8.3f}{accuracy:>8.3f}")
+    return rows
+
+
+def _drawn(protocol: dict) -> list[str]:
+    """What the figures rest on."""
+    parts = ", ".join(f"{part.replace('_', ' ')} {count}" for part, count in protocol["images"].items() if count)
+    total = sum(protocol["images"].values())
+    seeds = " ".join(str(seed) for seed in protocol["seeds"])
+    lines = [
+        f"images:  {total} per model ({parts})" + ("; --quick: a third of the full set" if protocol["quick"] else ""),
+        f"sampler: {protocol['sampler']}, {protocol['num_inference_steps']} steps, "
+        f"guidance {protocol['guidance_scale']:g}",
+        f"seeds:   {seeds} (the same before and after)",
+        f'prompts: "{protocol["template"]}"; other wordings: '
+        + ", ".join(f'"{template}"' for template in protocol["paraphrases"]),
+        "noise:   the difference is within what this number of images gives by chance (95 %, Newcombe)",
+    ]
+    return lines

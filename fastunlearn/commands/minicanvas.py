@@ -1,0 +1,91 @@
+"""`fastunlearn minicanvas path | sample | rebuild`: arguments and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from fastunlearn.errors import UserError
+from fastunlearn.minicanvas import OBJECTS, STYLES, pipeline_path
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `minicanvas` with its three actions to the `fastunlearn` command."""
+    parser = subparsers.add_parser("minicanvas", help="the embedded model: where it is, what it draws, how it was made")
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("path", help="print the pipeline folder and nothing else")
+    sample = actions.add_parser("sample", help="draw prompts, or every object in every style")
+    sample.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    sample.add_argument("--seed", type=int, default=42)
+    sample.add_argument("--steps", type=int, default=25, help="DDIM steps (default 25)")
+    sample.add_argument("--guidance_scale", type=float, default=4.0)
+    sample.add_argument("--output", type=Path, default=Path("minicanvas.png"), help="PNG file to write")
+    build = actions.add_parser("rebuild", help="make judge and model again from the drawings, and measure them")
+    build.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to fill, or to go on with")
+    build.add_argument("--processes", type=int, default=None, help="CPU processes (default: one per core)")
+    build.add_argument("--quick", action="store_true", help="smoke test of every stage, a minute or two; draws noise")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments of `add_parser` ask for; the exit status.
+
+    Raises:
+        UserError: a number out of range, or a file or folder that cannot be written.
+    """
+    if args.action == "path":
+        print(pipeline_path())
+        return 0
+    _quiet()
+    return _sample(args) if args.action == "sample" else _rebuild(args)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps: {args.steps} is not allowed; 1 to 1000 are, 25 are enough")
+    if not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output: {args.output}: its folder does not exist; create it first")
+    from fastunlearn.minicanvas import drawing
+
+    pipe = drawing.load_pipeline(pipeline_path())
+    prompts, columns, titles = args.prompt, max(1, min(8, len(args.prompt))), list(args.prompt)
+    if not prompts:
+        cells = drawing.grid_cells()
+        prompts = [drawing.EVALUATION_TEMPLATE.format(object=OBJECTS[o], style=STYLES[s]) for o, s in cells]
+        columns, titles = len(OBJECTS), [f"{OBJECTS[o]}, {STYLES[s]}" for o, s in cells]
+    seeds = [args.seed + i for i in range(len(prompts))]
+    images = drawing.draw(pipe, prompts, seeds, args.steps, args.guidance_scale, progress="drawing")
+    try:
+        drawing.save_grid(images, args.output, columns, titles)
+    except (OSError, ValueError) as error:  # ValueError: Pillow knows no format of that name
+        raise UserError(f"--output: {args.output} cannot be written: {error}") from error
+    print(args.output)
+    return 0
+
+
+def _rebuild(args: argparse.Namespace) -> int:
+    processes = (os.cpu_count() or 1) if args.processes is None else args.processes
+    if processes < 1:
+        raise UserError(f"--processes: {processes} is not allowed; 1 or more are")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / ".writable").touch()
+        (args.output / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output: {args.output} cannot be written: {error}") from error
+    from fastunlearn.minicanvas.build import rebuild
+
+    build = rebuild.Build(args.output, processes, args.quick)
+    report = rebuild.rebuild(build, say=lambda line: print(line, flush=True))
+    print(f"object {report['object']:.3f}, style {report['style']:.3f} of {report['images']} pictures read right")
+    print(f"autoencoder {report['psnr_db']['mean']:.1f} dB; all figures: {args.output / 'check.json'}")
+    print(args.output / "model")
+    return 0
+
+
+def _quiet() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little at this size, and cost much on a busy machine
+    from fastunlearn.minicanvas.build.fitting import hush
+
+    hush()

@@ -1,0 +1,106 @@
+"""The three ways in which a run calls the U-Net, and the count of what each costs.
+
+What this is: training calls (recorded for backward), rollout calls (the student, no gradient) and frozen calls (the
+teacher), each batching several conditions into one call.
+What this is not: a loss, or a sampler.
+
+Counts are single-sample U-Net evaluations: a guided pair of a batch of 4 is 8. They do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from fastunlearn.acceleration.text_kv_cache import PromptKeys
+from fastunlearn.models.backbone import Backbone, Predictor, PromptEmbeds
+
+
+@dataclass
+class Evaluations:
+    """Single-sample U-Net evaluations so far."""
+
+    teacher: int = 0
+    rollout: int = 0
+    student_forward: int = 0
+    student_backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """All four kinds together."""
+        return sum(asdict(self).values())
+
+
+class Predictors:
+    """Student and teacher of one run. Every method returns one fp32 prediction (B, C, H, W) per condition given."""
+
+    frozen_keys: PromptKeys | None = None
+    """Keys and values of the prompts for calls of the frozen model, if they are kept."""
+    own_keys: PromptKeys | None = None
+    """The same for calls of the student without a gradient, where it does not train them."""
+
+    def __init__(self, backbone: Backbone, student: Predictor, sampler: Predictor, teacher: Predictor) -> None:
+        self.backbone = backbone
+        self.evaluations = Evaluations()
+        self._student = student
+        self._weights = sampler
+        self.sampler = sampler
+        self.teacher = teacher
+
+    def state_dict(self) -> dict:
+        """The count so far."""
+        return asdict(self.evaluations)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting."""
+        self.evaluations = Evaluations(**state)
+
+    def train(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """The student, recorded for the backward pass that follows."""
+        self.evaluations.student_forward += len(conditions) * len(latents_BCHW)
+        self.evaluations.student_backward += len(conditions) * len(latents_BCHW)
+        return self._call(self._student, latents_BCHW, timestep, conditions)
+
+    def attacked(self, unet: Predictor, latents_BCHW: Tensor, timestep: int | Tensor, cond: PromptEmbeds) -> Tensor:
+        """The weights that a simulated attack changes, recorded, in a call that the engine does not see."""
+        self.evaluations.student_forward += len(latents_BCHW)
+        self.evaluations.student_backward += len(latents_BCHW)
+        (prediction,) = self._call(unet, latents_BCHW, timestep, (cond,))
+        return prediction
+
+    @torch.no_grad()
+    def student(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """The student's own prediction as a target: no gradient, and not the sampler's weights where those differ."""
+        self.evaluations.student_forward += len(conditions) * len(latents_BCHW)
+        return self._call(self._weights, latents_BCHW, timestep, conditions, self.own_keys)
+
+    @torch.no_grad()
+    def rollout(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """The student without a gradient, or its running mean, for the sampler."""
+        self.evaluations.rollout += len(conditions) * len(latents_BCHW)
+        return self._call(self.sampler, latents_BCHW, timestep, conditions, self.own_keys)
+
+    @torch.no_grad()
+    def frozen(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """The original model."""
+        self.evaluations.teacher += len(conditions) * len(latents_BCHW)
+        return self._call(self.teacher, latents_BCHW, timestep, conditions, self.frozen_keys)
+
+    def _call(
+        self,
+        unet: Predictor,
+        latents: Tensor,
+        timestep: int | Tensor,
+        conditions: tuple[PromptEmbeds, ...],
+        keys: PromptKeys | None = None,
+    ) -> tuple[Tensor, ...]:
+        batch = torch.cat([latents] * len(conditions))
+        if isinstance(timestep, Tensor) and timestep.dim():
+            timestep = timestep.repeat(len(conditions))
+        embeds = PromptEmbeds.cat(conditions)
+        with nullcontext() if keys is None else keys.lent(embeds.rows):
+            prediction = self.backbone.predict(unet, batch, timestep, embeds)
+        return prediction.chunk(len(conditions))

@@ -1,0 +1,26 @@
+"""Scoring: what was erased, what else changed, and how sure that is.
+
+    from fastunlearn.scoring import evaluate_model
+    config, result = evaluate_model("outputs/neon")
+    result["after"]["UA"], result["after"]["intervals"]["UA"]
+
+What this is not: training. Nothing here is imported by the update loop. The names are loaded on first use, because the
+command line reads this package before it knows whether torch is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastunlearn.evaluation.evaluate import evaluate_model, evaluate_pair, why_not_judged
+
+__all__ = ["evaluate_model", "evaluate_pair", "why_not_judged"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from fastunlearn.evaluation import evaluate as evaluation
+
+        return getattr(evaluation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,60 @@
+"""Textual inversion (arXiv:2208.01618) on the words of the erased concept: new vectors for them, nothing else.
+
+What this is: the rows of each text encoder's input embedding that belong to the words' tokens become parameters, for
+as long as a block lasts; whatever the pipeline encodes meanwhile, drawings too, uses them.
+What this is not: a new token. A token of the words is replaced wherever it occurs in a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.models.backbone import Pipeline, PromptEmbeds
+
+SLOTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+
+
+@contextmanager
+def learned_words(
+    pipeline: Pipeline, words: Sequence[str], device: torch.device
+) -> Iterator[tuple[list[nn.Parameter], Callable[[str], PromptEmbeds]]]:
+    """Yields the vectors to train, one matrix per text encoder, and how a prompt is encoded with a gradient."""
+    vectors, hooks = [], []
+    for tokens, encoder in SLOTS:
+        text_model = getattr(pipeline, encoder, None)
+        if text_model is None:
+            continue
+        layer = text_model.to(device).requires_grad_(False).get_input_embeddings()
+        ids = torch.tensor(token_ids(getattr(pipeline, tokens), words), device=device)
+        vectors.append(nn.Parameter(layer.weight[ids].detach().clone()))
+        hooks.append(layer.register_forward_hook(_replacement(ids, vectors[-1])))
+
+    def encode(prompt: str) -> PromptEmbeds:
+        encoded = pipeline.encode_prompt(
+            prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return PromptEmbeds(encoded[0], encoded[2] if len(encoded) == 4 else None)
+
+    try:
+        yield vectors, encode
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def token_ids(tokenizer: Callable, words: Sequence[str]) -> list[int]:
+    """The tokens of the words, each once."""
+    found = [token for word in words for token in tokenizer(word, add_special_tokens=False).input_ids]
+    return list(dict.fromkeys(found))
+
+
+def _replacement(ids: Tensor, vectors: nn.Parameter) -> Callable:
+    def replace(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        same = args[0][..., None] == ids  # (B, L, words' tokens)
+        return torch.where(same.any(-1, keepdim=True), vectors[same.int().argmax(-1)], out)
+
+    return replace

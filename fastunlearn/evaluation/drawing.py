@@ -1,0 +1,97 @@
+"""Drawing many images with one pipeline, so that an image depends on its prompt and its seed and on nothing else.
+
+What this is: the loop around a diffusers SD or SDXL pipeline that evaluation and sample pictures share. Each image's
+initial noise comes from its own CPU generator, so two models, batch sizes or devices start from the same latent; the
+sampler is DDIM with eta 0, which adds no noise later.
+What this is not: a sampler; diffusers does the sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastunlearn.models.backbone import Pipeline, PromptEmbeds, ddim_scheduler, encode_prompts
+
+
+@torch.no_grad()
+def generate(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance: float = 4.0,
+    batch_size: int = 20,
+    progress: bool | str = False,
+) -> Tensor:
+    """Draw one image per (prompt, seed) pair, at the pipeline's own resolution.
+
+    Args:
+        pipe: an SD or SDXL pipeline; its scheduler is put back afterwards.
+        prompts, seeds: N prompts (repetitions are embedded once) and N seeds.
+        progress: show a bar with the remaining time on stderr; a text names it.
+
+    Returns:
+        (N, 3, H, W) float32 on the CPU, in [0, 1].
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    distinct = list(dict.fromkeys(prompts))
+    rows = {prompt: row for row, prompt in enumerate(distinct)}
+    table = encode_prompts(pipe, [*distinct, ""])  # the last row is the unconditional
+    images: list[Tensor] = []
+    own_scheduler = pipe.scheduler
+    label = progress if isinstance(progress, str) else "drawing"
+    try:
+        pipe.scheduler = ddim_scheduler(pipe)
+        with tqdm(total=len(prompts), desc=label, unit="image", disable=not progress) as bar:
+            for start in range(0, len(prompts), batch_size):
+                chunk = range(start, min(start + batch_size, len(prompts)))
+                conditions = table.select([rows[prompts[i]] for i in chunk])
+                latents = initial_latents(pipe, [seeds[i] for i in chunk])
+                images.append(_draw(pipe, conditions, table.select([len(distinct)]), latents, steps, guidance))
+                bar.update(len(chunk))
+    finally:
+        pipe.scheduler = own_scheduler
+    return torch.cat(images) if images else torch.zeros(0, 3, *_pixels(pipe))
+
+
+def initial_latents(pipe: Pipeline, seeds: Sequence[int]) -> Tensor:
+    """Standard normal noise, (B, C, H, W) fp32 on the CPU; row i depends on ``seeds[i]`` alone."""
+    config = pipe.unet.config
+    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+
+def _draw(
+    pipe: Pipeline, conditions: PromptEmbeds, nothing: PromptEmbeds, latents: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """One batch through the pipeline: (B, 3, H, W) float32 on the CPU."""
+    unconditional = nothing.select([0] * len(conditions))
+    height, width = _pixels(pipe)
+    pooled = {}
+    if conditions.pooled is not None:
+        pooled = {
+            "pooled_prompt_embeds": conditions.pooled,
+            "negative_pooled_prompt_embeds": unconditional.pooled,
+        }
+    out = pipe(
+        prompt_embeds=conditions.hidden,
+        negative_prompt_embeds=unconditional.hidden,
+        latents=latents.to(conditions.hidden.device, conditions.hidden.dtype),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        output_type="pt",
+        **pooled,
+    )
+    return out.images.float().cpu().clamp(0, 1)
+
+
+def _pixels(pipe: Pipeline) -> tuple[int, int]:
+    side = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+    return side, side

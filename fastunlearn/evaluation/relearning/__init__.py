@@ -1,0 +1,35 @@
+"""The relearning test: how quickly an attacker brings an erased concept back by fine-tuning.
+
+    from fastunlearn.relearning import Settings, relearn
+    result = relearn("outputs/neon", Settings(attack="lora", seeds=(0, 1)))
+    result["summary"]["steps_to_half"], result["runs"][0]["recognised"]
+
+    from fastunlearn.relearning import attack_steps          # the attacker alone, for other code
+
+What this is: an attack on a copy of the erased model, and what the judge sees on the way.
+What this is not: a defence, or anything that a training run imports. The names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastunlearn.evaluation.relearning.settings import Settings
+
+if TYPE_CHECKING:
+    from fastunlearn.evaluation.attacks.fine_tuning import attack_steps, denoising_error
+    from fastunlearn.evaluation.relearning.experiment import relearn
+
+__all__ = ["Settings", "attack_steps", "denoising_error", "relearn"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "relearn":
+        from fastunlearn.evaluation.relearning import experiment
+
+        return experiment.relearn
+    if name in __all__:
+        from fastunlearn.evaluation.attacks import fine_tuning as attack
+
+        return getattr(attack, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,259 @@
+"""The relearning test of a finished run: load, attack with every seed, measure on the way, put it together.
+
+What this is: the order of things. One U-Net is in memory: it is the original first, then the erased one, which every
+attack changes and gets back.
+What this is not: the attacker (``attack.py``), the figures of a curve (``curve.py``), files or text (``command.py``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fastunlearn import minicanvas
+from fastunlearn.config import load_config
+from fastunlearn.errors import UserError
+from fastunlearn.evaluation.attacks.fine_tuning import (
+    Embed,
+    Options,
+    attack_steps,
+    check_finite,
+    denoising_error,
+    edit,
+    table,
+)
+from fastunlearn.evaluation.evaluate import judge_cells, remembered
+from fastunlearn.evaluation.grid import Protocol
+from fastunlearn.evaluation.relearning.curve import area, steps_to_half, summary, summary_at
+from fastunlearn.evaluation.relearning.pictures import ATTACK_SEED, HELD_OUT_SEED, Pictures
+from fastunlearn.evaluation.relearning.recognition import FIGURES, attack_protocol, figures
+from fastunlearn.evaluation.relearning.settings import Settings
+from fastunlearn.evaluation.relearning.task import Task, check
+from fastunlearn.evaluation.scores import Verdict
+from fastunlearn.minicanvas.judge import Judge
+from fastunlearn.models.backbone import Backbone, Pipeline, build_backbone, load_pipeline, load_unet, resolve_model
+from fastunlearn.prompts.variants import PromptBook
+from fastunlearn.sampling.retain import Pool, encode_images
+
+Point = dict[str, float | None]
+
+
+@dataclass
+class Subject:
+    """The loaded model, what it is attacked with, and what it is measured with."""
+
+    task: Task
+    pipeline: Pipeline
+    backbone: Backbone
+    rows: dict[str, int]
+    bar: tqdm
+    judge: Judge | None = None
+    protocol: Protocol | None = None
+
+
+def relearn(
+    output_dir: str | Path, settings: Settings | None = None, baseline: str | Path | None = None, progress: bool = True
+) -> dict:
+    """Attack what a run left in ``output_dir``; nothing there is changed or written. Returns what relearn.json holds.
+
+    Args:
+        baseline: the output folder of another run with the same base model and concepts, attacked in the same way.
+
+    Raises:
+        UserError: bad folders, an attack that makes no sense, or one that diverged.
+    """
+    task = check(output_dir, settings or Settings(), baseline)
+    started = time.perf_counter()
+    with tqdm(total=0, unit="eval", unit_scale=True, desc="loading", disable=not progress) as bar:
+        subject = load(task, bar)
+        _more(bar, len(task.folders) * _attack_evaluations(subject))
+        attacking, held_out = _pictures(subject)
+        _more(bar, len(held_out.prompts))
+        bar.set_description("original")
+        original = measure(subject, table(subject.backbone, subject.rows), held_out, None)
+        curves = {
+            name: _attacked(subject, folder, name, attacking, held_out, original)
+            for name, folder in task.folders.items()
+        }
+    result = _described(subject, len(attacking.prompts)) | {"original": original} | curves["model"]
+    result["baseline"] = curves.get("baseline")
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def load(task: Task, bar: tqdm) -> Subject:
+    """The original model, with every prompt of the test embedded."""
+    cfg = task.cfg
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
+    book = PromptBook([], [], [*task.forbidden, *task.attacking])
+    backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, device, torch.float32)
+    backbone.autocast = cfg.model.mixed_precision == "bf16"
+    backbone.unet.eval().requires_grad_(False)
+    if cfg.model.gradient_checkpointing:
+        backbone.unet.enable_gradient_checkpointing()
+    backbone.unet.register_forward_pre_hook(lambda _, args: _count(bar, len(args[0])))
+    subject = Subject(task, pipeline, backbone, book.rows, bar)
+    if task.not_judged is None:
+        subject.judge, subject.protocol = (
+            minicanvas.load_judge(device.type),
+            attack_protocol(cfg, task.settings.sampler_steps),
+        )
+    return subject
+
+
+def measure(subject: Subject, embed: Embed, held_out: Pool, unet_dir: Path | None, remember: bool = True) -> Point:
+    """The figures of the model as it is now. ``remember``: they are those of the weights in ``unet_dir`` (None: of the
+    original), so what the judge sees need be drawn only once."""
+    point: Point = dict.fromkeys(FIGURES)
+    if subject.protocol is not None and subject.judge is not None:
+        judge, protocol = subject.judge, subject.protocol
+        base = resolve_model(subject.task.cfg.model.pretrained_model_name_or_path)
+
+        def draw_first() -> list[Verdict]:
+            _more(subject.bar, _drawing(subject))
+            return _draw(subject)
+
+        seen = remembered(base, unet_dir, judge, protocol, draw_first) if remember else _draw(subject)
+        point |= figures(protocol, seen)
+    point["error"] = denoising_error(subject.backbone, held_out, embed)
+    return point
+
+
+def _draw(subject: Subject) -> list[Verdict]:
+    assert subject.judge is not None and subject.protocol is not None
+    device = subject.backbone.embeds.hidden.device
+    return judge_cells(subject.pipeline.to(device), subject.judge, subject.protocol, subject.task.cfg, False)
+
+
+def _pictures(subject: Subject) -> tuple[Pool, Pool]:
+    """The attacker's pictures, and held-out ones of the erased concept."""
+    task, bar = subject.task, subject.bar
+    book = PromptBook([], [], [*task.forbidden, *task.attacking])
+    pictures = Pictures(task.cfg, subject.backbone, book)
+    number = task.settings.num_images
+    bar.set_description("pictures")
+    held_out = task.forbidden, number, HELD_OUT_SEED
+    _more(bar, pictures.evaluations(*held_out))
+    if task.captions is not None:
+        device = subject.backbone.embeds.hidden.device
+        attacking = encode_images(task.captions, task.cfg, subject.pipeline, device, "--images")
+    else:
+        drawn = task.attacking, number, ATTACK_SEED
+        _more(bar, pictures.evaluations(*drawn))
+        attacking = pictures.drawn(*drawn)
+    return attacking, pictures.drawn(*held_out)
+
+
+def _attacked(subject: Subject, folder: Path, name: str, attacking: Pool, held_out: Pool, original: Point) -> dict:
+    """The curves of one erased model: {"name", "method", "runs", "summary"}."""
+    settings, unet_dir = subject.task.settings, folder / "unet"
+    _load_weights(subject.backbone.unet, unet_dir)
+    subject.bar.set_description(f"{name}, step 0")
+    start = measure(subject, table(subject.backbone, subject.rows), held_out, unet_dir)
+    runs = []
+    for seed in settings.seeds:
+        points = [start, *_one_attack(subject, attacking, held_out, seed, f"{name}, seed {seed}")]
+        runs.append(_run(seed, settings.steps, points, original["recognised"]))
+    method = load_config(str(folder / "config.toml"), []).method
+    return {"name": folder.resolve().name, "method": method, "runs": runs, "summary": _summary(runs)}
+
+
+def _one_attack(subject: Subject, attacking: Pool, held_out: Pool, seed: int, label: str) -> Iterator[Point]:
+    """Attack once; a point after each of the steps asked for, step 0 apart."""
+    task = subject.task
+    options = options_of(task)
+    with edit(task.settings, subject.backbone, subject.rows, seed, subject.pipeline, task.words) as change:
+        losses = attack_steps(subject.backbone, attacking, change, options, seed)
+        for step in range(1, task.settings.steps[-1] + 1):
+            subject.bar.set_description(f"{label}, step {step}", refresh=False)
+            try:
+                check_finite(next(losses), step, options.learning_rate)
+            except ArithmeticError as error:
+                raise UserError(f"--attack: {task.settings.attack!r} diverged: {error}") from None
+            if step in task.settings.steps:
+                yield measure(subject, change.embed, held_out, None, remember=False)
+
+
+def options_of(task: Task) -> Options:
+    """The attacker's optimizer."""
+    settings = task.settings
+    return Options(
+        settings.rate(task.minicanvas), settings.batch_size, caption_dropout=settings.caption_dropout
+    )  # fmt: skip
+
+
+def _run(seed: int, steps: tuple[int, ...], points: list[Point], original: float | None) -> dict:
+    run: dict[str, Any] = {"seed": seed}
+    for name in (*FIGURES, "error"):
+        values = [point[name] for point in points]
+        run[name] = None if values[0] is None else values
+    shares = run["recognised"]
+    run["steps_to_half"] = None if original is None else steps_to_half(steps, shares, original)
+    run["area"] = None if original is None else area(steps, shares)
+    return run
+
+
+def _summary(runs: list[dict]) -> dict:
+    result: dict[str, Any] = {name: summary([run[name] for run in runs]) for name in ("steps_to_half", "area")}
+    for name in (*FIGURES, "error"):
+        result[name] = None if runs[0][name] is None else summary_at([run[name] for run in runs])
+    return result
+
+
+def _described(subject: Subject, pictures: int) -> dict:
+    """What a reader needs to repeat or to distrust the curves."""
+    task, settings = subject.task, subject.task.settings
+    cfg, options = task.cfg, asdict(options_of(task))
+    protocol = None if subject.protocol is None else subject.protocol.describe()
+    return {
+        "attack": settings.attack,
+        "data": settings.data if settings.images is None else "images",
+        "images": settings.images,
+        "pictures": pictures,
+        "held_out": settings.num_images,
+        "steps": list(settings.steps),
+        "seeds": list(settings.seeds),
+        "lora_rank": settings.lora_rank if settings.attack == "lora" else None,
+        "optimizer": {"name": "AdamW"} | options,
+        "base": cfg.model.pretrained_model_name_or_path,
+        "concepts": [concept.name for concept in cfg.concepts],
+        "why_not_judged": task.not_judged,
+        "protocol": protocol,
+    }
+
+
+def _load_weights(unet: nn.Module, folder: Path) -> None:
+    try:
+        unet.load_state_dict(load_unet(folder, torch.float32).state_dict())
+    except RuntimeError:
+        raise UserError(f"--model: {str(folder)!r} is a U-Net of another architecture than the base model's") from None
+
+
+def _attack_evaluations(subject: Subject) -> int:
+    """U-Net evaluations of all attacks on one erased model; a training step counts as three, as `_count` does."""
+    settings = subject.task.settings
+    training = 3 * settings.batch_size * settings.steps[-1]
+    measuring = (len(settings.steps) - 1) * (_drawing(subject) + settings.num_images)
+    return settings.num_images + len(settings.seeds) * (training + measuring)
+
+
+def _drawing(subject: Subject) -> int:
+    """U-Net evaluations of the pictures that the judge looks at once."""
+    protocol = subject.protocol
+    return 0 if protocol is None else 2 * len(protocol.cells) * protocol.num_inference_steps
+
+
+def _more(bar: tqdm, evaluations: int) -> None:
+    """So much more is to be done."""
+    bar.total = (bar.total or 0) + evaluations
+
+
+def _count(bar: tqdm, samples: int) -> None:
+    bar.update(samples * (3 if torch.is_grad_enabled() else 1))

@@ -1,0 +1,41 @@
+"""What the judge recognises while a model is attacked: a reduced grid, and the figures that are taken from it.
+
+What this is: the evaluation's own prompts and seeds, fewer of them, so that a curve of several points takes minutes.
+What this is not: another definition of UA, IRA or CRA (``scoring/metrics.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fastunlearn.evaluation.evaluate import protocol_of
+from fastunlearn.evaluation.grid import Protocol
+from fastunlearn.evaluation.scores import Verdict, score
+
+if TYPE_CHECKING:
+    from fastunlearn.config import Config
+
+TARGET_SEEDS = 4
+FIGURES = ("recognised", "UA", "IRA", "CRA")
+
+
+def attack_protocol(cfg: Config, sampler_steps: int | None = None) -> Protocol:
+    """The target part with at most four seeds, a third of the kept pairs with one, none of the other wordings.
+
+    ``sampler_steps``: fewer than the run's evaluation takes, for the sake of time.
+    """
+    few: dict = {"num_inference_steps": sampler_steps} if sampler_steps else {}
+    few |= {"target_seeds": min(TARGET_SEEDS, cfg.evaluation.target_seeds), "retain_seeds": 1}
+    cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=few)})
+    target, kept = protocol_of(cfg), protocol_of(cfg, quick=True)
+    cells = [cell for cell in target.cells if cell.part == "target"]
+    cells += [cell for cell in kept.cells if cell.part == "kept"]
+    return replace(target, cells=tuple(cells), quick=True)
+
+
+def figures(protocol: Protocol, seen: Sequence[Verdict]) -> dict[str, float]:
+    """The figures of one model; ``recognised`` is the share of its pictures that do show the concept, 1 - UA."""
+    scored = score(list(zip(protocol.cells, seen, strict=True)), protocol.concepts)
+    return {"recognised": 1 - scored["UA"]} | {name: scored[name] for name in ("UA", "IRA", "CRA")}

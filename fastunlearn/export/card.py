@@ -1,0 +1,230 @@
+"""The model card: README.md of an output folder, for someone who meets the edited U-Net without knowing this project.
+
+What this is: text made from the configuration and from metrics.json; the same inputs give the same card.
+What this is not: a measurement. A figure that was not measured is not on the card, and what was not tested is named.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastunlearn.errors import UserError
+from fastunlearn.evaluation.grid import known_concepts
+from fastunlearn.evaluation.scores import FIGURES, clear_difference
+from fastunlearn.models.formats.single_file import read_single_file
+from fastunlearn.utils.files import atomic_write_text
+
+if TYPE_CHECKING:
+    from fastunlearn.config import Config
+
+METHODS = {
+    "kscu": "KSCU, Key Step Concept Unlearning (arXiv:2507.06526)",
+    "doco": "DoCo, Concept Domain Correction (arXiv:2405.15304)",
+    "esd": "ESD, Erased Stable Diffusion (arXiv:2303.07345)",
+    "sdd": "SDD, Safe self-Distillation Diffusion (arXiv:2307.05977)",
+    "uce": "UCE, Unified Concept Editing (arXiv:2308.14761)",
+    "rece": "RECE, Reliable and Efficient Concept Erasure (arXiv:2407.12383)",
+}
+MEANINGS = {
+    "UA": "erased concept no longer recognised",
+    "IRA": "kept concepts of the same kind still recognised",
+    "CRA": "kept concepts of the other kind still recognised",
+    "CRA_target": "other kind still recognised on the erased prompts",
+    "UA_paraphrase": "UA on wordings that training never used",
+    "IRA_paraphrase": "IRA on those wordings",
+    "CRA_paraphrase": "CRA on those wordings",
+    "UA_synonym": "UA when a synonym asks for the concept",
+}
+
+
+def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None:
+    """Write the card of a run to ``path``.
+
+    Args:
+        metrics: what metrics.json holds; ``evaluation`` may be missing or None.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    evaluation = metrics.get("evaluation") or {}
+    erased = ", ".join(concept.name for concept in cfg.concepts)
+    sections = [
+        _front_matter(cfg),
+        f"# {cfg.model.pretrained_model_name_or_path} without {erased}",
+        f"A U-Net from which *{erased}* was erased with {METHODS.get(cfg.method, cfg.method)}, "
+        f"{'trained' if cfg.trains else 'edited'} by fastunlearn. "
+        "Text encoders, VAE and scheduler are those of the base model.",
+        "![before and after](samples/before_after.png)",
+        "## Use\n\n```python\n" + usage(cfg) + "```",
+        "## What was done\n\n" + _table(("", ""), _facts(cfg, metrics)),
+        "## Figures\n\n" + _figures(cfg, evaluation),
+        "## Limits\n\n" + "\n".join(f"* {line}" for line in _limits(cfg, evaluation)),
+    ]
+    atomic_write_text(path, "\n\n".join(sections) + "\n")
+
+
+def usage(cfg: Config) -> str:
+    """Python that loads the edited U-Net into the base pipeline and draws one picture, as the card shows it."""
+    minicanvas = cfg.uses_minicanvas
+    base = "str(pipeline_path())" if minicanvas else repr(cfg.model.pretrained_model_name_or_path)
+    options = {name: getattr(cfg.model, name) for name in ("revision", "variant") if getattr(cfg.model, name)}
+    extra = "".join(f", {name}={value!r}" for name, value in options.items())
+    prompt = cfg.concepts[0].name if cfg.concepts else ""
+    pipeline = _pipeline_class(cfg)
+    reader = f"{pipeline}.{'from_pretrained' if pipeline == 'DiffusionPipeline' else 'from_single_file'}"
+    lines = [f"from diffusers import {pipeline}, UNet2DConditionModel"]
+    lines += ["from fastunlearn.minicanvas import pipeline_path", ""] if minicanvas else [""]
+    lines += [
+        f"folder = {cfg.output_dir!r}  # where this file lies",
+        'unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")',
+        f"pipe = {reader}({base}, unet=unet, torch_dtype=unet.dtype{extra})",
+    ]
+    settings = f"num_inference_steps={cfg.evaluation.num_inference_steps}, guidance_scale="
+    settings += f"{cfg.evaluation.guidance_scale:g}" if minicanvas else "5"
+    lines += [f"image = pipe({prompt!r}, {settings}).images[0]", 'image.save("sample.png")', ""]
+    return "\n".join(lines)
+
+
+def _pipeline_class(cfg: Config) -> str:
+    """What reads the base model: only the pipelines' own classes read a single file."""
+    file = Path(cfg.model.pretrained_model_name_or_path)
+    if cfg.uses_minicanvas or file.suffix != ".safetensors":
+        return "DiffusionPipeline"
+    try:
+        return read_single_file(file).architecture(cfg.model).pipeline
+    except UserError:  # it is no longer there
+        return "StableDiffusionXLPipeline"
+
+
+def _front_matter(cfg: Config) -> str:
+    base = cfg.model.pretrained_model_name_or_path
+    lines = ["---", "library_name: diffusers", "tags: [text-to-image, concept-erasure, unlearning]"]
+    # A hub id is "owner/name"; an embedded model or a folder on some disk means nothing to the hub.
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")) and not os.path.isdir(base):
+        lines.append(f"base_model: {base}")
+    return "\n".join([*lines, "---"])
+
+
+def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
+    """What was done, with which settings and at which cost."""
+    resolved = cfg.resolved()
+    revision = f" (revision {cfg.model.revision})" if cfg.model.revision else ""
+    facts = [
+        ("base model", cfg.model.pretrained_model_name_or_path + revision),
+        ("erased", "; ".join(c.name + (f" (anchor: {c.anchor})" if c.anchor else "") for c in cfg.concepts)),
+        ("asked to keep", "; ".join(cfg.keep) or "nothing in particular"),
+        ("method", METHODS.get(cfg.method, cfg.method)),
+        ("prompts", "; ".join(f"`{template}`" for template in cfg.prompts.templates)),
+        *(_edit_facts(resolved) if cfg.closed_form else []),
+        *(_training_facts(resolved, metrics) if cfg.trains else []),
+    ]
+    evaluations = metrics.get("unet_evaluations") or {}
+    if evaluations:
+        counts = {name.replace("_", " "): count for name, count in evaluations.items() if name != "total"}
+        parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        total = sum(counts.values())
+        facts.append(("U-Net evaluations", f"{total:,} single-sample ({parts})"))
+    seconds = (metrics.get("seconds") or {}).get("total")
+    if seconds is not None:
+        facts.append(("time", f"{seconds:,.0f} s on {metrics.get('device', 'an unnamed device')}"))
+    if metrics.get("world_size"):
+        facts.append(("ranks, ZeRO stage", f"{metrics['world_size']}, {metrics.get('zero_stage', cfg.zero.stage)}"))
+    versions = metrics.get("versions") or {}
+    if versions:
+        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return facts
+
+
+def _training_facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
+    return [
+        ("updates", str(metrics.get("updates", cfg.train.max_train_steps))),
+        ("trained part of the U-Net", cfg.train.scope),
+        ("learning rate", f"{cfg.train.learning_rate:g} ({cfg.train.lr_scheduler}), {cfg.optimizer.name}"),
+        ("sampler in training", f"DDIM, {cfg.sampler.num_inference_steps} steps, "
+                                f"guidance {cfg.sampler.guidance_scale:g}"),
+        *_additions(cfg),
+        ("seed", str(cfg.seed)),
+    ]  # fmt: skip
+
+
+def _additions(cfg: Config) -> list[tuple[str, str]]:
+    """What goes with any method: the retain gradient, and the meta term."""
+    surgery, retain, meta = cfg.surgery, cfg.retain, cfg.meta
+    facts = []
+    if cfg.retains:
+        projection = "no projection" if surgery.projection == "none" else f"{surgery.projection} projection"
+        samples = f"{retain.batch_size} samples per rank and micro-batch ({cfg.retain_source}, target: {retain.target})"
+        facts.append(("retain gradient", f"{projection}, per {surgery.granularity}; rho {surgery.rho:g}; {samples}"))
+    if cfg.has_meta:
+        rate, goal = cfg.attack_learning_rate, "ascent" if meta.ascends else "erased"
+        attack = f"{meta.inner_steps} steps of {meta.inner_optimizer} at {rate:g} (scope: {meta.inner_scope})"
+        again = f"starting again every {meta.terms_per_attack} terms; goal: {goal}"
+        every = "every update" if meta.every == 1 else f"every {meta.every} updates"
+        facts.append(("against fine-tuning", f"Meta-Unlearning (arXiv:2410.12777), {every}: {attack}, {again}"))
+    return facts
+
+
+def _edit_facts(cfg: Config) -> list[tuple[str, str]]:
+    """Of a method in closed form."""
+    settings = {"uce": cfg.uce.model_dump(), "rece": cfg.rece.model_dump() if cfg.method == "rece" else {}}
+    shown = [f"{section}.{name} {value}" for section, values in settings.items() for name, value in values.items()]
+    return [("edited part of the U-Net", "attn2_kv"), ("settings of the edit", ", ".join(shown))]
+
+
+def _figures(cfg: Config, evaluation: dict) -> str:
+    """The table of figures, or why there is none."""
+    before, after = evaluation.get("before"), evaluation.get("after")
+    if not before or not after:
+        switched_off = cfg.evaluation.mode == "off"
+        reason = "it was switched off" if switched_off else "no embedded judge knows this model and these concepts"
+        return f"None were measured: {reason}. Look at `samples/before_after.png`, and measure before relying on it."
+    rows = []
+    for name in FIGURES:
+        if before.get(name) is None or after.get(name) is None:
+            continue
+        (low, high), count = after["intervals"][name], after["counts"][name]
+        clear = clear_difference(before[name], after[name], before["counts"][name], count)
+        rows.append((
+            f"{name}: {MEANINGS[name]}", f"{before[name]:.3f}", f"{after[name]:.3f}", f"{low:.3f} to {high:.3f}",
+            str(count), "yes" if clear else "no",
+        ))  # fmt: skip
+    protocol = after["protocol"]
+    titles = ("figure", "before", "after", "95 % interval (Wilson)", "images", "change beyond noise")
+    note = (
+        f"Judged by the embedded classifier on pictures drawn with {protocol['sampler']}, "
+        f"{protocol['num_inference_steps']} steps, guidance {protocol['guidance_scale']:g}, "
+        f"seeds {', '.join(map(str, protocol['seeds']))}, the same before and after. "
+        "Per class figures: `metrics.json`; again: `fastunlearn evaluate --model FOLDER`."
+    )
+    return _table(titles, rows) + "\n\n" + note
+
+
+def _limits(cfg: Config, evaluation: dict) -> list[str]:
+    """What a user must not conclude, from what was and was not measured."""
+    after = evaluation.get("after") or {}
+    lines = [
+        "Relearning was not tested: a short fine-tune on pictures of the concept may bring it back. "
+        "`fastunlearn relearn` says after how many steps.",
+        "Attacks were not tested: adversarial prompts, textual inversion and image-to-image may still reach it.",
+        "Only the U-Net was changed. With the base model's own U-Net the concept is back at once.",
+    ]
+    synonym = after.get("UA_synonym")
+    if synonym is not None:
+        leak = f"{1 - synonym:.0%} of the synonym prompts still show the concept"
+        lines.insert(0, f"Synonyms are the usual leak: here {leak}. Other synonyms were not tested.")
+    else:
+        lines.insert(0, "Synonyms were not tested: the concept may be reachable under another name.")
+    if not after:
+        lines.append("What else changed in the model was not measured.")
+    elif known_concepts([concept.name for concept in cfg.concepts]):
+        lines.append("The judge knows 10 objects and 8 styles; damage outside them goes unseen.")
+    if any(cfg.kind_of(concept) == "nudity" for concept in cfg.concepts):
+        lines.append("This is no safety filter: do not rely on it alone where nudity must not appear.")
+    return lines
+
+
+def _table(titles: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [titles, ("---",) * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

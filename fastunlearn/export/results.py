@@ -1,0 +1,139 @@
+"""The files that a finished run leaves: U-Net, delta, evaluation, picture, metrics.json and model card.
+
+What this is: the order in which they come to be, from the trained weights on rank 0.
+What this is not: how each is written (``exporting.py``) or judged (``scoring``).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastunlearn.config import Config
+from fastunlearn.engines.fused import unrounded
+from fastunlearn.evaluation import evaluate_pair, why_not_judged
+from fastunlearn.export.weights import (
+    before_after,
+    choose_validation_rows,
+    delta_metadata,
+    write_card,
+    write_delta,
+    write_unet,
+)
+from fastunlearn.gradients.heatmap import LOG_NAME as SURGERY_LOG_NAME
+from fastunlearn.gradients.heatmap import draw as draw_surgery
+from fastunlearn.models.backbone import compute_in, load_pipeline, stored_dtype
+from fastunlearn.training.checkpoint import list_checkpoints
+from fastunlearn.training.preflight import RUN_FILES
+from fastunlearn.utils.files import atomic_write_text
+from fastunlearn.utils.memory import peak_memory_bytes
+
+PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "triton", "xformers")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+OLD_RESULTS = (*RUN_FILES, "evaluation.json", "relearn.json", "logs", SURGERY_LOG_NAME)
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What the loop measured."""
+
+    updates: int
+    seconds: dict[str, float]
+    unet_evaluations: dict[str, int]
+    world_size: int
+    device: torch.device
+
+
+def start_output(cfg: Config, *, resumed: bool) -> None:
+    """Write config.toml; a fresh run that may overwrite an older one removes that one's results first."""
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.overwrite_output_dir and not resumed:
+        for path in [*(folder / name for name in OLD_RESULTS), *list_checkpoints(folder)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    atomic_write_text(folder / "config.toml", cfg.resolved().to_toml())
+
+
+def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigures) -> None:
+    """Write everything that remains of a run. ``weights``: the trained tensors, fp32, on the host."""
+    cfg = cfg.resolved()  # the card and the delta name the kept concepts also where they were left to the default
+    folder = Path(cfg.output_dir)
+    stored = stored_dtype(cfg.model)
+    base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
+    if cfg.bf16_weights and (cfg.engine == "fused" or cfg.method == "sdd"):  # else the weights are fp32 masters
+        weights = unrounded(base.unet.state_dict(), weights)
+    dtype = DTYPES.get(cfg.export.dtype) or stored
+    write_unet(base.unet, folder / "unet", dtype, state_dict={**base.unet.state_dict(), **weights})
+    delta = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    write_delta(delta, folder / "delta.safetensors", delta_metadata(cfg))
+
+    if cfg.train.resolution:
+        base.unet.register_to_config(sample_size=cfg.train.resolution // base.vae_scale_factor)
+    compute_in(base.unet, torch.bfloat16 if cfg.model.mixed_precision == "bf16" else torch.float32)
+    base.to(figures.device)
+    before_after(
+        base,
+        delta,
+        choose_validation_rows(cfg),
+        folder / "samples" / "before_after.png",
+        seeds=cfg.evaluation.seeds[: cfg.report.num_validation_seeds],
+        steps=cfg.evaluation.num_inference_steps,
+        guidance=cfg.evaluation.guidance_scale,
+        batch_size=cfg.evaluation.batch_size,
+        progress=True,
+    )
+    draw_surgery(folder / SURGERY_LOG_NAME, folder / "samples" / "surgery.png")
+    metrics = collect_metrics(cfg, figures)
+    del base
+    if cfg.evaluation.mode == "auto" and why_not_judged(cfg) is None:
+        metrics["evaluation"] = evaluate_pair(cfg, cfg.model.pretrained_model_name_or_path, folder / "unet")
+    atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_card(cfg, metrics, folder / "README.md")
+    print(_summary(folder, metrics))
+
+
+def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:
+    """What metrics.json holds, evaluation apart."""
+    return {
+        "method": cfg.method,
+        "concepts": [concept.name for concept in cfg.concepts],
+        "updates": figures.updates,
+        "seconds": {name: round(value, 3) for name, value in figures.seconds.items()},
+        "unet_evaluations": figures.unet_evaluations | {"total": sum(figures.unet_evaluations.values())},
+        "peak_memory_bytes": peak_memory_bytes(figures.device),
+        "world_size": figures.world_size,
+        "engine": cfg.engine if cfg.trains else None,
+        "zero_stage": cfg.zero_stage,
+        "evaluation": None,
+        "versions": {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := _version(name))},
+        "device": torch.cuda.get_device_name(figures.device) if figures.device.type == "cuda" else "cpu",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _summary(folder: Path, metrics: Mapping[str, Any]) -> str:
+    evaluations = metrics["unet_evaluations"]["total"]
+    lines = [f"{metrics['updates']} updates, {evaluations} U-Net evaluations, {metrics['seconds']['total']:.0f} s"]
+    after = (metrics["evaluation"] or {}).get("after")
+    if after:
+        lines.append("  ".join(f"{name} {after[name]:.3f}" for name in ("UA", "IRA", "CRA")))
+    lines.append(f"picture: {folder / 'samples' / 'before_after.png'}   U-Net: {folder / 'unet'}")
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""The three sets of the meta term: pictures as latents, made by the original model or read from folders, cached once.
+
+What this is: the pools, and the samples that an update draws from them: those that the simulated attack trains on, and
+those that are judged before and after it. No VAE is in the loop.
+What this is not: a loss.
+
+Everything random is drawn from (seed, update, sample number), so that the same global batch gives the same samples on
+any world size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastunlearn.config import Config
+from fastunlearn.denoisers.predictors import Predictors
+from fastunlearn.engines.zero import World
+from fastunlearn.errors import UserError
+from fastunlearn.models.backbone import Pipeline, PromptEmbeds
+from fastunlearn.prompts.meta_sets import forbidden_anchors, meta_prompts
+from fastunlearn.prompts.preserved import refuse_erased
+from fastunlearn.prompts.variants import UNCONDITIONAL, PromptBook
+from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.retain import Pool, RetainBatch, encode_images, generate_pool, read_captions
+from fastunlearn.sampling.rollout import Layout
+from fastunlearn.schema.meta import SETS, set_weights
+
+
+@dataclass
+class Judged:
+    """The samples of the losses before and after the attack, all sets in one batch."""
+
+    batch: RetainBatch
+    set_B: Tensor
+    """(B,) int64: which of ``config_meta.SETS`` each sample belongs to."""
+    anchor: PromptEmbeds
+    """What each sample's prompt asks for once the concept is removed; only read on forbidden samples."""
+
+    def without_forbidden(self) -> Judged:
+        """What must be kept."""
+        chosen = self.set_B != SETS.index("forbidden")
+        b = self.batch
+        assert b.clean is not None and b.noise is not None
+        kept = RetainBatch(
+            b.latents[chosen], b.timesteps[chosen], b.cond.select(chosen), b.clean[chosen], b.noise[chosen]
+        )
+        return Judged(kept, self.set_B[chosen], self.anchor.select(chosen))
+
+
+class MetaSets:
+    """Pools by set, and where each update's samples come from."""
+
+    def __init__(
+        self, cfg: Config, models: Predictors, book: PromptBook, world: World, pools: Mapping[str, Pool]
+    ) -> None:
+        self.cfg, self.models, self.book, self.pools = cfg, models, book, pools
+        self._anchors = forbidden_anchors(cfg)
+        meta = cfg.meta
+        self._weights = set_weights(meta)
+        self._judged = Layout(world.rank, world.world_size, meta.batch_size, 1)
+        self._attack = Layout(world.rank, world.world_size, meta.inner_batch_size, 1)
+        variants = [{variant.prompt for variant in own} for own in book.variants]
+        self._of_concept = [
+            [row for row, prompt in enumerate(pools["forbidden"].prompts) if prompt in own] for own in variants
+        ]
+
+    def attack_batches(self, step: KeyStep) -> list[RetainBatch]:
+        """One batch for each step of the simulated attack, from the first half of the concept's forbidden pictures."""
+        batches = []
+        for inner in range(self.cfg.meta.inner_steps):
+            draws = self._draws(step, f"attack{inner}", self._attack)
+            rows = [draw.choice(self._forbidden(step)[0]) for draw in draws]
+            batches.append(self._batch("forbidden", rows, draws, None))
+        return batches
+
+    def judged(self, step: KeyStep, timestep: int) -> Judged:
+        """The samples of both losses: the attack has not seen the forbidden ones. ``timestep``: of the key step."""
+        batches, sets, anchors = [], [], []
+        fixed = timestep if self.cfg.meta.timesteps == "key" else None
+        for number, name in enumerate(SETS):
+            if name not in self.pools or not self._weights[name]:
+                continue
+            draws = self._draws(step, name, self._judged)
+            choice = self._forbidden(step)[1] if name == "forbidden" else range(len(self.pools[name].prompts))
+            rows = [draw.choice(choice) for draw in draws]
+            batches.append(self._batch(name, rows, draws, fixed))
+            sets += [number] * len(rows)
+            prompts = [self.pools[name].prompts[row] for row in rows]
+            anchors += [self._anchors.get(prompt, UNCONDITIONAL) for prompt in prompts]
+        device = batches[0].latents.device
+        embeds = self.models.backbone.embeds.select([self.book.rows[anchor] for anchor in anchors])
+        return Judged(_joined(batches), torch.tensor(sets, device=device), embeds)
+
+    def _forbidden(self, step: KeyStep) -> tuple[Sequence[int], Sequence[int]]:
+        """(the attack's half, the judged half) of a concept's forbidden pictures; of all, where none is its own."""
+        rows = self._of_concept[step.concept]
+        if len(rows) < 2:
+            rows = list(range(len(self.pools["forbidden"].prompts)))
+        return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+
+    def _draws(self, step: KeyStep, what: str, layout: Layout) -> list[random.Random]:
+        numbers = layout.trajectory_numbers()
+        return [random.Random(f"{self.cfg.seed}:meta:{step.update}:{what}:{number}") for number in numbers]
+
+    def _batch(
+        self, name: str, rows: Sequence[int], draws: Sequence[random.Random], timestep: int | None
+    ) -> RetainBatch:
+        backbone, pool = self.models.backbone, self.pools[name]
+        times = [draw.randrange(len(backbone.alphas_cumprod)) if timestep is None else timestep for draw in draws]
+        cond = backbone.embeds.select([self.book.rows[pool.prompts[row]] for row in rows])
+        noisy = pool.noised(rows, times, draws, backbone.alphas_cumprod)
+        return RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
+
+
+def draw_sets(
+    cfg: Config, models: Predictors, book: PromptBook, folders: Mapping[str, Pool] | None = None
+) -> dict[str, Pool]:
+    """The pictures of each set: those of ``folders``, and for the others what the original model draws."""
+    drawn = {
+        name: generate_pool(cfg, models, book, prompts, f"meta-{name}", cfg.meta.num_images)
+        for name, prompts in meta_prompts(cfg).items()
+    }
+    return {**drawn, **(folders or {})}
+
+
+def encode_sets(cfg: Config, pipeline: Pipeline, device: torch.device) -> dict[str, Pool]:
+    """The sets that are folders of images, as latents, encoded once."""
+    return {
+        name: encode_images(captions, cfg, pipeline, device, f"meta.{name}_folder")
+        for name, captions in set_captions(cfg).items()
+    }
+
+
+def set_captions(cfg: Config) -> dict[str, list[tuple[Path, str]]]:
+    """(image, caption) of every set that is a folder.
+
+    Raises:
+        UserError: no folder, no caption, too few images, or one of what is kept that names what is to be erased.
+    """
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for name in SETS if cfg.has_meta else ():
+        folder, field = getattr(cfg.meta, f"{name}_folder"), f"meta.{name}_folder"
+        if folder is None:
+            continue
+        found[name] = read_captions(Path(folder), field)
+        least = max(cfg.meta.batch_size, cfg.meta.inner_batch_size) * (2 if name == "forbidden" else 1)
+        if len(found[name]) < least:
+            raise UserError(f"{field}: {folder} holds {len(found[name])} images; at least {least} are needed")
+        if name != "forbidden":
+            for image, caption in found[name]:
+                refuse_erased(cfg, f"{field}: {image.name}", [caption])
+    return found
+
+
+def _joined(batches: Sequence[RetainBatch]) -> RetainBatch:
+    return RetainBatch(
+        torch.cat([batch.latents for batch in batches]),
+        torch.cat([batch.timesteps for batch in batches]),
+        PromptEmbeds.cat([batch.cond for batch in batches]),
+        torch.cat([batch.clean for batch in batches if batch.clean is not None]),
+        torch.cat([batch.noise for batch in batches if batch.noise is not None]),
+    )

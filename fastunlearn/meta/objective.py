@@ -1,0 +1,132 @@
+"""The meta term of an update: what a simulated attack would find, as a gradient on top of the method's own.
+
+What this is: Meta-Unlearning's objective (arXiv 2410.12777), in first order by default: the gradients of the losses at
+the attacked weights are taken for gradients at the weights themselves.
+What this is not: the attack (``attack.py``) or the method's own loss (``methods/``).
+
+Legend: w the weights, w' the weights after the simulated attack; L_f, L_r, L_u the noise loss on forbidden, related and
+unrelated pictures, the same pictures, noise and timesteps before and after:
+    m = gradient of   - f L_f(w')  +  r (L_r(w) - L_r(w'))  +  u (L_u(w) - L_u(w'))
+f, r, u are the three weights of the configuration. With ``forbidden_loss`` "erased", which is ours, + f E(w') stands in
+the place of - f L_f(w'): E is the squared distance to a + g (a - c), c being what the original predicts and a what it
+predicts once the concept is removed from the prompt, so that there is an end to it.
+m is added after surgery: it is there to bend what happens after an attack, not to be projected away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastunlearn.config import Config
+from fastunlearn.denoisers.predictors import Predictors
+from fastunlearn.engines.fused import FusedEngine
+from fastunlearn.engines.zero import Engine, World
+from fastunlearn.gradients.projection import ADDITION, Surgery
+from fastunlearn.meta.image_sets import Judged, MetaSets
+from fastunlearn.meta.inner_loop import Attack, all_trainable
+from fastunlearn.meta.second_order import attacked_prediction
+from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.retain import RetainBatch
+from fastunlearn.schema.meta import meta_weights
+from fastunlearn_kernels import Quantized, weighted_noise_loss
+
+
+class Addition(Surgery):
+    """Adds a gradient that was put aside, and clips the sum: surgery's pass with nothing to project."""
+
+    def retained(self, place: torch.device) -> list[Tensor] | Quantized | None:
+        """What is put aside; in an update without a meta term nothing is, and the pass only clips."""
+        return self.kept.at(place) if self.kept.there else None
+
+
+class MetaTerm:
+    """The term of one run."""
+
+    def __init__(
+        self, cfg: Config, models: Predictors, sets: MetaSets, engine: Engine | FusedEngine, world: World
+    ) -> None:
+        self.cfg, self.models, self.sets, self.engine = cfg, models, sets, engine
+        self.attack = Attack(cfg, engine.sampler, models, world)
+        how = ADDITION.model_copy(update={"retain_dtype": cfg.meta.gradient_dtype})
+        self.addition = Addition(how, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero_stage > 0)
+        w, device = meta_weights(cfg.meta), world.device
+        self._before = torch.tensor([0.0, w.before_related, w.before_unrelated], device=device)
+        self._after = torch.tensor([w.after_forbidden, w.after_related, w.after_unrelated], device=device)
+        # The engine divides by the number of micro-batches of the method's window.
+        self._micro_batches = float(cfg.train.gradient_accumulation_steps)
+
+    def is_due(self, step: KeyStep) -> bool:
+        """Whether this update has the term."""
+        return step.update % self.cfg.meta.every == 0
+
+    def window(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
+        """Make this update's gradient of the term and put it aside; returns the losses for the log. Collective."""
+        judged = self.sets.judged(step, timestep)
+        weights = self._before.tolist()
+        phases: list[Callable[..., dict[str, Tensor]]] = [partial(self._attacked, step, judged)]
+        if any(weights):
+            phases.append(partial(self._unharmed, judged.without_forbidden()))
+        found: dict[str, Tensor] = {}
+        with self.engine.kept_window(self.addition, "meta"):
+            for number, phase in enumerate(phases, start=1):
+                found |= phase(last=number == len(phases))
+        return found
+
+    def _attacked(self, step: KeyStep, judged: Judged, *, last: bool) -> dict[str, Tensor]:
+        """The losses after the attack, and their gradient."""
+        goal = self._erased(judged)  # made by frozen tensors that the attack would change
+        batches = self.sets.attack_batches(step)
+        if self.cfg.meta.order == "second":
+            return self._attacked_in_second_order(batches, judged, goal, last)
+        with self.attack.applied(batches, seed=self.cfg.seed + (step.update << 20)):
+            (prediction,) = self.models.train(judged.batch.latents, judged.batch.timesteps, judged.batch.cond)
+            loss, means = self._loss(prediction, judged, self._after, goal)
+            self.engine.backward(loss * self._micro_batches, last=last)
+        return dict(zip(("meta_forbidden_loss", "meta_related_loss", "meta_unrelated_loss"), means, strict=True))
+
+    def _attacked_in_second_order(
+        self, batches: list[RetainBatch], judged: Judged, goal: Tensor | None, last: bool
+    ) -> dict[str, Tensor]:
+        named = self.engine.named
+        with all_trainable(list(self.attack.attacked.values())):
+            prediction = attacked_prediction(self.attack, batches, judged.batch)
+            loss, means = self._loss(prediction, judged, self._after, goal)
+            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        # A loss whose gradient is the one at hand takes it through the engine's own reduction.
+        carried = [(p * g.detach()).sum() for p, g in zip(named.values(), gradients, strict=True) if g is not None]
+        self.engine.backward(torch.stack(carried).sum() * self._micro_batches, last=last)
+        return dict(zip(("meta_forbidden_loss", "meta_related_loss", "meta_unrelated_loss"), means, strict=True))
+
+    def _unharmed(self, judged: Judged, *, last: bool) -> dict[str, Tensor]:
+        """The losses before the attack on what must be kept, and their gradient."""
+        (prediction,) = self.models.train(judged.batch.latents, judged.batch.timesteps, judged.batch.cond)
+        loss, _ = self._loss(prediction, judged, self._before, None)
+        self.engine.backward(loss * self._micro_batches, last=last)
+        return {}
+
+    def _erased(self, judged: Judged) -> Tensor | None:
+        """What the original predicts without the concept in the prompts, and beyond; None where nobody asks."""
+        guidance, batch = self.cfg.meta.negative_guidance, judged.batch
+        if self.cfg.meta.ascends:
+            return None
+        if not guidance:
+            return self.models.frozen(batch.latents, batch.timesteps, judged.anchor)[0]
+        anchor, concept = self.models.frozen(batch.latents, batch.timesteps, judged.anchor, batch.cond)
+        return anchor + guidance * (anchor - concept)
+
+    def _loss(self, prediction: Tensor, judged: Judged, weights: Tensor, goal: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(weighted loss, mean of each set). ``goal``: what forbidden samples shall be predicted as, if not noise."""
+        batch, backbone = judged.batch, self.models.backbone
+        forbidden = weights * torch.tensor([1.0, 0.0, 0.0], device=weights.device)
+        result = weighted_noise_loss(
+            prediction, batch.noise, judged.set_B, weights if goal is None else weights - forbidden, x0=batch.clean,
+            alpha_t=backbone.alphas_cumprod[batch.timesteps], prediction_type=backbone.prediction_type,
+        )  # fmt: skip
+        if goal is None:
+            return result.loss, result.mean_S
+        erased = weighted_noise_loss(prediction, goal, judged.set_B, forbidden)
+        return result.loss + erased.loss, result.mean_S + erased.mean_S

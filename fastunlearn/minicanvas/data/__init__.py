@@ -1,0 +1,2 @@
+"""MiniCanvas' data set: pictures of objects, drawn in styles.
+Not here: anything that a training or an evaluation needs."""

@@ -1,0 +1,191 @@
+"""One ``.safetensors`` file that holds a whole model, as it is shared on Civitai and elsewhere: what is in it.
+
+What this is: telling the kind of model from the names and shapes in the file's header alone. Standard library only.
+What this is not: loading (``loading.py``). A file does not say everything: what it predicts is in its metadata, or in a
+marker, or must be stated.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastunlearn.errors import UserError
+from fastunlearn.models.formats.architectures import ARCHITECTURES, Architecture
+from fastunlearn.models.formats.headers import CHANNELS, FIELD, Entry, read_header
+from fastunlearn.schema.sections import ModelConfig
+
+UNET, VAE = "model.diffusion_model.", ("first_stage_model.", "vae.")
+FIRST_CONV = "input_blocks.0.0.weight"
+CLIP_L_XL, OPEN_CLIP_XL = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+REFINER_TEXT = "conditioner.embedders.0.model."
+CLIP_L_SD1, CLIP_L_SD1_OLD = "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."
+OPEN_CLIP_SD2 = "cond_stage_model.model."
+ALLOWED = "allowed are whole models of SD 1.x, SD 2.x and SDXL-base"
+# Tensors without content that say how the model was trained (NoobAI and others put them in).
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
+PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+
+LORA_PARTS = (".lora_", "lora_up", "lora_down", "lora_A", "lora_B", ".hada_", ".lokr_", ".oft_", ".dora_scale")
+# Other architectures, by a part of a tensor's name that only they have; the first that is found is named.
+OTHERS = {
+    "joint_blocks.": "SD3",
+    "double_blocks.": "FLUX, or a model built like it",
+    "adaln_single.": "PixArt",
+    "clip_txt_mapper.": "Stable Cascade",
+    "double_layers.": "AuraFlow",
+    "control_model.": "a ControlNet",
+    "controlnet_": "a ControlNet",
+    "motion_modules.": "AnimateDiff",
+    "edm_mean": "Playground v2.5",
+}
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What a single file holds."""
+
+    path: Path
+    name: str
+    """Its entry in ``ARCHITECTURES``."""
+    said_prediction: str | None
+    """"epsilon" or "v_prediction" where the file says so."""
+    zero_snr: bool
+    """Whether the file says that its noise schedule ends in pure noise."""
+    has_vae: bool
+    unet_dtype: str
+    """That of most tensors of its U-Net, as safetensors writes it: "F16", "BF16" or "F32"."""
+    unet_bytes: int
+    elements: int
+    """Of all tensors."""
+
+    def architecture(self, model: ModelConfig) -> Architecture:
+        """With what it predicts as the file says it, unless the configuration does.
+
+        Raises:
+            UserError: nobody says it, and it cannot be guessed.
+        """
+        known = ARCHITECTURES[self.name]
+        stated = model.prediction_type if model.prediction_type != "auto" else None
+        prediction = stated or self.said_prediction or (None if known.family == "sd2" else "epsilon")
+        if prediction is None:
+            raise UserError(
+                f"model.prediction_type: {str(self.path)!r} is {known.title}, and does not say what it predicts; "
+                "state 'v_prediction' (the 768 pixel models) or 'epsilon' (the 512 pixel base models)"
+            )
+        zero_snr = model.rescale_betas_zero_snr
+        return known.with_prediction(prediction, self.zero_snr if zero_snr == "auto" else bool(zero_snr))
+
+
+def read_single_file(path: Path) -> SingleFile:
+    """Tell what a file holds from its header.
+
+    Raises:
+        UserError: it is damaged, or something else than a whole model that can be edited; says what it is.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(
+            f"{FIELD}: {str(path)!r} is no .safetensors file; a diffusers folder or one .safetensors file is needed "
+            "(pickled weights are not read)"
+        )
+    entries, metadata = read_header(path)
+    found = identify(entries)
+    if found not in ARCHITECTURES:
+        raise UserError(f"{FIELD}: {str(path)!r} is {found}; {ALLOWED}")
+    unet = [entry for name, entry in entries.items() if name.startswith(UNET)]
+    dtypes = Counter(entry.dtype for entry in unet)
+    prediction = PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    return SingleFile(
+        path=path,
+        name=found,
+        said_prediction="v_prediction" if V_MARKER in entries else prediction,
+        zero_snr=ZERO_SNR_MARKER in entries,
+        has_vae=any(name.startswith(VAE) for name in entries),
+        unet_dtype=dtypes.most_common(1)[0][0],
+        unet_bytes=sum(entry.bytes for entry in unet),
+        elements=sum(entry.elements for entry in entries.values()),
+    )
+
+
+def identify(entries: Mapping[str, Entry]) -> str:
+    """The name of an entry of ``ARCHITECTURES``, or in words what the tensors are instead."""
+    if _any(entries, LORA_PARTS):
+        return "a LoRA (merge it into its base model first)"
+    other = next((words for part, words in OTHERS.items() if _any(entries, (part,))), None)
+    if other is not None:
+        return other
+    conv = entries.get(UNET + FIRST_CONV)
+    if conv is None or len(conv.shape) != 4:
+        return _part(entries)
+    channels = conv.shape[1]
+    if channels != 4:
+        return f"{CHANNELS.get(channels, 'another model')} (its U-Net takes {channels} channels)"
+    family = _family(entries)
+    if family not in ("sd1", "sd2", "sdxl"):
+        return family
+    return _of_family(family, entries)
+
+
+def _of_family(family: str, entries: Mapping[str, Entry]) -> str:
+    parameters = sum(entry.elements for name, entry in entries.items() if name.startswith(UNET))
+    known = {name: architecture for name, architecture in ARCHITECTURES.items() if architecture.family == family}
+    fits = [name for name, architecture in known.items() if architecture.unet_parameters == parameters]
+    if fits:
+        return fits[0]
+    usual = next(iter(known.values()))
+    return (
+        f"no {usual.title}: its U-Net has {parameters:,} parameters instead of {usual.unet_parameters:,} "
+        "(pruned or distilled; give it as a diffusers folder)"
+    )
+
+
+def _family(entries: Mapping[str, Entry]) -> str:
+    """Which text encoders there are, or in words what is wrong with them."""
+    if _starts(entries, OPEN_CLIP_XL) and _starts(entries, CLIP_L_XL):
+        return "sdxl"
+    if _starts(entries, REFINER_TEXT):
+        return "SDXL's refiner"
+    if _starts(entries, OPEN_CLIP_SD2):
+        return "sd2"
+    if _starts(entries, CLIP_L_SD1):
+        return "sd1"
+    if _starts(entries, CLIP_L_SD1_OLD):
+        return "an SD 1.x model with an old layout of its text encoder (convert it to a diffusers folder)"
+    if _starts(entries, OPEN_CLIP_XL) or _starts(entries, CLIP_L_XL):
+        return "an SDXL model with one of its two text encoders"
+    return "a U-Net without its text encoders"
+
+
+def _part(entries: Mapping[str, Entry]) -> str:
+    """In words, what a file is that has no U-Net under the usual name."""
+    if FIRST_CONV in entries or any(name.startswith(("down_blocks.", "up_blocks.")) for name in entries):
+        return "a bare U-Net, without VAE and text encoders"
+    if any(name.startswith(UNET) for name in entries):
+        return "another architecture than Stable Diffusion's"
+    if is_vae(entries):
+        return "a VAE (model.vae takes one)"
+    if _any(entries, ("text_model.", "resblocks.")):
+        return "a text encoder alone"
+    few = 0 < len(entries) <= 4 and all(len(entry.shape) == 2 for entry in entries.values())
+    if few or _any(entries, ("emb_params", "string_to_param")):
+        return "an embedding (textual inversion)"
+    return "no model that is known here"
+
+
+def is_vae(entries: Iterable[str]) -> bool:
+    """Whether these are names of a VAE alone, with or without a prefix."""
+    bare = {name.removeprefix(VAE[0]).removeprefix(VAE[1]) for name in entries}
+    return bool(bare) and all(
+        name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "loss.", "model_ema."))
+        for name in bare
+    )
+
+
+def _any(entries: Iterable[str], parts: tuple[str, ...]) -> bool:
+    return any(part in name for name in entries for part in parts)
+
+
+def _starts(entries: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in entries)

@@ -1,0 +1,236 @@
+"""Loading Stable Diffusion as users have it: a diffusers folder, a hub id, or one ``.safetensors`` file.
+
+What this is: the one place that turns ``[model]`` into a pipeline with its weights. Nothing is fetched that is here.
+What this is not: a check of the disk: ``preflight.py`` refuses what can be told without loading.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils.logging import disable_progress_bar
+from safetensors import SafetensorError
+from torch import nn
+
+from fastunlearn.config import ModelConfig
+from fastunlearn.errors import UserError
+from fastunlearn.models.formats.architectures import write_configs
+from fastunlearn.models.formats.headers import (
+    ALLOWED,
+    FIELD,
+    check_kind,
+    is_hub_id,
+    read_header,
+    read_json,
+    unet_files,
+    vae_folder,
+)
+from fastunlearn.models.formats.single_file import read_single_file
+from fastunlearn.training.preflight import check_noise, check_vae
+
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+CLASSES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DAMAGED = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+def load_pipeline(
+    path: str | os.PathLike[str],
+    *,
+    unet_path: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    unet_dtype: torch.dtype | None = None,
+    options: ModelConfig | None = None,
+) -> Pipeline:
+    """Load an SD or SDXL text-to-image pipeline, optionally with another U-Net.
+
+    Args:
+        path: a folder, a .safetensors file, a hub id or "minicanvas".
+        unet_path: a folder with the U-Net to load instead.
+        dtype: of all weights. fp32 is the one in which every VAE is safe: SDXL's own overflows in fp16.
+        unet_dtype: of the U-Net's weights; None: ``dtype``. ``stored_dtype`` loses nothing and takes least memory.
+        options: revision, variant, cache, VAE and what the model predicts.
+
+    Raises:
+        UserError: the model cannot be found or read, or is not an SD/SDXL text-to-image pipeline.
+    """
+    disable_progress_bar()  # the loading bars of seven small components say nothing
+    source, model = str(resolve_model(str(path))), options or ModelConfig()
+    unet = None if unet_path is None else load_unet(unet_path, unet_dtype or dtype)
+    try:
+        if Path(source).is_file():
+            pipeline = _from_file(Path(source), model, dtype, unet_dtype or dtype, unet)
+        else:
+            pipeline = _from_folder(source, model, dtype, unet_dtype or dtype, unet)
+    except DAMAGED as error:
+        raise UserError(f"{FIELD}: cannot load {source!r}: {first_line(error)}") from error
+    # Exact classes: inpainting, refiner and other pipelines subclass or imitate these and need other inputs.
+    if type(pipeline) not in CLASSES.values():
+        raise UserError(f"{FIELD}: {source!r} is a {type(pipeline).__name__}; {ALLOWED}")
+    if model.vae is not None:
+        pipeline.vae = load_vae(model.vae, pipeline.vae, dtype)
+    set_noise(pipeline, model)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _from_folder(
+    source: str, model: ModelConfig, dtype: torch.dtype, unet_dtype: torch.dtype, unet: nn.Module | None
+) -> Pipeline:
+    kwargs: dict[str, Any] = {"dtype": {"default": dtype, "unet": unet_dtype}, "use_safetensors": True}
+    kwargs |= {"revision": model.revision, "variant": model.variant, "local_files_only": True}
+    if unet is not None:
+        kwargs["unet"] = unet
+    if not Path(source).exists() and is_hub_id(source):
+        folder = _check_hub(source, model)
+        check_vae(model, read_json(folder / "vae" / "config.json"))
+        kwargs |= {"local_files_only": model.local_files_only, "cache_dir": model.cache_dir}
+    return DiffusionPipeline.from_pretrained(source, **kwargs)
+
+
+def _check_hub(name: str, model: ModelConfig) -> Path:
+    """Refuse a hub model of another kind before its weights are fetched; return the folder of its configurations."""
+    index = hub_file(name, "model_index.json", model)
+    hub_file(name, "unet/config.json", model)
+    check_kind(index.parent, name)
+    return index.parent
+
+
+def hub_file(name: str, path: str, model: ModelConfig) -> Path:
+    """One small file of a hub model, downloaded or from the cache.
+
+    Raises:
+        UserError: with what the hub, the network or the cache answers.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(
+            hf_hub_download(
+                name, path, revision=model.revision, cache_dir=model.cache_dir, local_files_only=model.local_files_only
+            )
+        )
+    except Exception as error:  # whatever it is: there are many
+        raise UserError(f"{FIELD}: cannot read {path} of {name!r}: {first_line(error)[:120]}") from None
+
+
+def _from_file(
+    file: Path, model: ModelConfig, dtype: torch.dtype, unet_dtype: torch.dtype, unet: nn.Module | None
+) -> Pipeline:
+    """Configurations and tokenizers come from ``architectures.py``, so that nothing is fetched."""
+    found = read_single_file(file)
+    architecture = found.architecture(model)
+    with tempfile.TemporaryDirectory() as configs:
+        write_configs(architecture, Path(configs))
+        kwargs: dict[str, Any] = {"config": configs, "local_files_only": True}
+        if unet is None and unet_dtype != dtype:
+            unet = UNet2DConditionModel.from_single_file(str(file), subfolder="unet", dtype=unet_dtype, **kwargs)
+        parts = {} if unet is None else {"unet": unet}
+        if not found.has_vae:  # model.vae takes its place
+            parts["vae"] = AutoencoderKL.from_config(dict(architecture.vae))
+        pipeline = CLASSES[architecture.pipeline].from_single_file(str(file), dtype=dtype, **kwargs, **parts)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            _check_complete(part, f"{FIELD}: {str(file)!r}", name)
+    return pipeline
+
+
+def _check_complete(part: nn.Module, said: str, name: str) -> None:
+    """Tensors that the file lacks have been left without memory."""
+    missing = [tensor for tensor, parameter in part.named_parameters() if parameter.is_meta]
+    if missing:
+        raise UserError(f"{said} lacks {len(missing)} tensors of its {name}, such as {missing[0]}; download it again")
+
+
+def load_unet(folder: str | os.PathLike[str], dtype: torch.dtype) -> UNet2DConditionModel:
+    """A U-Net from a folder in diffusers format.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return UNet2DConditionModel.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    except DAMAGED as error:
+        raise UserError(f"unet: cannot load {str(folder)!r}: {first_line(error)}") from error
+
+
+def load_vae(place: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
+    """Another VAE for a pipeline whose own is ``own``: from a folder, or a file in diffusers' or the original layout.
+
+    Raises:
+        UserError: it is missing or damaged, or not of this pipeline's shape.
+    """
+    try:
+        if Path(place).is_dir():
+            return AutoencoderKL.from_pretrained(vae_folder(Path(place)), dtype=dtype, local_files_only=True)
+        with tempfile.TemporaryDirectory() as configs:  # a file has no configuration: that of the VAE it replaces
+            own.save_config(configs)
+            vae = AutoencoderKL.from_single_file(place, config=configs, dtype=dtype, local_files_only=True)
+    except DAMAGED as error:
+        raise UserError(f"model.vae: cannot load {place!r}: {first_line(error)}") from error
+    _check_complete(vae, f"model.vae: {place!r}", "VAE")
+    return vae
+
+
+def set_noise(pipeline: Pipeline, model: ModelConfig) -> None:
+    """Let the pipeline's scheduler say what the configuration states.
+
+    Raises:
+        UserError: the statement contradicts itself, or the model.
+    """
+    config = pipeline.scheduler.config
+    check_noise(model, config)
+    stated: dict[str, Any] = {}
+    if model.prediction_type != "auto":
+        stated["prediction_type"] = model.prediction_type
+    if model.rescale_betas_zero_snr != "auto":
+        stated["rescale_betas_zero_snr"] = model.rescale_betas_zero_snr
+        if model.rescale_betas_zero_snr:
+            stated["timestep_spacing"] = "trailing"  # such a model is sampled from its very last step
+    if all(config.get(field, False) == value for field, value in stated.items()):
+        return
+    kind = type(pipeline.scheduler)
+    if "rescale_betas_zero_snr" in stated and "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
+        kind = DDIMScheduler
+    pipeline.register_modules(scheduler=kind.from_config(config, **stated))
+
+
+def resolve_model(name: str) -> str:
+    """Turn the embedded model's name into its folder; other names pass through."""
+    if name != "minicanvas":
+        return name
+    from fastunlearn.minicanvas import pipeline_path
+
+    return str(pipeline_path())
+
+
+def stored_dtype(model: ModelConfig) -> torch.dtype:
+    """The floating dtype in which the base U-Net's files hold most of their tensors; fp32 where it cannot be read."""
+    place = Path(resolve_model(model.pretrained_model_name_or_path))
+    if place.is_file():
+        return STORED.get(read_single_file(place).unet_dtype, torch.float32)
+    if not (place / "unet").is_dir():  # a hub model, loaded from the cache
+        return torch.float16 if model.variant == "fp16" else torch.float32
+    entries = [entry for file in unet_files(place, model.variant) for entry in read_header(file)[0].values()]
+    counts = Counter(entry.dtype for entry in entries)
+    return STORED.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error, for one-line messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

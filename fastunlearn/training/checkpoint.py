@@ -1,0 +1,161 @@
+"""Resumable checkpoints: optimizer, trained weights, key-step position, and whatever else carries state.
+
+What this is: the layout of ``checkpoint-N/``, how it comes to be whole, which ones are kept, and what a resume refuses.
+What this is not: the exported model (``exporting.py``).
+
+    checkpoint-N/state.json        position, world size, configuration fingerprint, evaluation counts
+    checkpoint-N/parts-rank-R.pt   what rank R's trajectories, method, surgery and retain source carry on, if anything
+    checkpoint-N/deepspeed/        DeepSpeed's shards
+
+A checkpoint is written beside its final name and renamed once every rank is done: one that has its name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fastunlearn.config import Config
+from fastunlearn.engines.zero import World, barrier
+from fastunlearn.errors import UserError
+
+NAME = re.compile(r"checkpoint-(\d+)$")
+# What may differ between a run and its continuation without changing the weights that come out.
+FREE_FIELDS = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "checkpoint",
+    "report",
+    "evaluation",
+    "export",
+)
+
+
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    update: int
+    seconds: float
+    rollout_seconds: float
+    evaluations: dict[str, int]
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.search(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_checkpoint(cfg: Config) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh run.
+
+    Raises:
+        UserError: "latest" with none there, or a folder that is not a checkpoint.
+    """
+    if cfg.resume_from_checkpoint is None:
+        return None
+    if cfg.resume_from_checkpoint == "latest":
+        found = list_checkpoints(cfg.output_dir)
+        if not found:
+            raise UserError(f"resume_from_checkpoint: no checkpoint in {cfg.output_dir}; start without it")
+        return found[-1]
+    path = Path(cfg.resume_from_checkpoint)
+    path = path if path.is_dir() else Path(cfg.output_dir) / path
+    if not (path / "state.json").is_file():
+        raise UserError(
+            f"resume_from_checkpoint: {cfg.resume_from_checkpoint} is not a checkpoint folder; try 'latest'"
+        )
+    return path
+
+
+def fingerprint(cfg: Config) -> dict:
+    """The fields that decide the result of a run."""
+    data = cfg.resolved().model_dump(mode="json")
+    return {name: value for name, value in data.items() if name not in FREE_FIELDS}
+
+
+def check_resumable(folder: Path, cfg: Config, world_size: int) -> None:
+    """Refuse to continue a run that this one is not. Reads only ``state.json``, so it comes before anything is loaded.
+
+    Raises:
+        UserError: unreadable state, another world size, or another configuration.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        saved, old = state["world_size"], state["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"resume_from_checkpoint: {folder}/state.json cannot be read; use another checkpoint"
+        ) from error
+    if saved != world_size:
+        raise UserError(
+            f"resume_from_checkpoint: {folder.name} was written by {saved} rank(s) and its optimizer state is split "
+            f"accordingly, this run has {world_size}; start it with --num_gpus {saved}"
+        )
+    new = fingerprint(cfg)
+    different = [name for name in new if new[name] != old.get(name)]
+    if different:
+        raise UserError(
+            f"resume_from_checkpoint: {folder.name} belongs to a run with another '{different[0]}'; "
+            "resume with the same configuration, or start in another output_dir"
+        )
+
+
+class Part(Protocol):
+    """Something that carries state from one update to the next."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class Saved(Protocol):
+    """An engine, as far as a checkpoint is concerned."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+def save_checkpoint(cfg: Config, world: World, engine: Saved, parts: Mapping[str, Part], position: Position) -> Path:
+    """Write ``checkpoint-<update>`` and drop the oldest beyond the limit. Collective."""
+    final = Path(cfg.output_dir) / f"checkpoint-{position.update}"
+    partial = final.with_name(f"{final.name}.partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    engine.save(partial)
+    states = {name: state for name, part in parts.items() if (state := part.state_dict())}
+    if states:
+        torch.save(states, partial / f"parts-rank-{world.rank}.pt")
+    barrier()
+    if world.is_main:
+        payload = asdict(position) | {"world_size": world.world_size, "config": fingerprint(cfg)}
+        (partial / "state.json").write_text(json.dumps(payload, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in list_checkpoints(cfg.output_dir)[: -cfg.checkpoint.checkpoints_total_limit]:
+            shutil.rmtree(old)
+    barrier()
+    return final
+
+
+def load_checkpoint(folder: Path, world: World, engine: Saved, parts: Mapping[str, Part]) -> Position:
+    """Restore engine and parts, and return where the run stands. Collective."""
+    engine.load(folder)
+    saved_parts = folder / f"parts-rank-{world.rank}.pt"
+    states = torch.load(saved_parts, map_location="cpu", weights_only=True) if saved_parts.exists() else {}
+    for name, part_state in states.items():
+        parts[name].load_state_dict(part_state)
+    state = json.loads((folder / "state.json").read_text())
+    return Position(state["update"], state["seconds"], state["rollout_seconds"], state["evaluations"])

@@ -1,0 +1,182 @@
+"""What a run says while it goes: progress bar, train_log.jsonl, TensorBoard curves, and the stop when a loss diverges.
+
+What this is: the only place where training figures leave the device, once per ``logging_steps`` updates.
+What this is not: the evaluation (``scoring``) or the final files (``results.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastunlearn.config import Config
+from fastunlearn.engines.zero import World, mean_over_ranks
+from fastunlearn.errors import UserError
+from fastunlearn.gradients.heatmap import LOG_NAME as SURGERY_LOG_NAME
+from fastunlearn.gradients.heatmap import BlockCosines
+from fastunlearn.gradients.projection import Figures, Surgery
+from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.utils.files import atomic_write_text
+from fastunlearn.utils.memory import peak_memory_bytes
+
+LOG_NAME = "train_log.jsonl"
+CURVES = (
+    "loss", "retain_loss", "discriminator_loss", "unlearn_grad_norm", "retain_grad_norm", "cosine", "projected_share",
+    "lr", "seconds",
+)  # fmt: skip
+
+
+@dataclass
+class Update:
+    """What one update measured, on the device: losses of its micro-batches, and the surgery's evidence."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    retain_losses: list[Tensor] = field(default_factory=list)
+    surgery: Figures | None = None
+    figures: dict[str, Tensor] = field(default_factory=dict)
+    """The method's own."""
+
+
+class Recorder:
+    """Collects one entry per update on the device and writes them in batches."""
+
+    def __init__(self, cfg: Config, world: World, total: int, start: int, surgery: Surgery | None = None) -> None:
+        self._world = world
+        self._every = cfg.train.logging_steps
+        self._pending: list[tuple[dict[str, Any], Update, Any]] = []
+        self._path = Path(cfg.output_dir) / LOG_NAME
+        self._map = None if surgery is None else BlockCosines(surgery)
+        self._map_path = Path(cfg.output_dir) / SURGERY_LOG_NAME
+        self._clock = time.perf_counter()
+        self._writer = None
+        if not world.is_main:
+            return
+        _truncate_log(self._path, start)
+        _truncate_log(self._map_path, start)
+        self._bar = tqdm(total=total, initial=start, desc=cfg.method, unit="update", dynamic_ncols=True)
+        if cfg.report.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(Path(cfg.output_dir) / "logs"), purge_step=start)
+
+    def record(self, step: KeyStep, timestep: int, update: Update, grad_norm: Any, learning_rate: float) -> None:
+        """Remember one update; nothing is read from the device yet."""
+        now = time.perf_counter()
+        entry = {
+            "update": step.update,
+            "concept": step.concept,
+            "index": step.index,
+            "timestep": timestep,
+            "lr": learning_rate,
+            "seconds": round(now - self._clock, 6),
+            "peak_memory_bytes": peak_memory_bytes(self._world.device),
+        }
+        self._clock = now
+        self._pending.append((entry, update, grad_norm))
+        if self._world.is_main:
+            self._bar.update()
+        if len(self._pending) >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending. Collective: the losses are averaged over the ranks.
+
+        Raises:
+            UserError: a loss or a gradient norm is not finite.
+        """
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        losses = self._means([update.losses for _, update, _ in pending])
+        retained = self._means([update.retain_losses for _, update, _ in pending])
+        entries = []
+        for (entry, update, norm), loss, retain_loss in zip(pending, losses, retained, strict=True):
+            unlearn_norm = None if norm is None else float(norm)
+            figures = _surgery_figures(update.surgery) | ({"retain_loss": retain_loss} if update.surgery else {})
+            figures |= {name: float(value) for name, value in update.figures.items()}
+            entries.append(entry | {"loss": loss, "unlearn_grad_norm": unlearn_norm} | figures)
+        if self._world.is_main:
+            self._append(self._path, entries)
+            self._show(entries)
+            if self._map is not None:
+                shown = [(entry["update"], update.surgery) for entry, update, _ in pending if update.surgery]
+                self._append(self._map_path, [{"update": n, "cosine": self._map.of(figures)} for n, figures in shown])
+        _refuse_divergence(entries)
+        self._clock = time.perf_counter()
+
+    def _means(self, losses: list[list[Tensor]]) -> list[float]:
+        """Mean over micro-batches and ranks for each update; 0 where there was nothing to train."""
+        nothing = torch.zeros((), device=self._world.device)
+        means = [torch.stack(own).mean() if own else nothing for own in losses]
+        return mean_over_ranks(torch.stack(means)).tolist()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self.flush()
+        if self._world.is_main:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _append(self, path: Path, entries: list[dict[str, Any]]) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as log:
+                log.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            raise UserError(
+                f"output_dir: cannot write {path} ({error.strerror}); free some space and resume"
+            ) from error
+
+    def _show(self, entries: list[dict[str, Any]]) -> None:
+        self._bar.set_postfix(loss=f"{entries[-1]['loss']:.4g}")
+        if self._writer is not None:
+            for entry in entries:
+                for name in CURVES:
+                    if entry.get(name) is not None:
+                        self._writer.add_scalar(f"train/{name}", entry[name], entry["update"])
+
+
+def _surgery_figures(figures: Figures | None) -> dict[str, Any]:
+    """A run without surgery has no retain gradient."""
+    if figures is None:
+        return {"retain_grad_norm": None, "cosine": None, "projected_share": None}
+    return {
+        "retain_grad_norm": float(figures.retain_grad_norm),
+        "cosine": float(figures.cosine),
+        "projected_share": float(figures.conflicting_share),
+        "skipped": bool(figures.plan.found_inf),
+    }
+
+
+def _refuse_divergence(entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        if entry.get("skipped"):
+            continue  # the surgery counts these and stops the run itself
+        if not math.isfinite(entry["loss"]) or not math.isfinite(entry["unlearn_grad_norm"] or 0.0):
+            raise UserError(
+                f"the loss is not finite at update {entry['update']}: lower train.learning_rate or set "
+                "train.max_grad_norm; nothing was exported"
+            )
+
+
+def _truncate_log(path: Path, start: int) -> None:
+    """Drop entries that a killed run wrote after its last checkpoint: they will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the line that the kill cut short
+        if entry["update"] < start:
+            kept.append(line + "\n")
+    atomic_write_text(path, "".join(kept))

@@ -1,0 +1,241 @@
+"""How a run is put together: model, engine, teacher, windows, retain samples, surgery.
+
+What this is: the order in which the parts come to be, and in which what is no longer needed goes.
+What this is not: the algorithm (``trainer.py``), or any of the parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastunlearn.acceleration.attention import check_attention, install_attention, stop_first_token_gradient
+from fastunlearn.acceleration.compilation import apply_channels_last, compile_blocks
+from fastunlearn.acceleration.cuda_graphs import GraphedSampler
+from fastunlearn.acceleration.text_kv_cache import PromptKeys
+from fastunlearn.config import Config, resolved_scope
+from fastunlearn.denoisers.ema import Ema
+from fastunlearn.denoisers.predictors import Evaluations, Predictors
+from fastunlearn.denoisers.teacher import Teacher, no_teacher
+from fastunlearn.denoisers.teacher_check import check_teacher, target_errors
+from fastunlearn.engines.fused import FusedEngine
+from fastunlearn.engines.zero import Engine, World
+from fastunlearn.gradients.projection import Surgery
+from fastunlearn.meta.image_sets import MetaSets, draw_sets, encode_sets
+from fastunlearn.meta.objective import MetaTerm
+from fastunlearn.methods import UCE, Method, build_method, rank_table
+from fastunlearn.methods.parts.concept_edit import edit_pipeline, put_in_place
+from fastunlearn.models.backbone import (
+    Backbone,
+    build_backbone,
+    load_pipeline,
+    set_trainable,
+    stored_dtype,
+    trainable_names,
+    trained_tensors,
+)
+from fastunlearn.prompts.meta_sets import meta_texts
+from fastunlearn.prompts.preserved import retain_prompts
+from fastunlearn.prompts.variants import PromptBook, build_prompt_book
+from fastunlearn.sampling.anchor_sampler import AnchorWindows
+from fastunlearn.sampling.cached_sampler import CachedWindows, Targets, sample_targets
+from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.retain import Pool, RetainSource, anchor_prompts, build_source, encode_folder, generate_pool
+from fastunlearn.sampling.rollout import Layout, Rollout
+from fastunlearn.sampling.static_sampler import NoWindows, StandingWindows
+from fastunlearn.training.checkpoint import Part, Position, find_checkpoint, load_checkpoint
+from fastunlearn_kernels.backend import describe
+
+
+@dataclass
+class Run:
+    """The parts of a run, ready for its first update."""
+
+    cfg: Config
+    world: World
+    method: Method
+    table: list[KeyStep]
+    models: Predictors
+    rollout: Rollout | StandingWindows
+    engine: Engine | FusedEngine
+    surgery: Surgery | None = None
+    retain: RetainSource | None = None
+    meta: MetaTerm | None = None
+    ema: Ema | None = None
+    edited: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a closed-form method changed before the first update, in fp32 on the host."""
+    position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
+
+    @property
+    def gradient_edits(self) -> list[Surgery]:
+        """What is done to an update's gradient before its step, in this order. The last one clips."""
+        addition = None if self.meta is None else self.meta.addition
+        return [edit for edit in (self.surgery, addition) if edit is not None]
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What else carries state from one update to the next."""
+        found: dict[str, Part | None] = {
+            "models": self.models, "rollout": self.rollout, "method": self.method,
+            "surgery": self.surgery, "retain": self.retain, "ema": self.ema,
+            "attack": None if self.meta is None else self.meta.attack,
+        }  # fmt: skip
+        return {name: part for name, part in found.items() if part is not None}
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """What the run has changed, in fp32 on the host. Collective: every rank must call it."""
+        trained = self.engine.full_weights() if self.ema is None else self.ema.full_weights()
+        return {**self.edited, **trained}
+
+
+def prepare(cfg: Config, world: World) -> Run:
+    """Load the model, embed all prompts once, free what training does not need, shard the rest, resume if asked."""
+    check_attention(cfg.model.attention, world.device, compute_dtype(cfg))
+    method = build_method(cfg)
+    resume = find_checkpoint(cfg)
+    stored = stored_dtype(cfg.model) if cfg.bf16_weights else None  # loses nothing, and SDXL in fp32 takes 10 GB
+    pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
+    folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None
+    retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
+    meta_folders = encode_sets(cfg, pipeline, world.device)
+    others = [*meta_texts(cfg), *(prompt for pool in meta_folders.values() for prompt in pool.prompts)]
+    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
+    edited = edit_pipeline(cfg, method, pipeline, world.device) if isinstance(method, UCE) else {}
+    set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
+    originals = trained_tensors(pipeline.unet) | edited
+    backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
+    del pipeline  # with it go the text encoders and the VAE
+    models, engine = shard(cfg, backbone, originals, world, edited)
+    del originals
+    ema = moving_mean(cfg, models, engine) if method.ships_mean else None
+    if cfg.teacher.storage in ("int8", "fp8"):
+        accepted = check_teacher(cfg.teacher, target_errors(models, book, cfg.seed))
+        if world.is_main:
+            print(accepted)
+    layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
+    pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
+    table = rank_table(cfg, world.rank, world.world_size)
+    targets = sample_targets(cfg, models, book, table, world.is_main) if cfg.teacher.storage == "cached" else None
+    rollout = build_windows(cfg, models, book, layout, pool, targets)
+    run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, edited=edited)
+    if cfg.retains:
+        pictures = pool if cfg.retain_source == "anchors" else folder
+        run.retain = build_source(cfg, models, book, world, pictures)
+        limit = 0.0 if cfg.has_meta else cfg.train.max_grad_norm
+        run.surgery = Surgery(cfg.surgery, limit, list(engine.named), world, cfg.zero_stage > 0)
+    if cfg.has_meta:
+        sets = MetaSets(cfg, models, book, world, draw_sets(cfg, models, book, meta_folders))
+        run.meta = MetaTerm(cfg, models, sets, engine, world)
+    if targets is not None:
+        models.teacher = no_teacher  # from the first update on, the student is no longer the original
+    if resume is not None:
+        _resume(run, resume)
+    return run
+
+
+def edit(cfg: Config, world: World) -> tuple[dict[str, Tensor], float]:
+    """A closed-form method without any updates: what it changed, and the seconds that the edit took."""
+    method = build_method(cfg)
+    assert isinstance(method, UCE)
+    pipeline = load_pipeline(
+        cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored_dtype(cfg.model)
+    )
+    started = time.perf_counter()
+    edited = edit_pipeline(cfg, method, pipeline, world.device)
+    return edited, time.perf_counter() - started
+
+
+def weights_dtype(cfg: Config) -> torch.dtype:
+    """In which the U-Net is held."""
+    return torch.bfloat16 if cfg.bf16_weights else torch.float32
+
+
+def compute_dtype(cfg: Config) -> torch.dtype:
+    """In which the U-Net computes, from bf16 weights or under autocast."""
+    return torch.bfloat16 if cfg.model.mixed_precision == "bf16" else torch.float32
+
+
+def shard(
+    cfg: Config,
+    backbone: Backbone,
+    originals: Mapping[str, Tensor],
+    world: World,
+    edited: Mapping[str, Tensor] | None = None,
+) -> tuple[Predictors, Engine | FusedEngine]:
+    """The student under its engine, and its frozen original.
+
+    ``originals``: the tensors before any cast from which the training starts, the trained ones and those of an edit in
+    closed form; ``edited``: these alone. The teacher is made before the student gets them.
+    """
+    unet = backbone.unet.train()
+    backbone.autocast = cfg.model.mixed_precision == "bf16" and not cfg.bf16_weights
+    if cfg.model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    attention = install_attention(unet, cfg.model.attention, device=world.device, dtype=compute_dtype(cfg))
+    if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
+        stop_first_token_gradient(unet)
+    keys = PromptKeys(unet, backbone.embeds, backbone.autocast) if cfg.model.cache_prompt_keys else None
+    teacher = None
+    if cfg.needs_teacher:
+        teacher = Teacher(unet, list(originals), whole_copy=cfg.zero_stage == 3, storage=cfg.teacher.storage)
+    put_in_place(unet, edited or {})
+    engine: Engine | FusedEngine
+    if cfg.engine == "fused":
+        engine = FusedEngine(unet, cfg, world)
+    else:
+        engine = Engine(unet, cfg, world, originals if cfg.bf16_weights else None)
+    if cfg.model.channels_last:
+        apply_channels_last(unet)
+    if cfg.model.compile == "regional":
+        compile_blocks(unet)
+    if world.is_main:
+        count = sum(originals[name].numel() for name in engine.named)
+        sharding = "fused engine" if cfg.engine == "fused" else f"ZeRO-{cfg.zero.stage}"
+        how = f"{attention}; kernels: {describe(world.device)}; {sharding}"
+        print(f"{cfg.method}: {len(engine.named)} tensors, {count:,} parameters trained; {how}")
+    sampler = GraphedSampler(engine.sampler) if cfg.model.cuda_graphs else engine.sampler
+    # As long as nothing is trained, the student is its own teacher.
+    models = Predictors(backbone, engine, sampler, teacher or engine.sampler)
+    models.frozen_keys = keys
+    models.own_keys = keys if originals.keys().isdisjoint(trainable_names(unet, "attn2_kv")) else None
+    return models, engine
+
+
+def moving_mean(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema:
+    """The running mean of the student's weights, which from now on walks the trajectories."""
+    ema = Ema(engine.sampler, engine.named, cfg.sdd.ema_decay, warmup=cfg.sdd.ema_warmup)
+    models.sampler = ema
+    return ema
+
+
+def build_windows(
+    cfg: Config,
+    models: Predictors,
+    book: PromptBook,
+    layout: Layout,
+    pool: Pool | None = None,
+    targets: Targets | None = None,
+) -> Rollout | StandingWindows:
+    """Where the unlearning windows come from: trajectories of the student, those that the original walked before the
+    training, or noised pictures of the anchors; from nowhere after an edit in closed form."""
+    if cfg.closed_form:
+        return NoWindows(models, cfg.sampler.num_inference_steps)
+    if pool is not None:
+        return AnchorWindows(cfg, models, book, layout, pool)
+    if targets is not None:
+        return CachedWindows(cfg, models, book, layout, targets)
+    sampler = cfg.sampler
+    return Rollout(
+        models, book, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale, seed=cfg.seed
+    )
+
+
+def _resume(run: Run, folder: Path) -> None:
+    run.position = load_checkpoint(folder, run.world, run.engine, run.parts)
+    if run.world.is_main:
+        print(f"resumed from {folder} at update {run.position.update}")

@@ -1,0 +1,42 @@
+"""The literal meta term that ours is timed against computes the same gradient."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from meta_case import ADAMW, Case, build_run
+from tiny import flat
+
+from fastunlearn.engines.zero import World
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "update"))
+
+from baselines.deep_copy_meta import DeepCopyMeta
+
+CASE = Case("fused", engine="fused", meta=ADAMW)
+
+
+def test_the_copy_gives_the_gradient_of_the_term_in_place() -> None:
+    found = []
+    for literal in (False, True):
+        run = build_run(replace(CASE), World(0, 1, torch.device("cpu")))
+        assert run.meta is not None
+        if literal:
+            DeepCopyMeta(run).window(run.table[0], 500)
+            names = list(run.engine.named)
+            kept = run.meta.addition.kept._dequantized(torch.float32)
+            found.append(flat(dict(zip(names, kept, strict=True))))
+            continue
+        run.meta.window(run.table[0], 500)
+        name_of = {id(parameter): name for name, parameter in run.engine.named.items()}
+        parts = {}
+        for layer in run.engine._layers:  # type: ignore[union-attr]
+            for parameter, tensor in zip(layer.parameters, layer.meta._dequantized(torch.float32), strict=True):
+                parts[name_of[id(parameter)]] = tensor
+        found.append(flat(parts))
+    ours, theirs = found
+    assert float(theirs.norm()) > 0
+    assert float((ours - theirs).norm() / theirs.norm()) < 2e-2  # the first step of AdamW is a sign

@@ -1,0 +1,202 @@
+"""KSCU and ESD against slow, literal versions of their equations, and what a run costs in U-Net evaluations."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+
+import pytest
+import torch
+from tiny import tiny_backbone, tiny_book, tiny_rollout, tiny_unet
+from torch import Tensor
+
+from fastunlearn.config import Config
+from fastunlearn.denoisers.predictors import Predictors
+from fastunlearn.denoisers.teacher import Teacher
+from fastunlearn.methods import build_method
+from fastunlearn.models.backbone import trainable_names
+from fastunlearn.prompts.variants import PromptBook
+from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.rollout import GuidedPair, Layout, Rollout
+
+STEP = KeyStep(update=0, concept=0, index=3, restart=True, continues=True)
+
+
+def a_config(**fields: object) -> Config:
+    return Config.model_validate({"concepts": ["neon style"], "evaluation": {"mode": "off"}} | fields)
+
+
+def perturbed_models(book: PromptBook, prediction_type: str = "epsilon") -> tuple[Predictors, torch.nn.Module]:
+    """A student that has moved away from its teacher, and the untouched original."""
+    backbone = tiny_backbone(book, prediction_type)
+    unet, original = backbone.unet, copy.deepcopy(backbone.unet)
+    names = trainable_names(unet, "attn2")
+    teacher = Teacher(unet, names, whole_copy=False)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name in names:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return Predictors(backbone, unet, unet, teacher), original
+
+
+def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: int | Tensor, embeds: object) -> Tensor:
+    """One unbatched prediction, turned into noise by the definition of the prediction type."""
+    out = models.backbone.predict(unet, x, t, embeds)  # type: ignore[arg-type]
+    a = models.backbone.scheduler.alphas_cumprod[t]
+    return out if models.backbone.prediction_type == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * x
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("uncond", [True, False])
+def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> None:
+    book = tiny_book()
+    models, original = perturbed_models(book, prediction_type)
+    weight = 0.5
+    cfg = a_config(kscu={"uncond_gradient": uncond, "uncond_weight": weight, "negative_guidance": 1.5})
+    rollout = tiny_rollout(models, book)
+    rollout.restart(STEP)
+    (window,) = rollout.windows(STEP, None)
+    outcome = build_method(cfg).loss(models, window)
+
+    x, t = window.latents, window.timestep
+    with torch.no_grad():
+        e_c, e_0 = (literal(models, original, x, t, cond) for cond in (window.cond, window.uncond))
+        s_c, s_0 = (literal(models, models.backbone.unet, x, t, cond) for cond in (window.cond, window.uncond))
+        direction = e_c - e_0
+        expected = ((s_c - (e_0 - 1.5 * direction)) ** 2).mean()
+        if uncond:
+            expected += weight * ((s_0 - (e_0 - (1000 - t) * 2e-5 * direction)) ** 2).mean()
+    assert outcome.loss is not None
+    assert torch.allclose(outcome.loss, expected, rtol=1e-4)
+    assert outcome.pair is not None
+    raw = [models.backbone.predict(models.backbone.unet, x, t, cond) for cond in (window.cond, window.uncond)]
+    assert torch.allclose(outcome.pair.cond, raw[0], atol=1e-5) and torch.allclose(
+        outcome.pair.uncond, raw[1], atol=1e-5
+    )
+
+
+def test_kscu_starts_at_twice_the_erased_direction() -> None:
+    book = tiny_book()
+    backbone = tiny_backbone(book)
+    models = Predictors(backbone, backbone.unet, backbone.unet, Teacher(backbone.unet, [], whole_copy=True))
+    rollout = tiny_rollout(models, book)
+    rollout.restart(STEP)
+    (window,) = rollout.windows(STEP, None)
+    cond, uncond = models.frozen(window.latents, window.timestep, window.cond, window.uncond)
+    loss = build_method(a_config()).loss(models, window).loss
+    assert loss is not None
+    assert torch.allclose(loss, 4 * ((cond - uncond) ** 2).mean(), rtol=1e-4)
+
+
+def test_the_unconditional_gradient_is_negligible_at_the_published_weight() -> None:
+    """Why "auto" leaves it out: the ratio of the two gradients at the start of a run."""
+    book = tiny_book()
+
+    def gradient(uncond_weight: float, only: bool) -> Tensor:
+        models, _ = perturbed_models(book)
+        with torch.no_grad():  # back to the start: the student is the teacher
+            for name, parameter in models.backbone.unet.named_parameters():
+                if name in models.teacher.frozen:  # type: ignore[attr-defined]
+                    parameter.copy_(models.teacher.frozen[name])  # type: ignore[attr-defined]
+        rollout = tiny_rollout(models, book)
+        rollout.restart(STEP)
+        (window,) = rollout.windows(STEP, None)
+        cfg = a_config(kscu={"uncond_gradient": only, "uncond_weight": uncond_weight})
+        loss = build_method(cfg).loss(models, window).loss
+        assert loss is not None
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in models.backbone.unet.parameters() if p.grad is not None])
+
+    without, with_it = gradient(1e-4, only=False), gradient(1e-4, only=True)
+    assert (with_it - without).norm() / without.norm() < 1e-5
+
+
+def test_esd_loss_equals_its_equation() -> None:
+    book = tiny_book()
+    models, original = perturbed_models(book)
+    cfg = a_config(method="esd", esd={"negative_guidance": 2.0})
+    rollout = tiny_rollout(models, book)
+    rollout.restart(STEP)
+    (window,) = rollout.windows(STEP, None)
+    loss = build_method(cfg).loss(models, window).loss
+    assert loss is not None
+    x, t = window.latents, window.timestep
+    with torch.no_grad():
+        e_c, e_0 = (literal(models, original, x, t, cond) for cond in (window.cond, window.uncond))
+        s_c = literal(models, models.backbone.unet, x, t, window.cond)
+    assert torch.allclose(loss, ((s_c - (e_0 - 2.0 * (e_c - e_0))) ** 2).mean(), rtol=1e-4)
+
+
+def test_the_teacher_never_moves_and_the_student_is_left_alone() -> None:
+    book = tiny_book()
+    models, original = perturbed_models(book)
+    x, embeds = torch.randn(2, 4, 8, 8), models.backbone.embeds.select([1, 1])
+    before = {name: tensor.clone() for name, tensor in models.backbone.unet.state_dict().items()}
+    (frozen,) = models.frozen(x, 500, embeds)
+    with torch.no_grad():
+        assert torch.equal(frozen, models.backbone.predict(original, x, 500, embeds))
+    assert not frozen.requires_grad
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models.backbone.unet.state_dict().items())
+
+
+def count_run(cfg: Config, batch: int = 1) -> dict[str, int]:
+    """Walk a whole table with a U-Net that costs nothing; the counts are those of a real run."""
+    book = tiny_book([concept.name for concept in cfg.concepts])
+    backbone = tiny_backbone(book)
+
+    def free(sample: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+        return (sample * 0.1,)
+
+    models = Predictors(backbone, free, free, free)
+    rollout: Rollout = tiny_rollout(models, book, Layout(0, 1, batch, 1))
+    method = build_method(cfg)
+    for step in method.table():
+        if step.restart:
+            rollout.restart(step)
+        pairs: list[GuidedPair] = []
+        for window in rollout.windows(step, method.augmentation(step)):
+            pair = method.loss(models, window).pair
+            pairs += [pair] if pair is not None else []
+        if step.continues:
+            rollout.advance(step, pairs)
+    return asdict(models.evaluations) | {"total": models.evaluations.total}
+
+
+def test_a_style_run_of_500_updates_stays_within_its_budget() -> None:
+    counts = count_run(a_config())
+    assert counts["total"] <= 3600
+    assert counts == {
+        "teacher": 1000,  # one batched pair per update
+        "rollout": 2 * 496 + 480 + 23,  # restarts; the unconditional half of each advance; the tail's clean prompts
+        "student_forward": 500,
+        "student_backward": 500,
+        "total": counts["total"],
+    }
+
+
+def test_the_counts_scale_with_the_batch_and_the_switch_costs_what_it_says() -> None:
+    short = {"train": {"max_train_steps": 60}, "prompts": {"augment_fraction": 0.0}}
+    one, four = count_run(a_config(**short)), count_run(a_config(**short), batch=4)
+    assert four == {name: 4 * value for name, value in one.items()}
+    both = count_run(a_config(**short, kscu={"uncond_gradient": True}))
+    assert both["student_backward"] == 120 and both["teacher"] == 180
+    assert both["rollout"] == one["rollout"] - 57  # the advances are free altogether: 60 updates, 3 traversals
+
+
+def test_trajectories_do_not_depend_on_how_they_are_spread() -> None:
+    book = tiny_book(["neon style"], templates=["{concept}", "a picture in {concept}"])
+
+    def latents(*layouts: Layout) -> Tensor:
+        unet = tiny_unet()
+        parts: dict[int, Tensor] = {}
+        for layout in layouts:
+            backbone = tiny_backbone(book, unet=unet)
+            rollout = tiny_rollout(Predictors(backbone, unet, unet, unet), book, layout, steps=10)
+            rollout.restart(KeyStep(5, 0, 4, restart=True, continues=False))
+            parts |= dict(zip(layout.trajectory_numbers(), rollout.latents, strict=True))
+        return torch.stack([parts[number] for number in sorted(parts)])
+
+    whole = latents(Layout(0, 1, 4, 1))
+    assert torch.allclose(whole, latents(Layout(0, 2, 2, 1), Layout(1, 2, 2, 1)), atol=1e-5)
+    assert torch.allclose(whole, latents(Layout(0, 2, 1, 2), Layout(1, 2, 1, 2)), atol=1e-5)
+    assert torch.equal(whole, latents(Layout(0, 1, 4, 1)))

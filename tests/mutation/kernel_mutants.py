@@ -1,0 +1,311 @@
+"""Breaks the kernels on purpose, one line at a time, and says whether the checks notice.
+
+A mutant is a copy of the package with one piece of text replaced, loaded by a child process that has torch already. As
+a script: `TRITON_INTERPRET=1 python tests/mutation/kernel_mutants.py --folder TMP --json FILE`; MUTANTS has the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "kernels" / "fastunlearn_kernels"
+BROKEN = "not a mutant"  # a verdict that begins so says nothing about the checks
+SECONDS = 60  # of the processor's time, for one mutant; one that never ends is noticed too
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which occurs once in `file`, becomes `new`; then the checks of `op` must fail."""
+
+    op: str
+    what: str
+    file: str
+    old: str
+    new: str
+
+
+def _of(file: str, *mutants: tuple[str, str, str], op: str = "") -> list[Mutant]:
+    return [Mutant(op or file, what, f"{file}.py", old, new) for what, old, new in mutants]
+
+
+MUTANTS: list[Mutant] = [
+    *_of(
+        "add_noise",
+        ("the mask covers too much", "mask = o_n < n", "mask = o_n < n + BLOCK"),
+        ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
+        ("the root of 1 - A is missing", "tl.sqrt(1.0 - alpha) * noise", "(1.0 - alpha) * noise"),
+        ("the noise has the wrong sign", "* x0 + tl.sqrt(1.0", "* x0 - tl.sqrt(1.0"),
+        ("every sample has the first one's timestep", "timesteps_ptr + i_b * PER_SAMPLE", "timesteps_ptr"),
+        ("every sample has the first one's seed", "tl.load(seed_ptr + i_b), o_n", "tl.load(seed_ptr), o_n"),
+        ("the noise depends on the place in the batch", "seed_ptr + i_b), o_n)", "seed_ptr + i_b), o)"),
+        ("backward mixes up the factors", "(signal * wide).to(of_x0)", "(noise_level * wide).to(of_x0)"),
+    ),
+    *_of(
+        "guided_noise_loss",
+        ("the mask covers one element too many", "mask = o_n < n", "mask = o_n <= n"),
+        ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
+        ("the guidance has the wrong sign", "anchor - coefficient(guidance,", "anchor + coefficient(guidance,"),
+        ("the gradient lacks the weight", "step = 2.0 * w * k", "step = 2.0 * k"),
+        ("the gradient lacks lambda2", "clipped *= uncond_weight", "pass"),
+        ("masked samples are read", "if w != 0:", "if w == w:"),
+        ("a part of the sum is left out", "+ b * chunks, chunks, BLOCK", "+ b * chunks, chunks - 1, BLOCK"),
+        ("the ticket is not set back", "tl.store(ticket_ptr, 0)", "pass"),
+        ("the flag is never raised", "tl.where(loss - loss == 0, 0.0, 1.0)", "tl.where(loss - loss == 0, 0.0, 0.0)"),
+        ("Huber's clip is missing", "if HUBER:", "if not HUBER:"),
+        ("samples overlap", "o = i_b * n + o_n", "o = i_b * (n - 1) + o_n"),
+        (
+            "the unconditional gradient is not written",
+            "tl.store(grad_uncond_ptr + o, step * clipped, mask=mask)",
+            "pass",
+        ),
+        ("backward ignores its cotangent", "grad_loss * grad", "grad"),
+    ),
+    *_of(
+        "weighted_noise_loss",
+        ("the mask covers too much", "mask = o_n < n", "mask = o_n < n + BLOCK"),
+        ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
+        ("each sample has the first one's set", "i_set = tl.load(set_ptr + i_b)", "i_set = tl.load(set_ptr)"),
+        ("the target is added", ".to(tl.float32) - target", ".to(tl.float32) + target"),
+        ("the gradient lacks the number of samples", "(count.to(tl.float32) * (1.0 * n))", "(1.0 * n)"),
+        ("masked samples are read", "    total = 0.0\n    if w != 0:", "    total = 0.0\n    if w == w:"),
+        ("the loss lacks the weights", "loss += w * mean", "loss += mean"),
+        ("the gradient is not written", "tl.store(grad_ptr + o,", "tl.store(grad_ptr + o + n * batch,"),
+        ("the ticket is not set back", "tl.store(ticket_ptr, 0)", "pass"),
+    ),
+    *_of(
+        "guided_step",
+        ("the mask covers too much", "mask = o_n < n", "mask = o_n < n + BLOCK"),
+        ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
+        ("guidance starts from the wrong prediction", "output = base + coefficient", "output = output + coefficient"),
+        ("the update has the wrong sign", "+ h * output\n    tl.store", "- h * output\n    tl.store"),
+        ("the second copy is not written", "tl.store(pair_ptr + (o + batch * n),", "tl.store(pair_ptr + o,"),
+        ("the pair is not scaled", "x = x / tl.sqrt(after_b * after_b + 1.0)", "pass"),
+        ("a sample has its neighbour's factor", "coefficient(after, i_b, KIND_A)", "coefficient(after, 0, KIND_A)"),
+    ),
+    *_of(
+        "surgery_dots",
+        ("u.r is u.u", "ur += tl.sum(u * r, 1)", "ur += tl.sum(u * u, 1)"),
+        ("only the last tile counts", "rr += tl.sum(r * r, 1)", "rr = tl.sum(r * r, 1)"),
+        (
+            "the mask covers too much",
+            "u = tl.load(u_ptr + o, mask=o < length,",
+            "u = tl.load(u_ptr + o, mask=o < length + 8,",
+        ),
+        ("the preconditioner lacks eps", "length, V, ALIGNED) + eps)", "length, V, ALIGNED) + 0 * eps)"),
+        (
+            "the preconditioner is squared",
+            "weighted_u, weighted_r = u * weight",
+            "weighted_u, weighted_r = u * weight * eps",
+        ),
+        (
+            "a segment takes the next one's chunk",
+            "tl.load(first_ptr + i_segment + 1)",
+            "tl.load(first_ptr + i_segment + 1) + 1",
+        ),
+        (
+            "a segment's last chunk is dropped",
+            "mask=o_c < end, other=0.0).to(tl.float64)",
+            "mask=o_c + 1 < end, other=0.0).to(tl.float64)",
+        ),
+        (
+            "the last tile is dropped",
+            "for first in range(0, length, ROWS * WIDTH):",
+            "for first in range(0, length - 1, ROWS * WIDTH):",
+        ),
+    ),
+    Mutant(
+        "surgery_dots",
+        "a block takes its neighbour's scale",
+        "tiles.py",
+        "((phase + o) >> 8), mask=o < length",
+        "((phase + o + 1) >> 8), mask=o < length",
+    ),
+    Mutant("surgery_dots", "codes are not divided by 127", "tiles.py", "1.0 / 127.0", "1.0 / 128.0"),
+    Mutant("surgery_dots", "chunks overlap", "segments.py", "begin = cut", "begin = max(cut - 1, begin + 1)"),
+    *_of(
+        "surgery_coefficients",
+        ("conflict has the wrong sign", "tl.where(inner > 0, 0.0, inner)", "tl.where(inner < 0, 0.0, inner)"),
+        ("rho is added", "1.0), 0.0) - rho", "1.0), 0.0) + rho"),
+        ("the strength is missing", "strength * inner / tl", "inner / tl"),
+        ("the clip is missing", "scale = tl.where(clip < 1.0, clip, 1.0)", "pass"),
+        ("the clip also raises", "scale = tl.where(clip < 1.0, clip, 1.0)", "scale = clip"),
+        ("the norm is that before surgery", "uu - 2 * c * ur + c * c * rr, (sums", "uu, (sums"),
+        (
+            "the flag is never raised",
+            "tl.store(found_inf_ptr, tl.where(finite, 0.0, 1.0))",
+            "tl.store(found_inf_ptr, 0.0)",
+        ),
+        ("the plain columns decide", "square = tl.load(p_row + 5,", "square = tl.load(p_row + 2,"),
+    ),
+    *_of(
+        "surgery_apply",
+        ("the correction has the wrong sign", "(u - coef * r) * scale", "(u + coef * r) * scale"),
+        ("the clip is missing", "(u - coef * r) * scale", "(u - coef * r)"),
+        ("the flag is ignored", "if (found_inf == 0) & (", "if (found_inf == found_inf) & ("),
+        ("the scale is ignored where nothing conflicts", "((coef != 0) | (scale != 1))", "(coef != 0)"),
+        ("each segment has the first one's coefficient", "tl.load(coef_ptr + segment)", "tl.load(coef_ptr)"),
+        ("stores are not masked", "corrected.to(U), mask=o < length)", "corrected.to(U))"),
+        ("the last element is dropped", "corrected.to(U), mask=o < length)", "corrected.to(U), mask=o + 1 < length)"),
+        ("copies are not written back", "tensor.copy_(ordered.view(tensor.shape))", "pass"),
+    ),
+    *_of(
+        "blockwise_quantize",
+        ("the scale is 128", "127.0 / tl.where(absmax > 0", "128.0 / tl.where(absmax > 0"),
+        ("absmax is the largest value, without its sign", "tl.max(tl.abs(x).to(", "tl.max(tl.maximum(x, 0.0).to("),
+        ("stores are not masked", "code, mask=o_row[:, None] < length)", "code)"),
+        ("the last element is dropped", "x = tl.load(x_ptr + o, mask=o <", "x = tl.load(x_ptr + o, mask=o + 1 <"),
+        ("the last block is dropped", "code, mask=o_row[:, None] < length)", "code, mask=o_row[:, None] + 9 < length)"),
+        ("NaN is not noticed", 'tl.where(finite, absmax, float("nan"))', "absmax"),
+        ("stochastic rounding is off by a half", "* _UNIT + _HALF_DOWN", "* _UNIT"),
+        ("small blocks are not scaled up", "tl.where(absmax < _SMALL, _UP, 1.0)", "tl.where(absmax < 0, _UP, 1.0)"),
+    ),
+    *_of(
+        "blockwise_quantize",
+        (
+            "each block has the chunk's first scale",
+            "absmax_ptr + (o_row >> 8), mask=o_row < length, other",
+            "absmax_ptr + o_row * 0, mask=o_row < length, other",
+        ),
+        ("the scale is not applied", "x = (code * _PER_CODE) * absmax[:, None]", "x = code * _PER_CODE"),
+        ("the tail is dropped", "tl.load(code_ptr + o, mask=o <", "tl.load(code_ptr + o, mask=o + 1 <"),
+        ("tensors are mixed up", "tl.load(addresses_ptr + tensors + tensor)", "tl.load(addresses_ptr + tensors)"),
+        op="blockwise_dequantize",
+    ),
+    *_of(
+        "adamw8bit_kernel",
+        ("the correction has the wrong sign", "g = g - coef * retain_tile", "g = g + coef * retain_tile"),
+        ("the clip is missing", "                g = g * scale\n", ""),
+        ("the flag is ignored", "if found_inf == 0:", "if found_inf == found_inf:"),
+        ("the first moment's rest is not the gradient", "old1[:, None] + g * rest1", "old1[:, None] + g * rest2"),
+        ("the second moment is not squared", "old2[:, None] + (g * rest2) * g", "old2[:, None] + g * rest2"),
+        ("weight decay is missing", "p = p * decay - ", "p = p - "),
+        ("the step has the wrong sign", "p = p * decay - ", "p = p * decay + "),
+        ("eps is missing", "tl.sqrt(v) * root + eps)", "tl.sqrt(v) * root)"),
+        ("bias correction is missing", "tl.sqrt(v) * root + eps)", "tl.sqrt(v) + eps)"),
+        ("the copy is not written", "tl.store(c_ptr + o, p.to(C), mask=mask)", "pass"),
+        ("lanes beyond the end count for absmax", "mask=mask, other=_ZERO_CODE)", "mask=mask, other=255)"),
+        ("every chunk rounds with the same bits", "seed, number + o_row, WIDTH", "seed, number * 0 + o_row, WIDTH"),
+        ("the second absmax is not written", "tl.store(vs_ptr + o_block,", "tl.store(ms_ptr + o_block,"),
+        ("the tail is dropped", "mask, row_mask, o_block = o < length,", "mask, row_mask, o_block = o + 1 < length,"),
+        ("no mask at all", "mask, row_mask, o_block = o < length,", "mask, row_mask, o_block = o < length + WIDTH,"),
+        (
+            "a segment reaches one element too far",
+            "(place < tl.load(piece_ptr + 1))",
+            "(place <= tl.load(piece_ptr + 1))",
+        ),
+        op="adamw8bit_step",
+    ),
+]
+
+
+def build(mutant: Mutant | None, folder: Path) -> Path:
+    """A copy of the package below `folder`, broken by the mutant. Raises ValueError if the text is not there once."""
+    target = folder / "fastunlearn_kernels"
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__"))
+    if mutant is not None:
+        path = target / mutant.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(mutant.old) != 1:
+            raise ValueError(f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times; it must be there once")
+        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    return folder
+
+
+def judge(op: str, folder: Path) -> list[str]:
+    """What the checks say about one op of the copy in `folder`; the package must not have been imported before."""
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    try:
+        import kernel_checks as checks
+
+        from fastunlearn_kernels import specs
+    except Exception as error:
+        return [f"{BROKEN}: {type(error).__name__}: {error}"]
+    if not Path(specs.__file__).is_relative_to(folder):
+        return [f"{BROKEN}: {specs.__file__} is not the copy"]
+    spec = next(spec for spec in specs.ALL_SPECS if spec.name == op)
+    return checks.failures(spec, checks.device(), quick=True)
+
+
+def in_child(op: str, folder: Path) -> tuple[int, int]:
+    """(pid, file descriptor to read the verdict from)."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            found = judge(op, folder)
+        except BaseException as error:
+            found = [f"{type(error).__name__}: {str(error)[:200]}"]
+        os.write(writer, json.dumps(found).encode()[:60000])
+        os._exit(0)
+    os.close(writer)
+    return pid, reader
+
+
+def judge_all(jobs: list[tuple[str, str, Path]], workers: int) -> dict[str, list[str]]:
+    """Name of the job -> failures found; each job is (name, op, folder)."""
+    verdicts: dict[str, list[str]] = {}
+    running: dict[int, tuple[str, int]] = {}
+    waiting = list(jobs)
+    while waiting or running:
+        while waiting and len(running) < workers:
+            name, op, folder = waiting.pop(0)
+            pid, reader = in_child(op, folder)
+            running[pid] = (name, reader)
+        pid, status = os.wait()
+        name, reader = running.pop(pid)
+        with os.fdopen(reader) as file:
+            text = file.read()
+        verdicts[name] = json.loads(text) if text else [f"the child ended with status {status}"]
+    return verdicts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="break the kernels, one line at a time")
+    parser.add_argument("--folder", type=Path, required=True, help="an empty folder for the copies")
+    parser.add_argument("--json", type=Path, help="write {name: [failures]} here")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("ops", nargs="*", help="names; all if none is given")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("set TRITON_INTERPRET=1: the mutants are interpreted")
+    # Before the children start, so that none of them has to load these; the first call of any op loads dynamo.
+    import torch
+    import torch._dynamo
+    import triton  # noqa: F401
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    mutants = [mutant for mutant in MUTANTS if not options.ops or mutant.op in options.ops]
+    intact = options.folder.resolve() / "intact"
+    build(None, intact)
+    jobs = [(f"intact {op}", op, intact) for op in dict.fromkeys(mutant.op for mutant in mutants)]
+    verdicts: dict[str, list[str]] = {}
+    for i, mutant in enumerate(mutants):
+        try:
+            folder = build(mutant, options.folder.resolve() / str(i))
+        except ValueError as error:
+            verdicts[f"{mutant.op}: {mutant.what}"] = [f"{BROKEN}: {error}"]
+            continue
+        jobs.append((f"{mutant.op}: {mutant.what}", mutant.op, folder))
+    verdicts |= judge_all(jobs, options.workers)
+    if options.json:
+        options.json.write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
+    for name, found in verdicts.items():
+        print(f"{name}: {found[0] if found else 'passes'}")
+    print(f"{len(mutants)} mutants, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

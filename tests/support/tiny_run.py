@@ -1,0 +1,57 @@
+"""A run around the tiny U-Net, put together by the trainer's own functions, for what DeepSpeed's launcher starts.
+
+Not a test itself, and not a worker: those choose the configurations and write down what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tiny import tiny_backbone, tiny_rollout
+
+from fastunlearn.config import Config
+from fastunlearn.engines import optimizers
+from fastunlearn.engines.zero import World
+from fastunlearn.gradients.projection import Surgery
+from fastunlearn.methods import build_method
+from fastunlearn.models.backbone import set_trainable, trained_tensors
+from fastunlearn.prompts.variants import PromptBook
+from fastunlearn.sampling.retain import Pool, PoolSource
+from fastunlearn.sampling.rollout import Layout, Rollout
+from fastunlearn.sampling.static_sampler import NoWindows
+from fastunlearn.training.setup import Run, shard, weights_dtype
+from fastunlearn.training.trainer import one_update
+
+SMALL_TENSOR_NUMEL = 100  # so that matrices and biases are in groups of their own, as SDXL's are
+
+
+def tiny_run(cfg: Config, world: World, book: PromptBook, names: Sequence[str], pool: Pool | None = None) -> Run:
+    """A run that trains the tensors ``names``; with surgery where there is a ``pool`` of pictures to keep."""
+    optimizers.SMALL_TENSOR_NUMEL = SMALL_TENSOR_NUMEL
+    backbone = tiny_backbone(book)
+    set_trainable(backbone.unet, names)
+    originals = trained_tensors(backbone.unet)
+    backbone.unet.to(weights_dtype(cfg))
+    backbone.embeds = backbone.embeds.to(torch.device("cpu"), weights_dtype(cfg))
+    models, engine = shard(cfg, backbone, originals, world)
+    layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
+    rollout: Rollout | NoWindows
+    if cfg.closed_form:
+        rollout = NoWindows(models, cfg.sampler.num_inference_steps)
+    else:
+        rollout = tiny_rollout(models, book, layout, steps=cfg.sampler.num_inference_steps)
+    method = build_method(cfg)
+    run = Run(cfg, world, method, method.table(), models, rollout, engine)
+    if pool is not None:
+        run.retain = PoolSource(cfg, models, book, layout, pool)
+        run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
+    return run
+
+
+def update_all(run: Run) -> None:
+    """Every update of the run, without logs and checkpoints."""
+    for step in run.table:
+        if step.restart:
+            run.rollout.restart(step)
+        one_update(run, step)
