@@ -64,10 +64,10 @@ def run(cfg: Config, world_size: int) -> None:
         from fastunlearn.training.memory_check import check_memory
 
         check_memory(cfg, world_size)
-    from fastunlearn.engines.zero import connect, disconnect, unconnected
     from fastunlearn.training.trainer import train
+    from fastunlearn.utils.distributed import disconnect, init_distributed, single_process
 
-    world = connect() if cfg.trains else unconnected()
+    world = init_distributed() if cfg.trains else single_process()
     train(cfg, world)
     disconnect()
 

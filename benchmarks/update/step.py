@@ -63,13 +63,13 @@ def worker(args: argparse.Namespace) -> None:
     from baselines.deep_copy_meta import DeepCopyMeta
 
     from fastunlearn.config import load_config
-    from fastunlearn.engines.zero import connect, disconnect
     from fastunlearn.training.setup import prepare
     from fastunlearn.training.trainer import one_update
+    from fastunlearn.utils.distributed import disconnect, init_distributed
     from fastunlearn.utils.memory import peak_memory_bytes
 
     sent, asked = count_bytes(), count_decisions()  # before DeepSpeed looks its collectives up
-    world = connect()
+    world = init_distributed()
     with tempfile.TemporaryDirectory() as folder:
         options = [*overrides(args.mode), "--zero.stage", str(args.stage), "--output_dir", folder, *args.set]
         run = prepare(load_config(args.config, options), world)

@@ -17,10 +17,10 @@ from fastunlearn.utils.environment import prepare_environment
 prepare_environment(cpu_threads=1)
 
 from fastunlearn.config import load_config  # noqa: E402  (torch must not be imported before the environment is set)
-from fastunlearn.engines.zero import World, connect, disconnect  # noqa: E402
 from fastunlearn.sampling.key_steps import KeyStep  # noqa: E402
 from fastunlearn.training.setup import Run, prepare  # noqa: E402
 from fastunlearn.training.trainer import one_update  # noqa: E402
+from fastunlearn.utils.distributed import World, disconnect, init_distributed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WARMUP_UPDATES = 3
@@ -31,7 +31,7 @@ CASES = {"kscu-style": ("style", "kscu"), "kscu-object": ("object", "kscu"), "es
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    yield connect()
+    yield init_distributed()
     disconnect()
 
 

@@ -33,26 +33,26 @@ class Teacher:
         self._module = copy.deepcopy(unet).requires_grad_(False) if whole_copy else unet
         self._swap = not whole_copy
         parameters = dict(unet.named_parameters())
-        self._loans = [] if storage == "exact" else lend(unet, trained, storage)
-        swapped = trained if self._swap and not self._loans else []
+        self._swaps = [] if storage == "exact" else install_swaps(unet, trained, storage)
+        swapped = trained if self._swap and not self._swaps else []
         self.frozen = {name: parameters[name].detach().clone() for name in swapped}
 
     @torch.no_grad()
     def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
         """Run the original weights on the arguments of ``UNet2DConditionModel.forward``."""
-        if self._loans:
+        if self._swaps:
             return self._borrowing(*args, **kwargs)
         if not self._swap:
             return self._module(*args, **kwargs)
         return torch.func.functional_call(self._module, self.frozen, args, kwargs)
 
     def _borrowing(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
-        for loan in self._loans:
+        for loan in self._swaps:
             loan.active = True
         try:
             return self._module(*args, **kwargs)
         finally:
-            for loan in self._loans:
+            for loan in self._swaps:
                 loan.active = False
 
 
@@ -61,7 +61,7 @@ def no_teacher(*_: object, **__: object) -> tuple[Tensor, ...]:
     raise RuntimeError("there is no frozen model any more: teacher.storage is 'cached'")
 
 
-class Stored:
+class QuantizedTensor:
     """One tensor in 8 bits. int8: 256 elements share a scale; fp8: each row of the first dimension has one."""
 
     def __init__(self, tensor: Tensor, storage: str) -> None:
@@ -87,10 +87,10 @@ class Stored:
         return (self.codes.float() * self.scale).to(self._dtype)
 
 
-class Loan:
+class WeightSwap:
     """While active, a module computes with its stored parameters instead of its own."""
 
-    def __init__(self, module: nn.Module, stored: dict[str, Stored]) -> None:
+    def __init__(self, module: nn.Module, stored: dict[str, QuantizedTensor]) -> None:
         self.active = False
         self._stored = stored
         self._own: dict[str, nn.Parameter | None] = {}
@@ -108,10 +108,10 @@ class Loan:
         self._own = {}
 
 
-def lend(unet: nn.Module, names: Sequence[str], storage: str) -> list[Loan]:
+def install_swaps(unet: nn.Module, names: Sequence[str], storage: str) -> list[WeightSwap]:
     """Store these parameters of ``unet`` in 8 bits, beside the modules that own them."""
-    owned: dict[str, dict[str, Stored]] = {}
+    owned: dict[str, dict[str, QuantizedTensor]] = {}
     for name in names:
         owner, _, own_name = name.rpartition(".")
-        owned.setdefault(owner, {})[own_name] = Stored(unet.get_parameter(name), storage)
-    return [Loan(unet.get_submodule(owner), stored) for owner, stored in owned.items()]
+        owned.setdefault(owner, {})[own_name] = QuantizedTensor(unet.get_parameter(name), storage)
+    return [WeightSwap(unet.get_submodule(owner), stored) for owner, stored in owned.items()]

@@ -15,7 +15,7 @@ from fastunlearn.config import TeacherConfig
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import Predictor
-from fastunlearn.prompts.variants import PromptBook
+from fastunlearn.prompts.variants import PromptTable
 
 POINTS = 8
 SAMPLES = 2
@@ -31,7 +31,7 @@ class TargetError:
 
 
 @torch.no_grad()
-def target_errors(models: Predictors, book: PromptBook, seed: int) -> list[TargetError]:
+def target_errors(models: Predictors, book: PromptTable, seed: int) -> list[TargetError]:
     """Errors of the stored teacher at ``POINTS`` timesteps over the schedule, on noise, for a first prompt of each
     concept. Call it before the first update: the student's weights must still be the teacher's."""
     draw = torch.Generator().manual_seed(seed)

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from fastunlearn.config import Config, SurgeryConfig, student_updates
 from fastunlearn.engines.optimizers import HostMoments, fused_optimizer, layer_of
-from fastunlearn.engines.zero import Kept, World
+from fastunlearn.engines.zero import Kept
 from fastunlearn.errors import UserError
-from fastunlearn.gradients.buffer import KeptGradient
+from fastunlearn.gradients.buffer import GradientBuffer
 from fastunlearn.gradients.projection import ADDITION, Figures, Surgery, coefficients
+from fastunlearn.utils.distributed import World
 from fastunlearn_kernels import Plan, Quantized, surgery_apply, surgery_dots
 from fastunlearn_kernels.segments import per_tensor
 
@@ -47,8 +48,8 @@ class Layer:
         self.optimizer = fused_optimizer(parameters, cfg.optimizer, cfg.train.learning_rate, cfg.seed + (number << 32))
         self.moments = HostMoments(self.optimizer) if cfg.fused.offload_optimizer == "cpu" else None
         dtype = "int8" if cfg.surgery.retain_dtype == "auto" else cfg.surgery.retain_dtype
-        self.kept = KeptGradient(cfg.surgery.model_copy(update={"retain_dtype": dtype}), stream=number)
-        self.meta = KeptGradient(SurgeryConfig(retain_dtype=cfg.meta.gradient_dtype), stream=number)
+        self.kept = GradientBuffer(cfg.surgery.model_copy(update={"retain_dtype": dtype}), stream=number)
+        self.meta = GradientBuffer(SurgeryConfig(retain_dtype=cfg.meta.gradient_dtype), stream=number)
         """The meta term's gradient, which is added after the projection."""
         self.missing = len(parameters)
 
@@ -125,7 +126,7 @@ class FusedEngine:
                 self._complete(layer)
 
     @contextlib.contextmanager
-    def kept_window(self, _: Surgery, what: Kept) -> Iterator[None]:
+    def capture_gradient(self, _: Surgery, what: Kept) -> Iterator[None]:
         """Inside, gradients are put aside instead of used; those of a meta term are added up."""
         self._keeping = what
         try:

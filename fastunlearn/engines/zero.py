@@ -8,11 +8,7 @@ What this is not: the loop, the loss or the file layout of a checkpoint (``check
 from __future__ import annotations
 
 import contextlib
-import io
-import os
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -30,91 +26,9 @@ from fastunlearn.engines.optimizers import (
 )
 from fastunlearn.engines.zero_shards import GradientShards, Piece
 from fastunlearn.errors import UserError
+from fastunlearn.utils.distributed import World, library_chatter
 
 CHECKPOINT_TAG = "deepspeed"
-BUILD_LOCK_SECONDS = 300  # the build takes well under a minute
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among its peers."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
-        return self.rank == 0
-
-
-def connect() -> World:
-    """Join the process group that the launcher (or ``quiet.prepare_environment``) described."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-
-    _remove_stale_build_lock()
-    with _library_chatter():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
-
-
-def unconnected() -> World:
-    """This process where ranks have nothing to tell each other: no process group, no DeepSpeed."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
-
-
-def _remove_stale_build_lock() -> None:
-    """A start-up that was killed while it built DeepSpeed's op leaves a lock on which all later ones would wait."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    with contextlib.suppress(OSError):
-        if time.time() - lock.stat().st_mtime > BUILD_LOCK_SECONDS:
-            lock.unlink()
-
-
-def disconnect() -> None:
-    """Leave the process group, and take along what DeepSpeed leaves in shared memory (64 MiB a rank)."""
-    if torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
-        torch.distributed.destroy_process_group()
-        name = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '-')}_{rank}"
-        for buffer in Path("/dev/shm").glob(name):
-            buffer.unlink(missing_ok=True)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    torch.distributed.barrier()
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of a small tensor over all ranks; the input is not changed."""
-    total = values.detach().clone()
-    torch.distributed.all_reduce(total)
-    return total / torch.distributed.get_world_size()
-
-
-def sum_over_ranks(table: Tensor) -> Tensor:
-    """The sum of a small tensor over all ranks; the input is not changed."""
-    total = table.clone()
-    torch.distributed.all_reduce(total)
-    return total
-
-
-def sum_of_counts(counts: Mapping[str, int], world: World) -> dict[str, int]:
-    """The same counters over all ranks."""
-    table = torch.tensor(list(counts.values()), dtype=torch.int64, device=world.device)
-    return dict(zip(counts, sum_over_ranks(table).tolist(), strict=True))
 
 
 Kept = Literal["retain", "meta"]
@@ -154,7 +68,7 @@ class Engine:
             num_warmup_steps=cfg.train.lr_warmup_steps,
             num_training_steps=student_updates(cfg),
         )
-        with _library_chatter():
+        with library_chatter():
             self.engine, *_ = deepspeed.initialize(
                 model=unet, optimizer=optimizer, lr_scheduler=schedule, config=self._settings(cfg, world)
             )
@@ -193,7 +107,7 @@ class Engine:
         self.engine.backward(loss)
 
     @contextlib.contextmanager
-    def kept_window(self, keeper: Keeper, _: Kept) -> Iterator[None]:
+    def capture_gradient(self, keeper: Keeper, _: Kept) -> Iterator[None]:
         """Inside, gradients are for later: at the end ``keeper`` takes this rank's shard of them."""
         yield
         keeper.keep(self.take_gradient())
@@ -237,7 +151,7 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the optimizer and the trained weights. Collective."""
-        with _library_chatter():
+        with library_chatter():
             self.engine.save_checkpoint(
                 str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=True
             )
@@ -249,7 +163,7 @@ class Engine:
             UserError: the checkpoint cannot be read.
         """
         try:
-            with _library_chatter():
+            with library_chatter():
                 path, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG, load_module_strict=False)
         except (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError) as error:
             reason = str(error)[:120]
@@ -273,10 +187,3 @@ class Engine:
         if self.stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
-
-
-@contextlib.contextmanager
-def _library_chatter() -> Iterator[None]:
-    """Drop what DeepSpeed prints with ``print`` while it sets up, saves or loads."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -24,8 +24,8 @@ from torch import Tensor
 from fastunlearn import minicanvas
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.drawing import generate
-from fastunlearn.evaluation.grid import Protocol, build_protocol, known_concepts
-from fastunlearn.evaluation.scores import Verdict, score
+from fastunlearn.evaluation.grid import EvaluationGrid, build_grid, known_concepts
+from fastunlearn.evaluation.scores import Label, score
 from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
 from fastunlearn.models.backbone import Pipeline, load_pipeline, resolve_model
 from fastunlearn.training.preflight import check_results
@@ -46,7 +46,7 @@ def why_not_judged(cfg: Config) -> str | None:
     if not draws_minicanvas(resolve_model(cfg.model.pretrained_model_name_or_path)):
         return "the embedded judge looks at pictures of MiniCanvas models only"
     try:
-        protocol_of(cfg)
+        grid_of(cfg)
     except ValueError as error:
         return str(error)
     return None
@@ -71,18 +71,18 @@ def evaluate_pair(
     reason = why_not_judged(cfg)
     if reason:
         raise UserError(f"evaluation: {reason}; look at samples/before_after.png instead")
-    protocol = protocol_of(cfg, quick=quick)
+    protocol = grid_of(cfg, quick=quick)
     judge = minicanvas.load_judge(_device())
 
-    def draw() -> list[Verdict]:
+    def draw() -> list[Label]:
         base = load_pipeline(base_path).to(_device())
-        return judge_cells(base, judge, protocol, cfg, "before" if progress else False)
+        return label_samples(base, judge, protocol, cfg, "before" if progress else False)
 
     seen = remembered(resolve_model(str(base_path)), None, judge, protocol, draw)
     result: dict = {"before": _figures(protocol, seen), "after": None}
     if unet_dir is not None:
         edited = load_pipeline(base_path, unet_path=unet_dir).to(_device())
-        seen = judge_cells(edited, judge, protocol, cfg, "after" if progress else False)
+        seen = label_samples(edited, judge, protocol, cfg, "after" if progress else False)
         result["after"] = _figures(protocol, seen)
     return result
 
@@ -104,13 +104,13 @@ def evaluate_model(
     return cfg, evaluate_pair(cfg, base, folder / "unet", progress=progress, quick=quick)
 
 
-def protocol_of(cfg: Config, quick: bool = False) -> Protocol:
+def grid_of(cfg: Config, quick: bool = False) -> EvaluationGrid:
     """The grid of a run whose concepts the judge knows.
 
     Raises:
         ValueError: nothing is left to compare.
     """
-    return build_protocol(
+    return build_grid(
         known_concepts([concept.name for concept in cfg.concepts]) or (),
         num_inference_steps=cfg.evaluation.num_inference_steps,
         guidance_scale=cfg.evaluation.guidance_scale,
@@ -121,7 +121,9 @@ def protocol_of(cfg: Config, quick: bool = False) -> Protocol:
     )
 
 
-def judge_cells(pipe: Pipeline, judge: Judge, protocol: Protocol, cfg: Config, progress: bool | str) -> list[Verdict]:
+def label_samples(
+    pipe: Pipeline, judge: Judge, protocol: EvaluationGrid, cfg: Config, progress: bool | str
+) -> list[Label]:
     """Draw every cell and say what the judge sees, in the order of the cells."""
     images = generate(
         pipe,
@@ -135,14 +137,14 @@ def judge_cells(pipe: Pipeline, judge: Judge, protocol: Protocol, cfg: Config, p
     return look(judge, images)
 
 
-def look(judge: Judge, images: Tensor) -> list[Verdict]:
+def look(judge: Judge, images: Tensor) -> list[Label]:
     """The judge's arg-max on each image. ``images``: (N, 3, H, W) in [0, 1]."""
     objects, styles = judge.classify(images)
     pairs = zip(objects.argmax(1).tolist(), styles.argmax(1).tolist(), strict=True)
-    return [Verdict(OBJECT_NAMES[i], STYLES[j]) for i, j in pairs]
+    return [Label(OBJECT_NAMES[i], STYLES[j]) for i, j in pairs]
 
 
-def _figures(protocol: Protocol, seen: Sequence[Verdict]) -> dict:
+def _figures(protocol: EvaluationGrid, seen: Sequence[Label]) -> dict:
     figures = score(list(zip(protocol.cells, seen, strict=True)), protocol.concepts)
     return figures | {"protocol": protocol.describe()}
 
@@ -165,8 +167,8 @@ def draws_minicanvas(path: str) -> bool:
 
 
 def remembered(
-    base: str, unet_dir: Path | None, judge: Judge, protocol: Protocol, draw: Callable[[], list[Verdict]]
-) -> list[Verdict]:
+    base: str, unet_dir: Path | None, judge: Judge, protocol: EvaluationGrid, draw: Callable[[], list[Label]]
+) -> list[Label]:
     """What the judge saw of the base model, or of it with the U-Net in ``unet_dir``: as kept, else as drawn now."""
     file = _cache_file(base, unet_dir, judge, protocol)
     seen = _read_cache(file, len(protocol.cells))
@@ -176,7 +178,7 @@ def remembered(
     return seen
 
 
-def _cache_file(base: str, unet_dir: Path | None, judge: Judge, protocol: Protocol) -> Path:
+def _cache_file(base: str, unet_dir: Path | None, judge: Judge, protocol: EvaluationGrid) -> Path:
     """Where the verdicts on a model's pictures are kept: named by everything that they depend on."""
     key = hashlib.sha256(protocol.digest().encode())
     key.update(f"{torch.__version__} {_device()}".encode())
@@ -190,18 +192,18 @@ def _cache_file(base: str, unet_dir: Path | None, judge: Judge, protocol: Protoc
     return cache_folder() / f"judged-{key.hexdigest()[:32]}.json"
 
 
-def _read_cache(file: Path, count: int) -> list[Verdict] | None:
+def _read_cache(file: Path, count: int) -> list[Label] | None:
     """The verdicts kept in ``file``; None where there are none or they are damaged."""
     try:
         pairs = json.loads(file.read_text(encoding="utf-8"))
-        seen = [Verdict(name, style) for name, style in pairs]
+        seen = [Label(name, style) for name, style in pairs]
     except (OSError, ValueError, TypeError):
         return None
     known = all(verdict.object in OBJECT_NAMES and verdict.style in STYLES for verdict in seen)
     return seen if known and len(seen) == count else None
 
 
-def _write_cache(file: Path, seen: Sequence[Verdict]) -> None:
+def _write_cache(file: Path, seen: Sequence[Label]) -> None:
     # Only a shortcut: a home that cannot be written costs time, not the evaluation.
     with suppress(UserError):
         atomic_write_text(file, json.dumps([[verdict.object, verdict.style] for verdict in seen]))

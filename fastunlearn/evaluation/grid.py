@@ -49,7 +49,7 @@ class Erased:
 
 
 @dataclass(frozen=True)
-class Cell:
+class EvaluationSample:
     """One image to draw: what is asked, and what an unedited model is expected to show.
 
     ``concept`` is the erased concept that the prompt asks for, None on the kept parts.
@@ -64,11 +64,11 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationGrid:
     """All cells of an evaluation and how they are sampled."""
 
     concepts: tuple[Erased, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[EvaluationSample, ...]
     num_inference_steps: int
     guidance_scale: float
     quick: bool = False
@@ -107,7 +107,7 @@ def known_concepts(names: Sequence[str]) -> tuple[Erased, ...] | None:
     return tuple(dict.fromkeys(Erased(name, str(kind)) for name, kind in kinds))
 
 
-def build_protocol(
+def build_grid(
     concepts: Sequence[Erased],
     *,
     num_inference_steps: int = 25,
@@ -116,7 +116,7 @@ def build_protocol(
     target_seeds: int = 8,
     retain_seeds: int = 2,
     quick: bool = False,
-) -> Protocol:
+) -> EvaluationGrid:
     """Lay out the grid for these erased concepts.
 
     ``target_seeds`` and ``retain_seeds`` say how many seeds each prompt gets; beyond ``seeds`` they continue by 1000.
@@ -130,7 +130,7 @@ def build_protocol(
     }
     if not kept["object"] or not kept["style"]:
         raise ValueError("every object or every style is erased: nothing is left to measure what was kept")
-    cells: list[Cell] = []
+    cells: list[EvaluationSample] = []
     for concept in concepts:
         pairs = _pairs_of(concept, kept)
         cells += _grid("target", pairs, seed_list(seeds, target_seeds), quick, concept)
@@ -143,7 +143,7 @@ def build_protocol(
     # A stride that shares no factor with the grid's sides, so that a few images still visit every class.
     cells += _reworded("kept_paraphrase", _spread(pairs), PARAPHRASES, seeds, PARAPHRASE_IMAGES, quick, None)
     cells.sort(key=lambda cell: PARTS.index(cell.part))
-    return Protocol(tuple(concepts), tuple(cells), num_inference_steps, guidance_scale, quick)
+    return EvaluationGrid(tuple(concepts), tuple(cells), num_inference_steps, guidance_scale, quick)
 
 
 def seed_list(seeds: Sequence[int], count: int) -> list[int]:
@@ -160,7 +160,7 @@ def _pairs_of(concept: Erased, kept: dict[str, list[str]]) -> list[tuple[str, st
 
 def _grid(
     part: str, pairs: Sequence[tuple[str, str]], seeds: Sequence[int], quick: bool, concept: Erased | None
-) -> list[Cell]:
+) -> list[EvaluationSample]:
     """Every pair with every seed. Quick takes a diagonal third, which visits all classes evenly."""
     rows: dict[str, int] = {}
     columns: dict[str, int] = {}
@@ -170,7 +170,7 @@ def _grid(
             diagonal = rows.setdefault(name, len(rows)) + columns.setdefault(style, len(columns)) + turn
             if not quick or diagonal % QUICK_SHARE == 0:
                 prompt = EVALUATION_TEMPLATE.format(object=name, style=style)
-                cells.append(Cell(part, prompt, seed, name, style, concept))
+                cells.append(EvaluationSample(part, prompt, seed, name, style, concept))
     return cells
 
 
@@ -182,7 +182,7 @@ def _reworded(
     count: int,
     quick: bool,
     concept: Erased | None,
-) -> list[Cell]:
+) -> list[EvaluationSample]:
     """``count`` images that go round the pairs; each further round moves on to the next wording and the next seed."""
     count = max(1, count // QUICK_SHARE) if quick else count
     turns = seed_list(seeds, -(-count // len(pairs)))
@@ -190,7 +190,7 @@ def _reworded(
     for i in range(count):
         turn, (name, style) = i // len(pairs), pairs[i % len(pairs)]
         prompt = templates[(i + turn) % len(templates)].format(object=name, style=style)
-        cells.append(Cell(part, prompt, turns[turn], name, style, concept))
+        cells.append(EvaluationSample(part, prompt, turns[turn], name, style, concept))
     return cells
 
 

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fastunlearn.evaluation.grid import Cell, Erased
+from fastunlearn.evaluation.grid import Erased, EvaluationSample
 
 Z_95 = 1.959963984540054
 FIGURES = (
@@ -32,14 +32,14 @@ OTHER_KIND = {"style": "object", "object": "style"}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Label:
     """What the judge saw in one image."""
 
     object: str
     style: str
 
 
-Judged = Sequence[tuple[Cell, Verdict]]
+Judged = Sequence[tuple[EvaluationSample, Label]]
 
 
 def wilson(share: float, count: int, z: float = Z_95) -> tuple[float, float]:
@@ -129,21 +129,21 @@ def confusion(judged: Judged, concepts: Sequence[Erased]) -> dict[str, dict[str,
     return {concept.name: dict(counter.most_common()) for concept, counter in seen_for.items()}
 
 
-def _part(judged: Judged, part: str) -> list[tuple[Cell, Verdict]]:
+def _part(judged: Judged, part: str) -> list[tuple[EvaluationSample, Label]]:
     return [(cell, seen) for cell, seen in judged if cell.part == part]
 
 
-def _right(cell: Cell, seen: Verdict, kind: str) -> bool:
+def _right(cell: EvaluationSample, seen: Label, kind: str) -> bool:
     return getattr(seen, kind) == getattr(cell, kind)
 
 
-def _concept(cell: Cell) -> Erased:
+def _concept(cell: EvaluationSample) -> Erased:
     if cell.concept is None:
         raise ValueError(f"{cell.part} cell without an erased concept: {cell.prompt!r}")
     return cell.concept
 
 
-def _forgotten(cell: Cell, seen: Verdict) -> bool:
+def _forgotten(cell: EvaluationSample, seen: Label) -> bool:
     concept = _concept(cell)
     return getattr(seen, concept.kind) != concept.name
 

@@ -160,7 +160,7 @@ def _additions(cfg: Config) -> list[tuple[str, str]]:
     if cfg.has_meta:
         rate, goal = cfg.attack_learning_rate, "ascent" if meta.ascends else "erased"
         attack = f"{meta.inner_steps} steps of {meta.inner_optimizer} at {rate:g} (scope: {meta.inner_scope})"
-        again = f"starting again every {meta.terms_per_attack} terms; goal: {goal}"
+        again = f"starting again every {meta.steps_per_attack} terms; goal: {goal}"
         every = "every update" if meta.every == 1 else f"every {meta.every} updates"
         facts.append(("against fine-tuning", f"Meta-Unlearning (arXiv:2410.12777), {every}: {attack}, {again}"))
     return facts

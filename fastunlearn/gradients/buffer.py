@@ -17,7 +17,7 @@ from fastunlearn_kernels import Quantized, blockwise_dequantize, blockwise_quant
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class KeptGradient:
+class GradientBuffer:
     """One retain gradient, or with ``surgery.retain_ema`` its running mean."""
 
     def __init__(self, cfg: SurgeryConfig, stream: int = 0) -> None:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from fastunlearn.config import SurgeryConfig
-from fastunlearn.engines.zero import World, sum_over_ranks
 from fastunlearn.engines.zero_shards import Piece
 from fastunlearn.errors import UserError
-from fastunlearn.gradients.buffer import KeptGradient
+from fastunlearn.gradients.buffer import GradientBuffer
+from fastunlearn.utils.distributed import World, sum_over_ranks
 from fastunlearn_kernels import Plan, Quantized, Segments, surgery_apply, surgery_coefficients, surgery_dots
 
 # Surgery's pass with nothing to project, to add one gradient to another.
@@ -100,7 +100,7 @@ class Surgery:
         self.segments = list(dict.fromkeys(of_parameter))
         index = {segment: i for i, segment in enumerate(self.segments)}
         self._segment = {name: index[segment] for name, segment in zip(names, of_parameter, strict=True)}
-        self.kept = KeptGradient(cfg)
+        self.kept = GradientBuffer(cfg)
         self._skipped = 0
         self.skipped = 0
 

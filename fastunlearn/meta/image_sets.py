@@ -20,20 +20,20 @@ from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.engines.zero import World
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import Pipeline, PromptEmbeds
 from fastunlearn.prompts.meta_sets import forbidden_anchors, meta_prompts
 from fastunlearn.prompts.preserved import refuse_erased
-from fastunlearn.prompts.variants import UNCONDITIONAL, PromptBook
+from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import Pool, RetainBatch, encode_images, generate_pool, read_captions
-from fastunlearn.sampling.rollout import Layout
+from fastunlearn.sampling.retain import LatentPool, RetainBatch, encode_images, generate_pool, read_captions
+from fastunlearn.sampling.rollout import BatchLayout
 from fastunlearn.schema.meta import SETS, set_weights
+from fastunlearn.utils.distributed import World
 
 
 @dataclass
-class Judged:
+class QueryBatch:
     """The samples of the losses before and after the attack, all sets in one batch."""
 
     batch: RetainBatch
@@ -42,7 +42,7 @@ class Judged:
     anchor: PromptEmbeds
     """What each sample's prompt asks for once the concept is removed; only read on forbidden samples."""
 
-    def without_forbidden(self) -> Judged:
+    def without_forbidden(self) -> QueryBatch:
         """What must be kept."""
         chosen = self.set_B != SETS.index("forbidden")
         b = self.batch
@@ -50,21 +50,21 @@ class Judged:
         kept = RetainBatch(
             b.latents[chosen], b.timesteps[chosen], b.cond.select(chosen), b.clean[chosen], b.noise[chosen]
         )
-        return Judged(kept, self.set_B[chosen], self.anchor.select(chosen))
+        return QueryBatch(kept, self.set_B[chosen], self.anchor.select(chosen))
 
 
 class MetaSets:
     """Pools by set, and where each update's samples come from."""
 
     def __init__(
-        self, cfg: Config, models: Predictors, book: PromptBook, world: World, pools: Mapping[str, Pool]
+        self, cfg: Config, models: Predictors, book: PromptTable, world: World, pools: Mapping[str, LatentPool]
     ) -> None:
         self.cfg, self.models, self.book, self.pools = cfg, models, book, pools
         self._anchors = forbidden_anchors(cfg)
         meta = cfg.meta
         self._weights = set_weights(meta)
-        self._judged = Layout(world.rank, world.world_size, meta.batch_size, 1)
-        self._attack = Layout(world.rank, world.world_size, meta.inner_batch_size, 1)
+        self._judged = BatchLayout(world.rank, world.world_size, meta.batch_size, 1)
+        self._attack = BatchLayout(world.rank, world.world_size, meta.inner_batch_size, 1)
         variants = [{variant.prompt for variant in own} for own in book.variants]
         self._of_concept = [
             [row for row, prompt in enumerate(pools["forbidden"].prompts) if prompt in own] for own in variants
@@ -79,7 +79,7 @@ class MetaSets:
             batches.append(self._batch("forbidden", rows, draws, None))
         return batches
 
-    def judged(self, step: KeyStep, timestep: int) -> Judged:
+    def query_batch(self, step: KeyStep, timestep: int) -> QueryBatch:
         """The samples of both losses: the attack has not seen the forbidden ones. ``timestep``: of the key step."""
         batches, sets, anchors = [], [], []
         fixed = timestep if self.cfg.meta.timesteps == "key" else None
@@ -95,7 +95,7 @@ class MetaSets:
             anchors += [self._anchors.get(prompt, UNCONDITIONAL) for prompt in prompts]
         device = batches[0].latents.device
         embeds = self.models.backbone.embeds.select([self.book.rows[anchor] for anchor in anchors])
-        return Judged(_joined(batches), torch.tensor(sets, device=device), embeds)
+        return QueryBatch(_joined(batches), torch.tensor(sets, device=device), embeds)
 
     def _forbidden(self, step: KeyStep) -> tuple[Sequence[int], Sequence[int]]:
         """(the attack's half, the judged half) of a concept's forbidden pictures; of all, where none is its own."""
@@ -104,8 +104,8 @@ class MetaSets:
             rows = list(range(len(self.pools["forbidden"].prompts)))
         return rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
-    def _draws(self, step: KeyStep, what: str, layout: Layout) -> list[random.Random]:
-        numbers = layout.trajectory_numbers()
+    def _draws(self, step: KeyStep, what: str, layout: BatchLayout) -> list[random.Random]:
+        numbers = layout.global_sample_ids()
         return [random.Random(f"{self.cfg.seed}:meta:{step.update}:{what}:{number}") for number in numbers]
 
     def _batch(
@@ -119,8 +119,8 @@ class MetaSets:
 
 
 def draw_sets(
-    cfg: Config, models: Predictors, book: PromptBook, folders: Mapping[str, Pool] | None = None
-) -> dict[str, Pool]:
+    cfg: Config, models: Predictors, book: PromptTable, folders: Mapping[str, LatentPool] | None = None
+) -> dict[str, LatentPool]:
     """The pictures of each set: those of ``folders``, and for the others what the original model draws."""
     drawn = {
         name: generate_pool(cfg, models, book, prompts, f"meta-{name}", cfg.meta.num_images)
@@ -129,7 +129,7 @@ def draw_sets(
     return {**drawn, **(folders or {})}
 
 
-def encode_sets(cfg: Config, pipeline: Pipeline, device: torch.device) -> dict[str, Pool]:
+def encode_sets(cfg: Config, pipeline: Pipeline, device: torch.device) -> dict[str, LatentPool]:
     """The sets that are folders of images, as latents, encoded once."""
     return {
         name: encode_images(captions, cfg, pipeline, device, f"meta.{name}_folder")

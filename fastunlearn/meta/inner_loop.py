@@ -23,12 +23,12 @@ from fastunlearn.config import Config
 from fastunlearn.denoisers.lora import low_rank
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.engines.optimizers import fused_optimizer
-from fastunlearn.engines.zero import World, mean_over_ranks
 from fastunlearn.sampling.retain import RetainBatch, noise_loss
 from fastunlearn.schema.sections import OptimizerConfig
+from fastunlearn.utils.distributed import World, mean_over_ranks
 
 
-class Attack:
+class InnerLoop:
     """Fine-tuning of a U-Net that is undone again."""
 
     def __init__(self, cfg: Config, unet: nn.Module, models: Predictors, world: World) -> None:
@@ -41,7 +41,7 @@ class Attack:
             if cfg.meta.inner_scope == "full" or parameter.requires_grad
         }
         self._terms = 0
-        self._gone: list[Tensor] = []
+        self._offset: list[Tensor] = []
         """How far the attacker's weights are from the run's, while one goes on."""
         self._optimizer: torch.optim.Optimizer | None = None
         self._seed = 0
@@ -62,40 +62,40 @@ class Attack:
         before = [parameter.detach().clone() for parameter in parameters]
         self._terms += 1
         try:
-            self._go_on(parameters, batches, seed)
+            self._resume(parameters, batches, seed)
             yield
         finally:
-            self._come_back(parameters, before)
+            self._restore(parameters, before)
 
     @property
-    def _goes_on(self) -> bool:
+    def _resumes(self) -> bool:
         """Whether the next term's attack begins where this one ends."""
-        return self._terms % self.cfg.meta.terms_per_attack != 0
+        return self._terms % self.cfg.meta.steps_per_attack != 0
 
-    def _go_on(self, parameters: list[nn.Parameter], batches: Sequence[RetainBatch], seed: int) -> None:
-        for parameter, distance in zip(parameters, self._gone, strict=bool(self._gone)):
+    def _resume(self, parameters: list[nn.Parameter], batches: Sequence[RetainBatch], seed: int) -> None:
+        for parameter, distance in zip(parameters, self._offset, strict=bool(self._offset)):
             parameter.data.add_(distance)
-        self._gone = []
+        self._offset = []
         if self._optimizer is None:
             self._optimizer, self._seed = self._fresh_optimizer(parameters, seed), seed
         with all_trainable(parameters):
             self._fine_tune(self._optimizer, parameters, batches)
-        if not self._goes_on:
+        if not self._resumes:
             self._optimizer = None
 
-    def _come_back(self, parameters: list[nn.Parameter], before: list[Tensor]) -> None:
+    def _restore(self, parameters: list[nn.Parameter], before: list[Tensor]) -> None:
         """Where the attack goes on, the copy of each weight makes room for how far it came."""
         for number, (parameter, original) in enumerate(zip(parameters, before, strict=True)):
-            if self._goes_on:
+            if self._resumes:
                 before[number] = parameter.data - original
             parameter.data.copy_(original)
-        self._gone = before if self._goes_on else []
+        self._offset = before if self._resumes else []
 
     def state_dict(self) -> dict:
         """Of an attacker who goes on."""
         if self._optimizer is None:
             return {"terms": self._terms} if self._terms else {}
-        state = {"gone": self._gone, "seed": self._seed, "optimizer": self._optimizer.state_dict()}
+        state = {"gone": self._offset, "seed": self._seed, "optimizer": self._optimizer.state_dict()}
         return {"terms": self._terms, **state}
 
     def load_state_dict(self, state: dict) -> None:
@@ -103,7 +103,7 @@ class Attack:
         self._terms = state["terms"]
         if "optimizer" in state:
             parameters = list(self.attacked.values())
-            self._gone = [gone.to(p.device) for gone, p in zip(state["gone"], parameters, strict=True)]
+            self._offset = [gone.to(p.device) for gone, p in zip(state["gone"], parameters, strict=True)]
             self._seed = state["seed"]
             self._optimizer = self._fresh_optimizer(parameters, self._seed)
             self._optimizer.load_state_dict(state["optimizer"])

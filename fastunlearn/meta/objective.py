@@ -24,14 +24,15 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.engines.fused import FusedEngine
-from fastunlearn.engines.zero import Engine, World
+from fastunlearn.engines.zero import Engine
 from fastunlearn.gradients.projection import ADDITION, Surgery
-from fastunlearn.meta.image_sets import Judged, MetaSets
-from fastunlearn.meta.inner_loop import Attack, all_trainable
+from fastunlearn.meta.image_sets import MetaSets, QueryBatch
+from fastunlearn.meta.inner_loop import InnerLoop, all_trainable
 from fastunlearn.meta.second_order import attacked_prediction
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import RetainBatch
 from fastunlearn.schema.meta import meta_weights
+from fastunlearn.utils.distributed import World
 from fastunlearn_kernels import Quantized, weighted_noise_loss
 
 
@@ -43,14 +44,14 @@ class Addition(Surgery):
         return self.kept.at(place) if self.kept.there else None
 
 
-class MetaTerm:
+class MetaObjective:
     """The term of one run."""
 
     def __init__(
         self, cfg: Config, models: Predictors, sets: MetaSets, engine: Engine | FusedEngine, world: World
     ) -> None:
         self.cfg, self.models, self.sets, self.engine = cfg, models, sets, engine
-        self.attack = Attack(cfg, engine.sampler, models, world)
+        self.attack = InnerLoop(cfg, engine.sampler, models, world)
         how = ADDITION.model_copy(update={"retain_dtype": cfg.meta.gradient_dtype})
         self.addition = Addition(how, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero_stage > 0)
         w, device = meta_weights(cfg.meta), world.device
@@ -65,18 +66,18 @@ class MetaTerm:
 
     def window(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
         """Make this update's gradient of the term and put it aside; returns the losses for the log. Collective."""
-        judged = self.sets.judged(step, timestep)
+        judged = self.sets.query_batch(step, timestep)
         weights = self._before.tolist()
         phases: list[Callable[..., dict[str, Tensor]]] = [partial(self._attacked, step, judged)]
         if any(weights):
             phases.append(partial(self._unharmed, judged.without_forbidden()))
         found: dict[str, Tensor] = {}
-        with self.engine.kept_window(self.addition, "meta"):
+        with self.engine.capture_gradient(self.addition, "meta"):
             for number, phase in enumerate(phases, start=1):
                 found |= phase(last=number == len(phases))
         return found
 
-    def _attacked(self, step: KeyStep, judged: Judged, *, last: bool) -> dict[str, Tensor]:
+    def _attacked(self, step: KeyStep, judged: QueryBatch, *, last: bool) -> dict[str, Tensor]:
         """The losses after the attack, and their gradient."""
         goal = self._erased(judged)  # made by frozen tensors that the attack would change
         batches = self.sets.attack_batches(step)
@@ -89,7 +90,7 @@ class MetaTerm:
         return dict(zip(("meta_forbidden_loss", "meta_related_loss", "meta_unrelated_loss"), means, strict=True))
 
     def _attacked_in_second_order(
-        self, batches: list[RetainBatch], judged: Judged, goal: Tensor | None, last: bool
+        self, batches: list[RetainBatch], judged: QueryBatch, goal: Tensor | None, last: bool
     ) -> dict[str, Tensor]:
         named = self.engine.named
         with all_trainable(list(self.attack.attacked.values())):
@@ -101,14 +102,14 @@ class MetaTerm:
         self.engine.backward(torch.stack(carried).sum() * self._micro_batches, last=last)
         return dict(zip(("meta_forbidden_loss", "meta_related_loss", "meta_unrelated_loss"), means, strict=True))
 
-    def _unharmed(self, judged: Judged, *, last: bool) -> dict[str, Tensor]:
+    def _unharmed(self, judged: QueryBatch, *, last: bool) -> dict[str, Tensor]:
         """The losses before the attack on what must be kept, and their gradient."""
         (prediction,) = self.models.train(judged.batch.latents, judged.batch.timesteps, judged.batch.cond)
         loss, _ = self._loss(prediction, judged, self._before, None)
         self.engine.backward(loss * self._micro_batches, last=last)
         return {}
 
-    def _erased(self, judged: Judged) -> Tensor | None:
+    def _erased(self, judged: QueryBatch) -> Tensor | None:
         """What the original predicts without the concept in the prompts, and beyond; None where nobody asks."""
         guidance, batch = self.cfg.meta.negative_guidance, judged.batch
         if self.cfg.meta.ascends:
@@ -118,7 +119,9 @@ class MetaTerm:
         anchor, concept = self.models.frozen(batch.latents, batch.timesteps, judged.anchor, batch.cond)
         return anchor + guidance * (anchor - concept)
 
-    def _loss(self, prediction: Tensor, judged: Judged, weights: Tensor, goal: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, prediction: Tensor, judged: QueryBatch, weights: Tensor, goal: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(weighted loss, mean of each set). ``goal``: what forbidden samples shall be predicted as, if not noise."""
         batch, backbone = judged.batch, self.models.backbone
         forbidden = weights * torch.tensor([1.0, 0.0, 0.0], device=weights.device)

@@ -11,13 +11,13 @@ import functools
 import torch
 from torch import Tensor
 
-from fastunlearn.meta.inner_loop import Attack
+from fastunlearn.meta.inner_loop import InnerLoop
 from fastunlearn.sampling.retain import RetainBatch
 from fastunlearn_kernels.prediction import prediction_number, training_target
 
 
-def attacked_prediction(attack: Attack, batches: list[RetainBatch], judged: RetainBatch) -> Tensor:
-    """Attack with plain SGD and predict ``judged``; the graph reaches the weights before the attack.
+def attacked_prediction(attack: InnerLoop, batches: list[RetainBatch], judged: RetainBatch) -> Tensor:
+    """InnerLoop with plain SGD and predict ``judged``; the graph reaches the weights before the attack.
 
     The attacked weights must require a gradient. One rank only: what other ranks add is not recorded.
     """
@@ -34,16 +34,16 @@ def attacked_prediction(attack: Attack, batches: list[RetainBatch], judged: Reta
     return _predict(attack, weights, judged)
 
 
-def _predict(attack: Attack, weights: dict[str, Tensor], batch: RetainBatch) -> Tensor:
+def _predict(attack: InnerLoop, weights: dict[str, Tensor], batch: RetainBatch) -> Tensor:
     call = functools.partial(_call, attack, weights)
     return attack.models.attacked(call, batch.latents, batch.timesteps, batch.cond)
 
 
-def _call(attack: Attack, weights: dict[str, Tensor], *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
+def _call(attack: InnerLoop, weights: dict[str, Tensor], *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
     return torch.func.functional_call(attack.unet, weights, args, kwargs)
 
 
-def _plain_noise_loss(attack: Attack, batch: RetainBatch, prediction: Tensor) -> Tensor:
+def _plain_noise_loss(attack: InnerLoop, batch: RetainBatch, prediction: Tensor) -> Tensor:
     """As ``retain.noise_loss``, whose kernel has no second derivative."""
     backbone = attack.models.backbone
     alpha = backbone.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)

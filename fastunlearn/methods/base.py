@@ -14,16 +14,16 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Augmentation, GuidedPair, Window
+from fastunlearn.sampling.rollout import Augmentation, GuidedPrediction, UnlearnBatch
 
 
 @dataclass
-class Outcome:
+class MethodOutput:
     """A window's loss (fp32 scalar, with graph; None where only the method's own parts learn), and the guided pair if
     the trajectory goes on."""
 
     loss: Tensor | None
-    pair: GuidedPair | None
+    pair: GuidedPrediction | None
 
 
 class Method(ABC):
@@ -37,13 +37,13 @@ class Method(ABC):
         """The ordered updates of the run."""
 
     @abstractmethod
-    def loss(self, models: Predictors, window: Window) -> Outcome:
+    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
         """The loss of one window."""
 
     trajectories = True
     """Whether it trains on trajectories; otherwise on noised pictures of the anchors."""
 
-    ships_mean = False
+    uses_ema = False
     """Whether a running mean of the weights walks the trajectories and is what remains (``ema.py``)."""
 
     closed_form = False
@@ -67,14 +67,16 @@ class Method(ABC):
         return None
 
 
-def frozen_predictions(models: Predictors, window: Window, *conditions: str) -> tuple[Tensor, ...]:
+def frozen_predictions(models: Predictors, window: UnlearnBatch, *conditions: str) -> tuple[Tensor, ...]:
     """The frozen model's predictions at a window's conditions ("cond", "anchor", "uncond"), made now or long ago."""
     if window.targets is not None:
         return tuple(window.targets[name] for name in conditions)
     return models.frozen(window.latents, window.timestep, *(getattr(window, name) for name in conditions))
 
 
-def sampler_pair(models: Predictors, window: Window, cond: Tensor | None, uncond: Tensor | None) -> GuidedPair | None:
+def sampler_pair(
+    models: Predictors, window: UnlearnBatch, cond: Tensor | None, uncond: Tensor | None
+) -> GuidedPrediction | None:
     """The guided pair that advances a trajectory, from predictions at hand where possible.
 
     ``cond`` and ``uncond`` are the student's predictions at the window's own prompt and at the unconditional one, or
@@ -83,9 +85,9 @@ def sampler_pair(models: Predictors, window: Window, cond: Tensor | None, uncond
     if not window.advance:
         return None
     if cond is None and uncond is None:
-        return GuidedPair(*models.rollout(window.latents, window.timestep, window.cond, window.uncond))
+        return GuidedPrediction(*models.rollout(window.latents, window.timestep, window.cond, window.uncond))
     if uncond is None:
         (uncond,) = models.rollout(window.latents, window.timestep, window.uncond)
     if cond is None:
         (cond,) = models.rollout(window.latents, window.timestep, window.cond)
-    return GuidedPair(cond.detach(), uncond.detach())
+    return GuidedPrediction(cond.detach(), uncond.detach())

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from fastunlearn.config import Config, resolved_start, resolved_steps
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.methods.base import Method, Outcome
-from fastunlearn.methods.parts.discriminator import Judge
+from fastunlearn.methods.base import Method, MethodOutput
+from fastunlearn.methods.parts.discriminator import DiscriminatorTrainer
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Window
+from fastunlearn.sampling.rollout import UnlearnBatch
 from fastunlearn_kernels import to_epsilon
 
 
@@ -36,7 +36,7 @@ class DoCo(Method):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
-        self.judge: Judge | None = None
+        self.judge: DiscriminatorTrainer | None = None
         self._saved: dict | None = None
         self.judge_losses: list[Tensor] = []
 
@@ -49,7 +49,7 @@ class DoCo(Method):
             for i in range(resolved_steps(cfg))
         ]
 
-    def loss(self, models: Predictors, window: Window) -> Outcome:
+    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
         """The student's side, and the gradient of the discriminator's, which ``finish`` applies."""
         judge = self._judge(models, window.latents)
         x, t = window.latents, window.timestep
@@ -57,14 +57,14 @@ class DoCo(Method):
         warming_up = not window.trains
         (student,) = (models.rollout if warming_up else models.train)(x, t, window.trained)
         anchor, student = self._guided(models, window, student)
-        concept, anchor = (self._shown(image_estimate(models, v, x, t), x) for v in (student, anchor))
-        loss = None if warming_up else judge.fool(concept, t)
+        concept, anchor = (self._shown(predicted_x0(models, v, x, t), x) for v in (student, anchor))
+        loss = None if warming_up else judge.generator_loss(concept, t)
         # The graph to the student is used up by its own backward pass, so the discriminator's turn comes on a copy.
         share = 1.0 / self.cfg.train.gradient_accumulation_steps
         self.judge_losses.append(judge_turn(judge, concept.detach(), anchor, t, share))
-        return Outcome(loss, None)
+        return MethodOutput(loss, None)
 
-    def _guided(self, models: Predictors, window: Window, student: Tensor) -> tuple[Tensor, Tensor]:
+    def _guided(self, models: Predictors, window: UnlearnBatch, student: Tensor) -> tuple[Tensor, Tensor]:
         """The frozen model's prediction at the anchor and the student's, both guided alike."""
         scale = self.cfg.doco.guidance_scale
         if scale == 1.0:
@@ -94,11 +94,11 @@ class DoCo(Method):
         two estimates of a pair can be told apart by a difference that no whole set of pictures would show."""
         return torch.cat([estimate, latents.float()], 1) if self.cfg.doco.discriminator == "conditional" else estimate
 
-    def _judge(self, models: Predictors, latents: Tensor) -> Judge:
+    def _judge(self, models: Predictors, latents: Tensor) -> DiscriminatorTrainer:
         if self.judge is None:
             doco = self.cfg.doco
             channels = shown_channels(self.cfg, latents.shape[1])
-            self.judge = Judge(
+            self.judge = DiscriminatorTrainer(
                 channels, latents.shape[-1], latents.device, released=doco.discriminator == "released",
                 learning_rate=doco.discriminator_learning_rate, seed=self.cfg.seed,
             )  # fmt: skip
@@ -112,13 +112,13 @@ def shown_channels(cfg: Config, latent_channels: int) -> int:
     return latent_channels * (2 if cfg.doco.discriminator == "conditional" else 1)
 
 
-def judge_turn(judge: Judge, concept: Tensor, anchor: Tensor, timesteps: Tensor, share: float) -> Tensor:
+def judge_turn(judge: DiscriminatorTrainer, concept: Tensor, anchor: Tensor, timesteps: Tensor, share: float) -> Tensor:
     """The discriminator's gradient on predictions that carry none."""
     with torch.enable_grad():
-        return judge.learn(concept, anchor, timesteps, share)
+        return judge.discriminator_loss(concept, anchor, timesteps, share)
 
 
-def image_estimate(models: Predictors, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+def predicted_x0(models: Predictors, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
     """X(v) in fp32: the clean image that a prediction at these latents implies."""
     alphas = models.backbone.alphas_cumprod[timesteps]
     noise = to_epsilon(prediction, latents, alphas, models.backbone.prediction_type).float()

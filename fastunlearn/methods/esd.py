@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from fastunlearn.config import resolved_steps
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.methods.base import Method, Outcome, frozen_predictions, sampler_pair
+from fastunlearn.methods.base import Method, MethodOutput, frozen_predictions, sampler_pair
 from fastunlearn.sampling.key_steps import KeyStep, uniform_table
-from fastunlearn.sampling.rollout import Window
+from fastunlearn.sampling.rollout import UnlearnBatch
 from fastunlearn_kernels import guided_noise_loss
 
 
@@ -24,7 +24,7 @@ class ESD(Method):
         cfg = self.cfg
         return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, resolved_steps(cfg), cfg.seed)
 
-    def loss(self, models: Predictors, window: Window) -> Outcome:
+    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
         """Evaluate teacher and student at the drawn step."""
         x, t = window.latents, window.timestep
         teacher_cond, teacher_anchor = frozen_predictions(models, window, "cond", "anchor")
@@ -40,4 +40,4 @@ class ESD(Method):
             alpha_t=models.backbone.scheduler.alphas_cumprod[t],
             prediction_type=models.backbone.prediction_type,
         )
-        return Outcome(loss, pair)
+        return MethodOutput(loss, pair)

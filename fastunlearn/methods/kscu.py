@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from fastunlearn.config import resolved_start, resolved_steps
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.methods.base import Method, Outcome, frozen_predictions, sampler_pair
+from fastunlearn.methods.base import Method, MethodOutput, frozen_predictions, sampler_pair
 from fastunlearn.sampling.key_steps import KeyStep, key_step_table
-from fastunlearn.sampling.rollout import Augmentation, Window
+from fastunlearn.sampling.rollout import Augmentation, UnlearnBatch
 from fastunlearn_kernels import guided_noise_loss
 
 # With the published weight of 1e-4 the unconditional term has about a millionth of the conditional gradient at the
@@ -48,7 +48,7 @@ class KSCU(Method):
         choice = self.cfg.kscu.uncond_gradient
         return self.cfg.kscu.uncond_weight >= UNCOND_WEIGHT_THAT_MATTERS if choice == "auto" else bool(choice)
 
-    def loss(self, models: Predictors, window: Window) -> Outcome:
+    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
         """Evaluate teacher and student at a key step; the student's predictions are kept for the sampler."""
         x, t = window.latents, window.timestep
         teacher_uncond = student_uncond = None
@@ -74,4 +74,4 @@ class KSCU(Method):
             alpha_t=models.backbone.scheduler.alphas_cumprod[t],
             prediction_type=models.backbone.prediction_type,
         )
-        return Outcome(loss, pair)
+        return MethodOutput(loss, pair)

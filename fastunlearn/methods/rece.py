@@ -17,7 +17,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastunlearn.methods.parts.closed_form import Tokens, Weights, beyond, erase, evoking, gram, joined
+from fastunlearn.methods.parts.closed_form import (
+    Tokens,
+    Weights,
+    concat,
+    erase,
+    gram,
+    solve_evoking_tokens,
+    with_negative_guidance,
+)
 from fastunlearn.methods.uce import UCE
 
 
@@ -28,12 +36,12 @@ class RECE(UCE):
         """What every projection is to be multiplied with, (D, D) in fp64."""
         rece = self.cfg.rece
         weights = Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
-        moved = erased = beyond(tokens, self.cfg.uce.negative_guidance)
+        moved = erased = with_negative_guidance(tokens, self.cfg.uce.negative_guidance)
         found, answers = erase(moved, self.weights), gram(projections.values(), tokens.erased.device)
         sources = moved.of_the_name() if rece.tokens == "name" else moved
         for _ in range(rece.rounds):
-            derived = evoking(sources.erased, found, answers, rece.embedding_regularisation)
+            derived = solve_evoking_tokens(sources.erased, found, answers, rece.embedding_regularisation)
             new = Tokens(derived, sources.anchors, sources.preserved)
-            erased = joined(erased, new) if rece.cumulative else new
+            erased = concat(erased, new) if rece.cumulative else new
             found = erase(erased, weights, start=found)
         return found

@@ -14,27 +14,27 @@ from __future__ import annotations
 
 from fastunlearn.config import resolved_steps
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.methods.base import Method, Outcome, sampler_pair
+from fastunlearn.methods.base import Method, MethodOutput, sampler_pair
 from fastunlearn.sampling.key_steps import KeyStep, uniform_table
-from fastunlearn.sampling.rollout import Window
+from fastunlearn.sampling.rollout import UnlearnBatch
 from fastunlearn_kernels import to_epsilon
 
 
 class SDD(Method):
     """Uniform steps, the student's own prediction without the concept as target."""
 
-    ships_mean = True
+    uses_ema = True
 
     def table(self) -> list[KeyStep]:
         """One fresh trajectory per update, stopped at a uniformly drawn step."""
         cfg = self.cfg
         return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, resolved_steps(cfg), cfg.seed)
 
-    def loss(self, models: Predictors, window: Window) -> Outcome:
+    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
         """Evaluate the student twice at the drawn step; only at the concept with a graph."""
         x, t = window.latents, window.timestep
         (target,) = models.student(x, t, window.anchor)
         (student,) = models.train(x, t, window.trained)
         alpha, kind = models.backbone.scheduler.alphas_cumprod[t], models.backbone.prediction_type
         difference = to_epsilon(student, x, alpha, kind) - to_epsilon(target, x, alpha, kind)
-        return Outcome(difference.square().mean(), sampler_pair(models, window, None, None))
+        return MethodOutput(difference.square().mean(), sampler_pair(models, window, None, None))

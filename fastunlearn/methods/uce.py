@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastunlearn.config import resolved_steps
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.methods.base import Method, Outcome
-from fastunlearn.methods.parts.closed_form import Tokens, Weights, beyond, erase
+from fastunlearn.methods.base import Method, MethodOutput
+from fastunlearn.methods.parts.closed_form import Tokens, Weights, erase, with_negative_guidance
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Window
+from fastunlearn.sampling.rollout import UnlearnBatch
 
 
 class UCE(Method):
@@ -28,13 +28,13 @@ class UCE(Method):
         concepts = len(self.cfg.concepts)
         return [KeyStep(i, i % concepts, 0, restart=False, continues=False) for i in range(resolved_steps(self.cfg))]
 
-    def loss(self, models: Predictors, window: Window) -> Outcome:
+    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
         """There is no loss to descend."""
         raise RuntimeError(f"method {self.cfg.method!r} edits in closed form and has no loss")
 
     def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> Tensor:
         """What every projection is to be multiplied with, (D, D) in fp64."""
-        return erase(beyond(tokens, self.cfg.uce.negative_guidance), self.weights)
+        return erase(with_negative_guidance(tokens, self.cfg.uce.negative_guidance), self.weights)
 
     @property
     def weights(self) -> Weights:

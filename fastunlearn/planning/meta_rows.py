@@ -29,7 +29,7 @@ def attack_rows(cfg: Config, sizes: Sizes) -> list[Row]:
         Row("meta: gradient that waits", stored, phases=("backward", "reduce", "keep", "project"), windows=AFTER_META),
     ]
     state = moments(cfg, attacked)
-    if cfg.meta.terms_per_attack == 1:
+    if cfg.meta.steps_per_attack == 1:
         return [*rows, Row("meta: the attacker's moments", state, phases=("attack",))]
     # Between two terms the attacker's distance takes the place of the weights before the attack.
     distance = Row("meta: how far it came", before, phases=PHASES, windows=AFTER_META)

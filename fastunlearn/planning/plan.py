@@ -38,7 +38,7 @@ from fastunlearn.planning.states import Row, Sizes, gradients_of_one_pass, peak,
 from fastunlearn.planning.unet_calls import count_evaluations, pools, teacher_conditions, trained_conditions
 from fastunlearn.prompts.meta_sets import meta_texts
 from fastunlearn.prompts.preserved import preserve_prompts, retain_prompts
-from fastunlearn.prompts.variants import build_prompt_book
+from fastunlearn.prompts.variants import build_prompt_table
 from fastunlearn.sampling.retain import folder_captions
 from fastunlearn.schema.meta import meta_weights, set_weights
 
@@ -158,7 +158,7 @@ def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = 
     scope = resolved_scope(cfg)
     sizes = unet_sizes(model, scope)
     if not cfg.trains:
-        prompts = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
+        prompts = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
         rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.config["cross_attention_dim"])
         return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
     rows = [
@@ -204,7 +204,7 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
     captions = [caption for pairs in set_captions(cfg).values() for _, caption in pairs]
     pictures += pools(cfg, build_method(cfg)) * cfg.retain.num_images + pool_sizes(cfg)[0] + len(captions)
     others = [*meta_texts(cfg), *captions]
-    texts = len(build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained, others).texts)
+    texts = len(build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others).texts)
     width = 2 if cfg.bf16_weights else 4
     embeddings = texts * model.tokens * config["cross_attention_dim"] * width
     latents = pictures * config["in_channels"] * side * side * 4

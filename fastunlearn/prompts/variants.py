@@ -21,7 +21,7 @@ AUGMENT_WORDS = (
 
 
 @dataclass(frozen=True)
-class Variant:
+class PromptPair:
     """One way to ask for a concept, and the prompt that asks for the same picture without it.
 
     The erased direction is ``e(prompt) - e(anchor)``. With the bare name and no anchor this is the published rule,
@@ -33,10 +33,10 @@ class Variant:
 
 
 @dataclass
-class PromptBook:
+class PromptTable:
     """All prompts of a run with their row in the embedding table; row 0 is the unconditional prompt."""
 
-    variants: list[list[Variant]]
+    variants: list[list[PromptPair]]
     augmented: list[list[str]]
     retained: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -56,13 +56,13 @@ class PromptBook:
         return list(self.rows)
 
 
-def build_prompt_book(
+def build_prompt_table(
     concepts: Sequence[Concept],
     config: PromptsConfig,
     seed: int,
     retained: Sequence[str] = (),
     others: Sequence[str] = (),
-) -> PromptBook:
+) -> PromptTable:
     """Expand the templates of every concept and draw its pool of augmented prompts; add the prompts to be retained, and
     others."""
     draw = random.Random(seed)
@@ -71,10 +71,10 @@ def build_prompt_book(
         [augment(concept.name, options[i % len(options)].prompt, i % 4, draw) for i in range(config.augment_pool)]
         for concept, options in zip(concepts, variants, strict=True)
     ]
-    return PromptBook(variants, augmented, list(retained), list(others))
+    return PromptTable(variants, augmented, list(retained), list(others))
 
 
-def concept_variants(concept: Concept, config: PromptsConfig) -> list[Variant]:
+def concept_variants(concept: Concept, config: PromptsConfig) -> list[PromptPair]:
     """Fill the templates with a concept, once per context where a template asks for one.
 
     A template with a context would, measured against the unconditional prompt, also erase the context. So its anchor
@@ -93,7 +93,7 @@ def concept_variants(concept: Concept, config: PromptsConfig) -> list[Variant]:
                 anchor = removed.format(context=context)
             else:
                 anchor = UNCONDITIONAL
-            variants.append(Variant(prompt, anchor))
+            variants.append(PromptPair(prompt, anchor))
     return variants
 
 

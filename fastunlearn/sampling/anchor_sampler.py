@@ -12,17 +12,19 @@ from collections.abc import Iterator
 
 from fastunlearn.config import Config, first_student_update
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.prompts.variants import UNCONDITIONAL, PromptBook
+from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import Pool
-from fastunlearn.sampling.rollout import Augmentation, Layout, Window
-from fastunlearn.sampling.static_sampler import StandingWindows
+from fastunlearn.sampling.retain import LatentPool
+from fastunlearn.sampling.rollout import Augmentation, BatchLayout, UnlearnBatch
+from fastunlearn.sampling.static_sampler import StaticSampler
 
 
-class AnchorWindows(StandingWindows):
+class AnchorSampler(StaticSampler):
     """Every update draws anew from (seed, update, number)."""
 
-    def __init__(self, cfg: Config, models: Predictors, book: PromptBook, layout: Layout, pool: Pool) -> None:
+    def __init__(
+        self, cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, pool: LatentPool
+    ) -> None:
         self.cfg, self.models, self.book, self.layout, self.pool = cfg, models, book, layout, pool
         scheduler = models.backbone.scheduler
         scheduler.set_timesteps(cfg.sampler.num_inference_steps)
@@ -33,9 +35,9 @@ class AnchorWindows(StandingWindows):
         ]
         self._rows = [[i for i, prompt in enumerate(pool.prompts) if prompt in known] for known in self._prompts]
 
-    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
+    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """This update's micro-batches."""
-        numbers, size = self.layout.trajectory_numbers(), self.layout.batch
+        numbers, size = self.layout.global_sample_ids(), self.layout.batch
         embeds, rows = self.models.backbone.embeds, self.book.rows
         alphas = self.models.backbone.alphas_cumprod
         for first in range(0, len(numbers), size):
@@ -46,7 +48,7 @@ class AnchorWindows(StandingWindows):
             times = [self._time(draw, step, len(alphas)) for draw in draws]
             noisy = self.pool.noised(chosen, times, draws, alphas)
             cond = embeds.select([rows[prompt] for prompt in prompts])
-            yield Window(
+            yield UnlearnBatch(
                 latents=noisy.latents,
                 timestep=noisy.timesteps,
                 cond=cond,

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.prompts.variants import PromptBook
+from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Augmentation, GuidedPair, Layout, Rollout, Window
-from fastunlearn.sampling.static_sampler import StandingWindows
+from fastunlearn.sampling.rollout import Augmentation, BatchLayout, GuidedPrediction, Rollout, UnlearnBatch
+from fastunlearn.sampling.static_sampler import StaticSampler
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ Targets = dict[tuple[int, int], list[Target]]
 """By concept and sampler index; as many for each index, and in the same order."""
 
 
-def sample_targets(cfg: Config, models: Predictors, book: PromptBook, table: list[KeyStep], progress: bool) -> Targets:
+def sample_targets(cfg: Config, models: Predictors, book: PromptTable, table: list[KeyStep], progress: bool) -> Targets:
     """Walk ``teacher.trajectories`` trajectories for each concept through the indices of the table. Every rank makes
     the same ones. Call it before the first update, while the student is the original."""
     found: Targets = {}
@@ -61,10 +61,10 @@ def sample_targets(cfg: Config, models: Predictors, book: PromptBook, table: lis
     return found
 
 
-def _walker(cfg: Config, models: Predictors, book: PromptBook, batch: int) -> Rollout:
+def _walker(cfg: Config, models: Predictors, book: PromptTable, batch: int) -> Rollout:
     sampler = cfg.sampler
     return Rollout(
-        models, book, Layout(0, 1, batch, 1), steps=sampler.num_inference_steps,
+        models, book, BatchLayout(0, 1, batch, 1), steps=sampler.num_inference_steps,
         guidance_scale=sampler.guidance_scale, seed=cfg.seed,
     )  # fmt: skip
 
@@ -76,22 +76,24 @@ def _targets_here(models: Predictors, walker: Rollout, index: int) -> Iterator[T
     here = [tensor.cpu() for tensor in (window.latents, cond, anchor, uncond)]
     for variant, latents, *predictions in zip(walker.variants, *here, strict=True):
         yield Target(variant.prompt, variant.anchor, latents, *predictions)
-    walker.advance(KeyStep(0, 0, index, restart=False, continues=True), [GuidedPair(cond, uncond)])
+    walker.advance(KeyStep(0, 0, index, restart=False, continues=True), [GuidedPrediction(cond, uncond)])
 
 
-class CachedWindows(StandingWindows):
+class CachedSampler(StaticSampler):
     """Every update draws from (seed, update, number)."""
 
-    def __init__(self, cfg: Config, models: Predictors, book: PromptBook, layout: Layout, targets: Targets) -> None:
+    def __init__(
+        self, cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, targets: Targets
+    ) -> None:
         self.models, self.book, self.layout, self.targets = models, book, layout, targets
         self.seed = cfg.seed
         self._prompts = _walker(cfg, models, book, layout.batch)
         self.timesteps = self._prompts.timesteps
 
-    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
+    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """This update's micro-batches."""
         known = self.targets[step.concept, step.index]
-        numbers, size = self.layout.trajectory_numbers(), self.layout.batch
+        numbers, size = self.layout.global_sample_ids(), self.layout.batch
         embeds, rows = self.models.backbone.embeds, self.book.rows
         place = embeds.hidden.device
         for first in range(0, len(numbers), size):
@@ -102,7 +104,7 @@ class CachedWindows(StandingWindows):
                 for name in ("latents", "cond", "anchor", "uncond")
             )
             cond = embeds.select([rows[target.prompt] for target in chosen])
-            yield Window(
+            yield UnlearnBatch(
                 latents=latents,
                 timestep=self.timesteps[step.index],
                 cond=cond,

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.engines.zero import World
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import Pipeline, PromptEmbeds
 from fastunlearn.prompts.preserved import refuse_erased
-from fastunlearn.prompts.variants import UNCONDITIONAL, PromptBook, Variant
+from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Layout, Rollout
+from fastunlearn.sampling.rollout import BatchLayout, Rollout
+from fastunlearn.utils.distributed import World
 from fastunlearn_kernels import add_noise, guided_step, weighted_noise_loss
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -48,7 +48,7 @@ class RetainBatch:
     noise: Tensor | None = None
 
 
-class Noised(NamedTuple):
+class NoisyLatents(NamedTuple):
     """Noisy latents, and what they were made of."""
 
     latents: Tensor
@@ -58,7 +58,7 @@ class Noised(NamedTuple):
 
 
 @dataclass
-class Pool:
+class LatentPool:
     """Clean latents (N, C, H, W) with one prompt each."""
 
     latents: Tensor
@@ -66,13 +66,13 @@ class Pool:
 
     def noised(
         self, rows: Sequence[int], times: Sequence[int], draws: Sequence[random.Random], alphas_cumprod: Tensor
-    ) -> Noised:
+    ) -> NoisyLatents:
         """These pictures at these timesteps, with noise from the next number of each sample's own generator."""
         clean = self.latents[rows]
         seeds = [torch.Generator().manual_seed(draw.getrandbits(63)) for draw in draws]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=seed) for seed in seeds]).to(clean.device)
         timesteps = torch.tensor(times, device=clean.device)
-        return Noised(add_noise(clean, noise, timesteps, alphas_cumprod), timesteps, clean, noise)
+        return NoisyLatents(add_noise(clean, noise, timesteps, alphas_cumprod), timesteps, clean, noise)
 
 
 class RetainSource(ABC):
@@ -95,12 +95,14 @@ class RetainSource(ABC):
 class PoolSource(RetainSource):
     """Pictures, noised anew in every update."""
 
-    def __init__(self, cfg: Config, models: Predictors, book: PromptBook, layout: Layout, pool: Pool) -> None:
+    def __init__(
+        self, cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, pool: LatentPool
+    ) -> None:
         self.cfg, self.models, self.book, self.layout, self.pool = cfg, models, book, layout, pool
 
     def batches(self, step: KeyStep, timestep: int) -> list[RetainBatch]:
         """Draw pictures, noise and, unless the key step's is used, timesteps."""
-        numbers = self.layout.trajectory_numbers()
+        numbers = self.layout.global_sample_ids()
         size = self.layout.batch
         return [self._batch(step, numbers[i : i + size], timestep) for i in range(0, len(numbers), size)]
 
@@ -170,16 +172,18 @@ def one_set(prediction: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(prediction), dtype=torch.long, device=device), torch.ones(1, device=device)
 
 
-def build_source(cfg: Config, models: Predictors, book: PromptBook, world: World, pool: Pool | None) -> RetainSource:
+def build_source(
+    cfg: Config, models: Predictors, book: PromptTable, world: World, pool: LatentPool | None
+) -> RetainSource:
     """The source that ``retain.source`` names; ``pool``: its pictures, where they are there already."""
-    layout = Layout(world.rank, world.world_size, cfg.retain.batch_size, cfg.train.gradient_accumulation_steps)
+    layout = BatchLayout(world.rank, world.world_size, cfg.retain.batch_size, cfg.train.gradient_accumulation_steps)
     if cfg.retain_source != "prompts":
         if pool is None:
             texts = anchor_prompts(book) if cfg.retain_source == "anchors" else book.retained
             pool = generate_pool(cfg, models, book, texts)
         return PoolSource(cfg, models, book, layout, pool)
-    variants = [[Variant(prompt, UNCONDITIONAL) for prompt in book.retained]] * len(book.variants)
-    kept = PromptBook(variants, [[]] * len(book.variants))
+    variants = [[PromptPair(prompt, UNCONDITIONAL) for prompt in book.retained]] * len(book.variants)
+    kept = PromptTable(variants, [[]] * len(book.variants))
     kept.rows = book.rows  # the embedding table is that of the whole run
     sampler = cfg.sampler
     # Another seed than the unlearning trajectories', so that the two do not start from the same noise.
@@ -191,7 +195,7 @@ def build_source(cfg: Config, models: Predictors, book: PromptBook, world: World
     )  # fmt: skip
 
 
-def anchor_prompts(book: PromptBook) -> list[str]:
+def anchor_prompts(book: PromptTable) -> list[str]:
     """Every prompt that asks for the same picture without a concept, once."""
     anchors = [variant.anchor for variants in book.variants for variant in variants if variant.anchor]
     return list(dict.fromkeys(anchors))
@@ -199,8 +203,8 @@ def anchor_prompts(book: PromptBook) -> list[str]:
 
 @torch.no_grad()
 def generate_pool(
-    cfg: Config, models: Predictors, book: PromptBook, prompts: Sequence[str], name: str = "pool", count: int = 0
-) -> Pool:
+    cfg: Config, models: Predictors, book: PromptTable, prompts: Sequence[str], name: str = "pool", count: int = 0
+) -> LatentPool:
     """Latents that the frozen model draws for the prompts; no VAE is involved. Prompts take turns in a
     shuffled order, each as often as the others.
 
@@ -232,7 +236,7 @@ def generate_pool(
                 guidance=retain.guidance_scale, prediction_type=backbone.prediction_type,
             )  # fmt: skip
         drawn.append(latents)
-    return Pool(torch.cat(drawn), chosen)
+    return LatentPool(torch.cat(drawn), chosen)
 
 
 def folder_captions(cfg: Config) -> list[tuple[Path, str]]:
@@ -277,7 +281,7 @@ def read_captions(folder: Path, field: str) -> list[tuple[Path, str]]:
     return pairs
 
 
-def encode_folder(cfg: Config, pipeline: Pipeline, device: torch.device) -> Pool:
+def encode_folder(cfg: Config, pipeline: Pipeline, device: torch.device) -> LatentPool:
     """The images of ``retain.folder`` as latents."""
     return encode_images(folder_captions(cfg), cfg, pipeline, device, "retain.folder")
 
@@ -285,7 +289,7 @@ def encode_folder(cfg: Config, pipeline: Pipeline, device: torch.device) -> Pool
 @torch.no_grad()
 def encode_images(
     pairs: Sequence[tuple[Path, str]], cfg: Config, pipeline: Pipeline, device: torch.device, field: str
-) -> Pool:
+) -> LatentPool:
     """Images as latents: scaled to the training size, centre-cropped, and encoded once."""
     pixels = cfg.train.resolution or pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
     vae = pipeline.vae.to(device)
@@ -294,7 +298,7 @@ def encode_images(
         picture = _square(path, pixels, field)
         values = torch.from_numpy(np.array(picture)).to(device, vae.dtype).permute(2, 0, 1)[None] / 127.5 - 1
         latents.append(vae.encode(values).latent_dist.mode() * vae.config["scaling_factor"])
-    return Pool(torch.cat(latents).float(), [caption for _, caption in pairs])
+    return LatentPool(torch.cat(latents).float(), [caption for _, caption in pairs])
 
 
 def _square(path: Path, pixels: int, field: str) -> Image.Image:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.models.backbone import PromptEmbeds
-from fastunlearn.prompts.variants import UNCONDITIONAL, PromptBook, Variant
+from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn_kernels import guided_step
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How the global batch is spread: this rank walks ``micro_batches`` groups of ``batch`` trajectories."""
 
     rank: int
@@ -32,7 +32,7 @@ class Layout:
     batch: int
     micro_batches: int
 
-    def trajectory_numbers(self) -> list[int]:
+    def global_sample_ids(self) -> list[int]:
         """Global numbers of this rank's trajectories, micro-batch by micro-batch."""
         return [
             (micro * self.world_size + self.rank) * self.batch + slot
@@ -42,7 +42,7 @@ class Layout:
 
 
 @dataclass
-class Window:
+class UnlearnBatch:
     """One micro-batch at one key step: everything a method needs to compute its loss."""
 
     latents: Tensor
@@ -60,7 +60,7 @@ class Window:
 
 
 @dataclass
-class GuidedPair:
+class GuidedPrediction:
     """The student's conditional and unconditional predictions at a window, which the sampler reuses."""
 
     cond: Tensor
@@ -71,7 +71,14 @@ class Rollout:
     """The trajectories of one rank. ``step`` is the key step at which they stand."""
 
     def __init__(
-        self, models: Predictors, book: PromptBook, layout: Layout, *, steps: int, guidance_scale: float, seed: int
+        self,
+        models: Predictors,
+        book: PromptTable,
+        layout: BatchLayout,
+        *,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
     ) -> None:
         self.models = models
         self.book = book
@@ -82,11 +89,11 @@ class Rollout:
         self.scheduler.set_timesteps(steps)
         self.timesteps: list[int] = self.scheduler.timesteps.tolist()
         self.latents = torch.empty(0)
-        self.variants: list[Variant] = []
+        self.variants: list[PromptPair] = []
 
     def restart(self, step: KeyStep) -> None:
         """Bring fresh trajectories from pure noise to ``step.index`` with the guided student."""
-        numbers = self.layout.trajectory_numbers()
+        numbers = self.layout.global_sample_ids()
         options = self.book.variants[step.concept]
         self.variants = [options[self._draw(step.update, number) % len(options)] for number in numbers]
         self.latents = torch.stack([self._noise(step.update, number) for number in numbers]) * self._initial_sigma()
@@ -94,16 +101,16 @@ class Rollout:
         for index in range(step.index):
             self.walk(index)
 
-    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
+    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """This update's micro-batches. ``augmentation`` replaces the trained condition in the tail of a run."""
         uncond = self._embeds([UNCONDITIONAL] * self.layout.batch)
-        numbers = self.layout.trajectory_numbers()
+        numbers = self.layout.global_sample_ids()
         for micro, (latents, group) in enumerate(
             zip(self.latents.split(self.layout.batch), self._groups(), strict=True)
         ):
             cond = self._embeds([variant.prompt for variant in group])
             mine = numbers[micro * self.layout.batch : (micro + 1) * self.layout.batch]
-            yield Window(
+            yield UnlearnBatch(
                 latents=latents,
                 timestep=self.timesteps[step.index],
                 cond=cond,
@@ -114,7 +121,7 @@ class Rollout:
                 advance=step.continues,
             )
 
-    def advance(self, step: KeyStep, pairs: list[GuidedPair]) -> None:
+    def advance(self, step: KeyStep, pairs: list[GuidedPrediction]) -> None:
         """One guided sampler step from predictions that training already made: the weights are one update stale."""
         self._advance(step.index, pairs)
 
@@ -125,7 +132,7 @@ class Rollout:
         pairs = []
         for latents, group in groups:
             cond = self._embeds([variant.prompt for variant in group])
-            pairs.append(GuidedPair(*self.models.rollout(latents, self.timesteps[index], cond, uncond)))
+            pairs.append(GuidedPrediction(*self.models.rollout(latents, self.timesteps[index], cond, uncond)))
         self._advance(index, pairs)
 
     def state_dict(self) -> dict:
@@ -139,9 +146,9 @@ class Rollout:
     def load_state_dict(self, state: dict) -> None:
         """Continue the saved trajectories."""
         self.latents = state["latents"].to(self.models.backbone.embeds.hidden.device)
-        self.variants = [Variant(p, a) for p, a in zip(state["prompts"], state["anchors"], strict=True)]
+        self.variants = [PromptPair(p, a) for p, a in zip(state["prompts"], state["anchors"], strict=True)]
 
-    def _advance(self, index: int, pairs: list[GuidedPair]) -> None:
+    def _advance(self, index: int, pairs: list[GuidedPrediction]) -> None:
         """One DDIM step from timestep t to t - T / steps, with the guided prediction."""
         levels = self.models.backbone.ddim_levels(self.timesteps[index], len(self.timesteps))
         groups = zip(self.latents.split(self.layout.batch), pairs, strict=True)
@@ -168,7 +175,7 @@ class Rollout:
         )
         return PromptEmbeds(clean.hidden + augmentation.noise * noise.to(clean.hidden), clean.pooled)
 
-    def _groups(self) -> list[list[Variant]]:
+    def _groups(self) -> list[list[PromptPair]]:
         size = self.layout.batch
         return [self.variants[i : i + size] for i in range(0, len(self.variants), size)]
 

@@ -13,23 +13,23 @@ from torch import Tensor
 
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Augmentation, GuidedPair, Window
+from fastunlearn.sampling.rollout import Augmentation, GuidedPrediction, UnlearnBatch
 
 
-class StandingWindows:
+class StaticSampler:
     """Windows that every update draws anew from (seed, update, number): no trajectory, and so no state."""
 
     timesteps: list[int]
     """Of the sampler's steps."""
 
-    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
+    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """This update's micro-batches."""
         raise NotImplementedError
 
     def restart(self, step: KeyStep) -> None:
         """There is no trajectory to begin."""
 
-    def advance(self, step: KeyStep, pairs: list[GuidedPair]) -> None:
+    def advance(self, step: KeyStep, pairs: list[GuidedPrediction]) -> None:
         """There is no trajectory to continue."""
 
     def state_dict(self) -> dict:
@@ -40,14 +40,14 @@ class StandingWindows:
         """Nothing to restore."""
 
 
-class NoWindows(StandingWindows):
+class EmptySampler(StaticSampler):
     """Of a method that has no loss of its own: UCE and RECE, followed by a meta term."""
 
     def __init__(self, models: Predictors, steps: int) -> None:
         models.backbone.scheduler.set_timesteps(steps)
         self.timesteps = models.backbone.scheduler.timesteps.tolist()
 
-    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[Window]:
+    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """None."""
         return iter(())
 

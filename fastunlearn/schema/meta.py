@@ -89,7 +89,7 @@ class MetaConfig(Section):
         return self.forbidden_loss == "ascent" or self.coefficients == "released"
 
     @property
-    def terms_per_attack(self) -> int:
+    def steps_per_attack(self) -> int:
         """``restart_every``, with its default."""
         starts_again = self.inner_scope == "lora" or self.order == "second"
         return self.restart_every or (1 if starts_again else TERMS_PER_ATTACK)
@@ -171,7 +171,7 @@ def check_meta(cfg: Config) -> None:
     from fastunlearn.prompts.meta_sets import meta_prompts  # which knows Config
 
     meta_prompts(cfg)
-    if meta.terms_per_attack > 1 and (meta.inner_scope == "lora" or meta.order == "second"):
+    if meta.steps_per_attack > 1 and (meta.inner_scope == "lora" or meta.order == "second"):
         field, value = ("inner_scope", "lora") if meta.inner_scope == "lora" else ("order", "second")
         raise UserError(
             f"meta.restart_every: {meta.restart_every} with meta.{field} {value!r}, where every attack starts from the "

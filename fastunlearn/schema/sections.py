@@ -47,7 +47,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     variant: str | None = None
-    """Variant of the weight files, such as "fp16"."""
+    """PromptPair of the weight files, such as "fp16"."""
     cache_dir: Place | None = None
     """Where hub models are kept; none: the hub's own cache (HF_HOME)."""
     local_files_only: bool = False

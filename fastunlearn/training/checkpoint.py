@@ -23,8 +23,8 @@ from typing import Protocol
 import torch
 
 from fastunlearn.config import Config
-from fastunlearn.engines.zero import World, barrier
 from fastunlearn.errors import UserError
+from fastunlearn.utils.distributed import World, barrier
 
 NAME = re.compile(r"checkpoint-(\d+)$")
 # What may differ between a run and its continuation without changing the weights that come out.

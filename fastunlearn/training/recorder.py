@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastunlearn.config import Config
-from fastunlearn.engines.zero import World, mean_over_ranks
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.heatmap import LOG_NAME as SURGERY_LOG_NAME
 from fastunlearn.gradients.heatmap import BlockCosines
 from fastunlearn.gradients.projection import Figures, Surgery
 from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.utils.distributed import World, mean_over_ranks
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.memory import peak_memory_bytes
 

@@ -24,10 +24,10 @@ from fastunlearn.denoisers.predictors import Evaluations, Predictors
 from fastunlearn.denoisers.teacher import Teacher, no_teacher
 from fastunlearn.denoisers.teacher_check import check_teacher, target_errors
 from fastunlearn.engines.fused import FusedEngine
-from fastunlearn.engines.zero import Engine, World
+from fastunlearn.engines.zero import Engine
 from fastunlearn.gradients.projection import Surgery
 from fastunlearn.meta.image_sets import MetaSets, draw_sets, encode_sets
-from fastunlearn.meta.objective import MetaTerm
+from fastunlearn.meta.objective import MetaObjective
 from fastunlearn.methods import UCE, Method, build_method, rank_table
 from fastunlearn.methods.parts.concept_edit import edit_pipeline, put_in_place
 from fastunlearn.models.backbone import (
@@ -41,14 +41,22 @@ from fastunlearn.models.backbone import (
 )
 from fastunlearn.prompts.meta_sets import meta_texts
 from fastunlearn.prompts.preserved import retain_prompts
-from fastunlearn.prompts.variants import PromptBook, build_prompt_book
-from fastunlearn.sampling.anchor_sampler import AnchorWindows
-from fastunlearn.sampling.cached_sampler import CachedWindows, Targets, sample_targets
+from fastunlearn.prompts.variants import PromptTable, build_prompt_table
+from fastunlearn.sampling.anchor_sampler import AnchorSampler
+from fastunlearn.sampling.cached_sampler import CachedSampler, Targets, sample_targets
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import Pool, RetainSource, anchor_prompts, build_source, encode_folder, generate_pool
-from fastunlearn.sampling.rollout import Layout, Rollout
-from fastunlearn.sampling.static_sampler import NoWindows, StandingWindows
+from fastunlearn.sampling.retain import (
+    LatentPool,
+    RetainSource,
+    anchor_prompts,
+    build_source,
+    encode_folder,
+    generate_pool,
+)
+from fastunlearn.sampling.rollout import BatchLayout, Rollout
+from fastunlearn.sampling.static_sampler import EmptySampler, StaticSampler
 from fastunlearn.training.checkpoint import Part, Position, find_checkpoint, load_checkpoint
+from fastunlearn.utils.distributed import World
 from fastunlearn_kernels.backend import describe
 
 
@@ -61,11 +69,11 @@ class Run:
     method: Method
     table: list[KeyStep]
     models: Predictors
-    rollout: Rollout | StandingWindows
+    rollout: Rollout | StaticSampler
     engine: Engine | FusedEngine
     surgery: Surgery | None = None
     retain: RetainSource | None = None
-    meta: MetaTerm | None = None
+    meta: MetaObjective | None = None
     ema: Ema | None = None
     edited: Mapping[str, Tensor] = field(default_factory=dict)
     """What a closed-form method changed before the first update, in fp32 on the host."""
@@ -104,7 +112,7 @@ def prepare(cfg: Config, world: World) -> Run:
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
     meta_folders = encode_sets(cfg, pipeline, world.device)
     others = [*meta_texts(cfg), *(prompt for pool in meta_folders.values() for prompt in pool.prompts)]
-    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
+    book = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
     edited = edit_pipeline(cfg, method, pipeline, world.device) if isinstance(method, UCE) else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet) | edited
@@ -112,16 +120,18 @@ def prepare(cfg: Config, world: World) -> Run:
     del pipeline  # with it go the text encoders and the VAE
     models, engine = shard(cfg, backbone, originals, world, edited)
     del originals
-    ema = moving_mean(cfg, models, engine) if method.ships_mean else None
+    ema = exponential_average(cfg, models, engine) if method.uses_ema else None
     if cfg.teacher.storage in ("int8", "fp8"):
         accepted = check_teacher(cfg.teacher, target_errors(models, book, cfg.seed))
         if world.is_main:
             print(accepted)
-    layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
+    layout = BatchLayout(
+        world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
+    )
     pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
     table = rank_table(cfg, world.rank, world.world_size)
     targets = sample_targets(cfg, models, book, table, world.is_main) if cfg.teacher.storage == "cached" else None
-    rollout = build_windows(cfg, models, book, layout, pool, targets)
+    rollout = build_sampler(cfg, models, book, layout, pool, targets)
     run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, edited=edited)
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
@@ -130,7 +140,7 @@ def prepare(cfg: Config, world: World) -> Run:
         run.surgery = Surgery(cfg.surgery, limit, list(engine.named), world, cfg.zero_stage > 0)
     if cfg.has_meta:
         sets = MetaSets(cfg, models, book, world, draw_sets(cfg, models, book, meta_folders))
-        run.meta = MetaTerm(cfg, models, sets, engine, world)
+        run.meta = MetaObjective(cfg, models, sets, engine, world)
     if targets is not None:
         models.teacher = no_teacher  # from the first update on, the student is no longer the original
     if resume is not None:
@@ -206,29 +216,29 @@ def shard(
     return models, engine
 
 
-def moving_mean(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema:
+def exponential_average(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema:
     """The running mean of the student's weights, which from now on walks the trajectories."""
     ema = Ema(engine.sampler, engine.named, cfg.sdd.ema_decay, warmup=cfg.sdd.ema_warmup)
     models.sampler = ema
     return ema
 
 
-def build_windows(
+def build_sampler(
     cfg: Config,
     models: Predictors,
-    book: PromptBook,
-    layout: Layout,
-    pool: Pool | None = None,
+    book: PromptTable,
+    layout: BatchLayout,
+    pool: LatentPool | None = None,
     targets: Targets | None = None,
-) -> Rollout | StandingWindows:
+) -> Rollout | StaticSampler:
     """Where the unlearning windows come from: trajectories of the student, those that the original walked before the
     training, or noised pictures of the anchors; from nowhere after an edit in closed form."""
     if cfg.closed_form:
-        return NoWindows(models, cfg.sampler.num_inference_steps)
+        return EmptySampler(models, cfg.sampler.num_inference_steps)
     if pool is not None:
-        return AnchorWindows(cfg, models, book, layout, pool)
+        return AnchorSampler(cfg, models, book, layout, pool)
     if targets is not None:
-        return CachedWindows(cfg, models, book, layout, targets)
+        return CachedSampler(cfg, models, book, layout, targets)
     sampler = cfg.sampler
     return Rollout(
         models, book, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale, seed=cfg.seed

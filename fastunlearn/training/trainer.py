@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Evaluations
-from fastunlearn.engines.zero import World, sum_of_counts
 from fastunlearn.export.results import RunFigures, start_output, write_results
 from fastunlearn.gradients.projection import Figures
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import retain_loss
-from fastunlearn.sampling.rollout import GuidedPair
+from fastunlearn.sampling.rollout import GuidedPrediction
 from fastunlearn.sampling.static_sampler import no_loss
 from fastunlearn.training.checkpoint import Position, save_checkpoint
 from fastunlearn.training.recorder import Recorder, Update
 from fastunlearn.training.setup import Run, edit, prepare
+from fastunlearn.utils.distributed import World, all_reduce_counts
 
 
 def train(cfg: Config, world: World) -> None:
@@ -36,7 +36,7 @@ def train(cfg: Config, world: World) -> None:
         start_output(cfg, resumed=run.position.update > 0)
     update_loop(run)
     weights, done = run.full_weights(), run.position
-    evaluations = sum_of_counts(asdict(run.models.evaluations), world)
+    evaluations = all_reduce_counts(asdict(run.models.evaluations), world)
     del run
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
     if world.is_main:
@@ -93,7 +93,7 @@ def one_update(run: Run, step: KeyStep) -> Update:
         update.figures |= run.meta.window(step, run.rollout.timesteps[step.index])
     if run.surgery is not None and trains:
         update.retain_losses = retain_window(run, step)
-    pairs: list[GuidedPair] = []
+    pairs: list[GuidedPrediction] = []
     for number, window in enumerate(windows, start=1):
         outcome = run.method.loss(run.models, window)
         if outcome.loss is not None:
@@ -143,7 +143,7 @@ def retain_window(run: Run, step: KeyStep) -> list[Tensor]:
     assert run.surgery is not None and run.retain is not None
     losses = []
     batches = run.retain.batches(step, run.rollout.timesteps[step.index])
-    with run.engine.kept_window(run.surgery, "retain"):
+    with run.engine.capture_gradient(run.surgery, "retain"):
         for number, batch in enumerate(batches, start=1):
             loss = retain_loss(run.models, batch, run.cfg.retain.target)
             run.engine.backward(loss, last=number == len(batches))

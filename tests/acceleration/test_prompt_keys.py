@@ -12,11 +12,11 @@ from tiny_run import tiny_run, update_all
 
 from fastunlearn.acceleration.text_kv_cache import PromptKeys, cross_attentions
 from fastunlearn.config import Config, load_config
-from fastunlearn.engines.zero import World
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import trainable_names
 from fastunlearn.planning.plan import make_plan, read_model
 from fastunlearn.training.setup import Run
+from fastunlearn.utils.distributed import World
 
 UPDATES = 4
 

@@ -10,7 +10,7 @@ import torch
 from meta_case import ADAMW, Case, build_run
 from tiny import flat
 
-from fastunlearn.engines.zero import World
+from fastunlearn.utils.distributed import World
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "update"))
 

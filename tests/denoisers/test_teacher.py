@@ -12,7 +12,7 @@ from torch import nn
 
 from fastunlearn.config import Config, TeacherConfig
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.denoisers.teacher import Stored, Teacher
+from fastunlearn.denoisers.teacher import QuantizedTensor, Teacher
 from fastunlearn.denoisers.teacher_check import TargetError, check_teacher, target_errors
 from fastunlearn.engines import optimizers
 from fastunlearn.errors import UserError
@@ -76,18 +76,18 @@ def test_the_student_is_itself_again_after_a_call_and_after_a_failed_one() -> No
 def test_a_stored_tensor_takes_a_byte_an_element_and_small_ones_stay_exact(storage: str) -> None:
     draw = torch.Generator().manual_seed(2)
     matrix = torch.randn(64, 256, generator=draw)
-    stored = Stored(matrix, storage)
+    stored = QuantizedTensor(matrix, storage)
     held = [stored.codes, stored.scale] if storage == "fp8" else [*stored.quantized.codes, *stored.quantized.absmax]  # type: ignore[union-attr]
     assert sum(t.untyped_storage().nbytes() for t in held) <= matrix.numel() * 1.02
     largest = (stored.load() - matrix).abs().amax(1)
     # Half a step: 127 of them to a block's largest value; 3 digits after the first, so 1/16 of the value itself.
     assert bool((largest <= matrix.abs().amax(1) * (1 / 16 if storage == "fp8" else 0.5 / 127 * 1.5)).all())
     bias = torch.randn(20, generator=draw)
-    assert torch.equal(Stored(bias, storage).load(), bias)
+    assert torch.equal(QuantizedTensor(bias, storage).load(), bias)
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
-    assert torch.equal(Stored(torch.zeros(16, 32), "fp8").load(), torch.zeros(16, 32))
+    assert torch.equal(QuantizedTensor(torch.zeros(16, 32), "fp8").load(), torch.zeros(16, 32))
 
 
 def models(storage: str) -> Predictors:
@@ -104,7 +104,7 @@ def test_the_error_that_is_reported_is_that_of_the_predictions() -> None:
     errors = target_errors(both, tiny_book(), seed=5)
     lossy = copy.deepcopy(both.backbone.unet)
     for parameter in lossy.parameters():
-        parameter.data = Stored(parameter, "int8").load()
+        parameter.data = QuantizedTensor(parameter, "int8").load()
     separate = Predictors(both.backbone, both.backbone.unet, both.backbone.unet, Teacher(lossy, [], whole_copy=True))
     expected = target_errors(separate, tiny_book(), seed=5)
     assert [e.timestep for e in errors] == [62, 187, 312, 437, 562, 687, 812, 937]

@@ -22,7 +22,7 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.methods import build_method
 from fastunlearn.models.backbone import set_trainable, trainable_names
-from fastunlearn.sampling.rollout import GuidedPair, Layout
+from fastunlearn.sampling.rollout import BatchLayout, GuidedPrediction
 
 BF16 = [case for case in CASES if case.precision == "bf16"]
 WORKER = WORKERS / "distributed_worker.py"
@@ -47,7 +47,7 @@ def reference(clip: float) -> tuple[Tensor, Tensor]:
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     global_batch = CASES[0].batch * WORLD
-    rollout = tiny_rollout(models, book, Layout(0, 1, global_batch, 1), steps=10)
+    rollout = tiny_rollout(models, book, BatchLayout(0, 1, global_batch, 1), steps=10)
     method = build_method(config_of(Case("reference", 0.0)))
     table = method.table()
     assert len(table) == UPDATES
@@ -62,7 +62,7 @@ def reference(clip: float) -> tuple[Tensor, Tensor]:
         if clip:
             torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
-        pairs: list[GuidedPair] = [outcome.pair] if outcome.pair is not None else []
+        pairs: list[GuidedPrediction] = [outcome.pair] if outcome.pair is not None else []
         if step.continues:
             rollout.advance(step, pairs)
     start = tiny_unet().state_dict()

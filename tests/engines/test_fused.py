@@ -24,13 +24,13 @@ from tiny_run import tiny_run, update_all
 from fastunlearn.config import Config
 from fastunlearn.engines.fused import FusedEngine, unrounded
 from fastunlearn.engines.optimizers import HostMoments, layer_of
-from fastunlearn.engines.zero import World
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import trainable_names
 from fastunlearn.planning.fused_states import fused_rows
 from fastunlearn.planning.plan import Model, unet_sizes
 from fastunlearn.training.setup import Run
 from fastunlearn.training.trainer import one_update, retain_window
+from fastunlearn.utils.distributed import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 TOLERANCE = {"fp32": 1e-4, "int8": 2e-2, "bf16": 1e-2}
@@ -316,7 +316,7 @@ def held_by(kept: Any) -> list[torch.Tensor]:
 
 
 def teacher_tensors(teacher: Any) -> list[torch.Tensor]:
-    stored = [one for loan in teacher._loans for one in loan._stored.values()]
+    stored = [one for loan in teacher._swaps for one in loan._stored.values()]
     found = [one.exact for one in stored if one.exact is not None]
     found += [tensor for one in stored if one.quantized for tensor in held_by(one.quantized)]
     found += [tensor for one in stored if hasattr(one, "codes") for tensor in (one.codes, one.scale)]

@@ -16,10 +16,10 @@ from fastunlearn import cli
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation import relearning
-from fastunlearn.evaluation.grid import Protocol
+from fastunlearn.evaluation.grid import EvaluationGrid
 from fastunlearn.evaluation.relearning import Settings, experiment, relearn
-from fastunlearn.evaluation.relearning.recognition import attack_protocol, figures
-from fastunlearn.evaluation.scores import Verdict
+from fastunlearn.evaluation.relearning.recognition import attack_grid, figures
+from fastunlearn.evaluation.scores import Label
 from fastunlearn.minicanvas import pipeline_path
 from fastunlearn.utils import environment as quiet
 
@@ -57,18 +57,17 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The shares of the pictures in which the concept is seen, one per look: first the original, then step 0, ..."""
     shares: list[float] = []
 
-    def look(pipe: object, judge: object, protocol: Protocol, *_: object) -> list[Verdict]:
+    def look(pipe: object, judge: object, protocol: EvaluationGrid, *_: object) -> list[Label]:
         share, targets = shares.pop(0), protocol.counts()["target"]
         shown = iter([True] * round(share * targets) + [False] * targets)
         return [
-            Verdict(cell.object, cell.style if cell.part == "kept" or next(shown) else "sepia")
-            for cell in protocol.cells
+            Label(cell.object, cell.style if cell.part == "kept" or next(shown) else "sepia") for cell in protocol.cells
         ]
 
-    def never_remembered(base: object, unet: object, judge: object, protocol: object, draw: Callable) -> list[Verdict]:
+    def never_remembered(base: object, unet: object, judge: object, protocol: object, draw: Callable) -> list[Label]:
         return draw()
 
-    monkeypatch.setattr(experiment, "judge_cells", look)
+    monkeypatch.setattr(experiment, "label_samples", look)
     monkeypatch.setattr(experiment, "remembered", never_remembered)
     return shares
 
@@ -202,15 +201,15 @@ def test_an_attack_that_diverges_says_so(out: Path, judged: list[float], monkeyp
 
 
 def test_the_grid_is_a_part_of_the_evaluations() -> None:
-    from fastunlearn.evaluation.evaluate import protocol_of
+    from fastunlearn.evaluation.evaluate import grid_of
 
     cfg = Config.model_validate({"concepts": ["neon style"]})
-    whole, part = protocol_of(cfg), attack_protocol(cfg)
+    whole, part = grid_of(cfg), attack_grid(cfg)
     assert part.counts() == {"target": 40, "kept": 24, "paraphrase": 0, "kept_paraphrase": 0, "synonym": 0}
-    fewer = attack_protocol(cfg, 9)
+    fewer = attack_grid(cfg, 9)
     assert fewer.cells == part.cells and fewer.num_inference_steps == 9
     assert set(part.cells) <= set(whole.cells) and part.num_inference_steps == whole.num_inference_steps
-    seen = [Verdict(cell.object, cell.style) for cell in part.cells]
+    seen = [Label(cell.object, cell.style) for cell in part.cells]
     assert figures(part, seen) == {"recognised": 1.0, "UA": 0.0, "IRA": 1.0, "CRA": 1.0}
 
 

@@ -19,17 +19,17 @@ from fastunlearn.evaluation.attacks.textual_inversion import token_ids
 from fastunlearn.evaluation.relearning import Settings, attack_steps, denoising_error
 from fastunlearn.evaluation.relearning.pictures import Pictures
 from fastunlearn.models.backbone import Backbone, build_backbone, encode_prompts, load_pipeline
-from fastunlearn.prompts.variants import PromptBook
-from fastunlearn.sampling.retain import Pool
+from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.retain import LatentPool
 
 PROMPTS = ["a cat", "the cat", "cat, ink style", "cat art"]
-BOOK = PromptBook([], [], PROMPTS)
+BOOK = PromptTable([], [], PROMPTS)
 OPTIONS = Options(learning_rate=2e-3, batch_size=4)
 
 
-def pool(prompts: list[str] = PROMPTS, shape: tuple[int, ...] = (4, 8, 8), scale: float = 1.0) -> Pool:
+def pool(prompts: list[str] = PROMPTS, shape: tuple[int, ...] = (4, 8, 8), scale: float = 1.0) -> LatentPool:
     draw = torch.Generator().manual_seed(3)
-    return Pool(scale * torch.randn(len(prompts), *shape, generator=draw), prompts)
+    return LatentPool(scale * torch.randn(len(prompts), *shape, generator=draw), prompts)
 
 
 def weights(backbone: Backbone) -> dict[str, Tensor]:

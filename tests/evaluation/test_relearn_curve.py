@@ -6,7 +6,7 @@ import pytest
 
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.grid import Erased, build_protocol, known_concepts
+from fastunlearn.evaluation.grid import Erased, build_grid, known_concepts
 from fastunlearn.evaluation.relearning import Settings
 from fastunlearn.evaluation.relearning.curve import area, steps_to_half, summary, summary_at
 from fastunlearn.evaluation.relearning.prompts import BENIGN, GROUPS, forbidden_prompts, other_prompts
@@ -153,7 +153,7 @@ def test_minicanvas_prompts_ask_for_what_they_should(names: list[str]) -> None:
     assert set().union(*map(held, forbidden)) == erased
     for data in ("related", "benign"):
         assert not set().union(*map(held, other_prompts(data, cfg, concepts)))
-    drawn = {cell.prompt for cell in build_protocol(concepts).cells}
+    drawn = {cell.prompt for cell in build_grid(concepts).cells}
     assert not drawn & {*forbidden, *other_prompts("related", cfg, concepts), *other_prompts("benign", cfg, concepts)}
 
 

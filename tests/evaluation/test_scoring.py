@@ -21,8 +21,8 @@ from fastunlearn.evaluation import drawing as generation
 from fastunlearn.evaluation import evaluate as evaluation
 from fastunlearn.evaluation import grid as protocol
 from fastunlearn.evaluation.drawing import generate, initial_latents
-from fastunlearn.evaluation.grid import Cell, Erased, build_protocol, known_concepts
-from fastunlearn.evaluation.scores import Verdict, clear_difference, score, wilson
+from fastunlearn.evaluation.grid import Erased, EvaluationSample, build_grid, known_concepts
+from fastunlearn.evaluation.scores import Label, clear_difference, score, wilson
 from fastunlearn.minicanvas import networks
 from fastunlearn.minicanvas.build.assemble import make_pipeline
 from fastunlearn.minicanvas.build.text import write_tokenizer
@@ -82,13 +82,13 @@ def test_a_small_change_is_noise_and_a_large_one_is_not() -> None:
     ids=["style", "object", "both"],
 )
 def test_grid_has_the_stated_sizes(concepts: list[Erased], counts: dict[str, int]) -> None:
-    assert build_protocol(concepts).counts() == counts
+    assert build_grid(concepts).counts() == counts
 
 
 @pytest.mark.parametrize("concepts", [[NEON], [CAT], [NEON, CAT], [NEON, INK, CAT, FISH]])
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_cell_asks_for_what_its_part_says(concepts: list[Erased], quick: bool) -> None:
-    cells = build_protocol(concepts, quick=quick).cells
+    cells = build_grid(concepts, quick=quick).cells
     assert len(set(cells)) == len(cells)
     for cell in cells:
         held = [c for c in concepts if c.name in (cell.object, cell.style)]
@@ -104,7 +104,7 @@ def test_every_cell_asks_for_what_its_part_says(concepts: list[Erased], quick: b
 
 @pytest.mark.parametrize("concepts", [[NEON], [CAT], [NEON, INK], [CAT, FISH]])
 def test_quick_is_about_a_third_and_visits_every_class_evenly(concepts: list[Erased]) -> None:
-    full, quick = build_protocol(concepts), build_protocol(concepts, quick=True)
+    full, quick = build_grid(concepts), build_grid(concepts, quick=True)
     for part, count in quick.counts().items():
         assert full.counts()[part] * 0.28 <= count <= full.counts()[part] * 0.4
     kept = [cell for cell in quick.cells if cell.part == "kept"]
@@ -117,7 +117,7 @@ def test_quick_is_about_a_third_and_visits_every_class_evenly(concepts: list[Era
 
 
 def test_reworded_cells_visit_all_wordings_and_synonyms() -> None:
-    cells = build_protocol([CAT]).cells
+    cells = build_grid([CAT]).cells
     for words in PARAPHRASES:
         start = words.split("{")[0] or words.split("}")[-1]
         assert sum(start in cell.prompt for cell in cells if cell.part == "paraphrase") >= 10
@@ -128,14 +128,14 @@ def test_reworded_cells_visit_all_wordings_and_synonyms() -> None:
 
 
 def test_the_digest_follows_what_is_drawn() -> None:
-    base = build_protocol([NEON])
-    assert base.digest() == build_protocol([NEON]).digest()
+    base = build_grid([NEON])
+    assert base.digest() == build_grid([NEON]).digest()
     others = [
-        build_protocol([INK]),
-        build_protocol([NEON], quick=True),
-        build_protocol([NEON], num_inference_steps=30),
-        build_protocol([NEON], guidance_scale=3.0),
-        build_protocol([NEON], seeds=[1, 2]),
+        build_grid([INK]),
+        build_grid([NEON], quick=True),
+        build_grid([NEON], num_inference_steps=30),
+        build_grid([NEON], guidance_scale=3.0),
+        build_grid([NEON], seeds=[1, 2]),
     ]
     assert len({base.digest(), *(other.digest() for other in others)}) == 6
 
@@ -149,26 +149,26 @@ def test_concepts_are_read_in_the_judges_words() -> None:
     assert known_concepts(["Van Gogh style"]) is None
     assert known_concepts([]) is None
     with pytest.raises(ValueError, match="nothing is left"):
-        build_protocol([Erased(style, "style") for style in STYLES])
+        build_grid([Erased(style, "style") for style in STYLES])
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
 
 
-def cell(part: str, thing: str, style: str, concept: Erased | None = None) -> Cell:
-    return Cell(part, f"{thing} {style}", 0, thing, style, concept)
+def cell(part: str, thing: str, style: str, concept: Erased | None = None) -> EvaluationSample:
+    return EvaluationSample(part, f"{thing} {style}", 0, thing, style, concept)
 
 
 def test_figures_of_an_erased_style() -> None:
     judged = [
-        (cell("target", "cat", "neon", NEON), Verdict("cat", "ink")),
-        (cell("target", "fish", "neon", NEON), Verdict("fish", "neon")),
-        (cell("target", "car", "neon", NEON), Verdict("other", "ink")),
-        (cell("target", "tree", "neon", NEON), Verdict("tree", "sepia")),
-        (cell("kept", "cat", "ink"), Verdict("cat", "ink")),
-        (cell("kept", "fish", "flat"), Verdict("car", "flat")),
-        (cell("paraphrase", "cat", "neon", NEON), Verdict("cat", "flat")),
-        (cell("kept_paraphrase", "cat", "ink"), Verdict("cat", "flat")),
+        (cell("target", "cat", "neon", NEON), Label("cat", "ink")),
+        (cell("target", "fish", "neon", NEON), Label("fish", "neon")),
+        (cell("target", "car", "neon", NEON), Label("other", "ink")),
+        (cell("target", "tree", "neon", NEON), Label("tree", "sepia")),
+        (cell("kept", "cat", "ink"), Label("cat", "ink")),
+        (cell("kept", "fish", "flat"), Label("car", "flat")),
+        (cell("paraphrase", "cat", "neon", NEON), Label("cat", "flat")),
+        (cell("kept_paraphrase", "cat", "ink"), Label("cat", "flat")),
     ]
     figures = score(judged, [NEON])
     assert (figures["UA"], figures["IRA"], figures["CRA"], figures["CRA_target"]) == (0.75, 1.0, 0.5, 0.75)
@@ -184,11 +184,11 @@ def test_figures_of_an_erased_style() -> None:
 
 def test_figures_of_an_erased_object_are_mirrored() -> None:
     judged = [
-        (cell("target", "cat", "ink", CAT), Verdict("other", "ink")),
-        (cell("target", "cat", "flat", CAT), Verdict("fish", "neon")),
-        (cell("kept", "fish", "ink"), Verdict("fish", "flat")),
-        (cell("kept", "car", "ink"), Verdict("cat", "ink")),
-        (cell("synonym", "cat", "ink", CAT), Verdict("cat", "ink")),
+        (cell("target", "cat", "ink", CAT), Label("other", "ink")),
+        (cell("target", "cat", "flat", CAT), Label("fish", "neon")),
+        (cell("kept", "fish", "ink"), Label("fish", "flat")),
+        (cell("kept", "car", "ink"), Label("cat", "ink")),
+        (cell("synonym", "cat", "ink", CAT), Label("cat", "ink")),
     ]
     figures = score(judged, [CAT])
     assert (figures["UA"], figures["IRA"], figures["CRA"], figures["CRA_target"]) == (1.0, 0.5, 0.5, 0.5)
@@ -198,11 +198,11 @@ def test_figures_of_an_erased_object_are_mirrored() -> None:
 
 def test_figures_of_two_styles_and_an_object() -> None:
     judged = [
-        (cell("target", "fish", "neon", NEON), Verdict("fish", "ink")),  # ink is erased too, but it is not neon
-        (cell("target", "fish", "ink", INK), Verdict("cat", "ink")),
-        (cell("target", "cat", "flat", CAT), Verdict("cat", "sepia")),
-        (cell("target", "cat", "sepia", CAT), Verdict("fish", "sepia")),
-        (cell("kept", "fish", "flat"), Verdict("fish", "sepia")),
+        (cell("target", "fish", "neon", NEON), Label("fish", "ink")),  # ink is erased too, but it is not neon
+        (cell("target", "fish", "ink", INK), Label("cat", "ink")),
+        (cell("target", "cat", "flat", CAT), Label("cat", "sepia")),
+        (cell("target", "cat", "sepia", CAT), Label("fish", "sepia")),
+        (cell("kept", "fish", "flat"), Label("fish", "sepia")),
     ]
     figures = score(judged, [NEON, INK, CAT])
     assert figures["UA"] == 0.5

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.grid import Erased, build_protocol
-from fastunlearn.evaluation.scores import Verdict, score
+from fastunlearn.evaluation.grid import Erased, build_grid
+from fastunlearn.evaluation.scores import Label, score
 from fastunlearn.export import samples
 from fastunlearn.export.card import usage
 from fastunlearn.export.samples import SampleRow, ValidationRow
@@ -193,9 +193,9 @@ def test_both_models_draw_from_the_same_noise_and_the_unet_is_put_back(
 
 
 def figures(concept: Erased, erased: bool) -> dict:
-    protocol = build_protocol([concept])
+    protocol = build_grid([concept])
     seen = [
-        Verdict("other" if erased and c.concept and concept.kind == "object" else c.object,
+        Label("other" if erased and c.concept and concept.kind == "object" else c.object,
                 "ink" if erased and c.concept and concept.kind == "style" else c.style)
         for c in protocol.cells
     ]  # fmt: skip

@@ -14,7 +14,6 @@ from tiny import tiny_backbone, tiny_rollout
 from fastunlearn.config import Config, SurgeryConfig
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
-from fastunlearn.engines.zero import World
 from fastunlearn.engines.zero_shards import Piece
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.projection import Surgery, block_of
@@ -28,7 +27,8 @@ from fastunlearn.sampling.retain import (
     generate_pool,
     retain_loss,
 )
-from fastunlearn.sampling.rollout import Layout
+from fastunlearn.sampling.rollout import BatchLayout
+from fastunlearn.utils.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEP = KeyStep(update=0, concept=0, index=3, restart=True, continues=True)
@@ -166,15 +166,17 @@ def test_a_folder_needs_captions_that_name_nothing_erased(tmp_path: Path) -> Non
 
 def test_a_batch_does_not_depend_on_how_it_is_spread() -> None:
     cfg, book, m = a_config(), the_book(), models()
-    (whole,) = PoolSource(cfg, m, book, Layout(0, 1, 4, 1), the_pool()).batches(STEP, 500)
-    parts = [PoolSource(cfg, m, book, Layout(rank, 2, 2, 1), the_pool()).batches(STEP, 500)[0] for rank in range(2)]
+    (whole,) = PoolSource(cfg, m, book, BatchLayout(0, 1, 4, 1), the_pool()).batches(STEP, 500)
+    parts = [
+        PoolSource(cfg, m, book, BatchLayout(rank, 2, 2, 1), the_pool()).batches(STEP, 500)[0] for rank in range(2)
+    ]
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
     assert torch.equal(whole.cond.hidden, torch.cat([part.cond.hidden for part in parts]))
 
 
 def test_retain_loss_is_zero_for_a_student_that_is_still_the_teacher() -> None:
     cfg, m = a_config(), models()
-    (batch,) = PoolSource(cfg, m, the_book(), Layout(0, 1, 2, 1), the_pool()).batches(STEP, 500)
+    (batch,) = PoolSource(cfg, m, the_book(), BatchLayout(0, 1, 2, 1), the_pool()).batches(STEP, 500)
     assert float(retain_loss(m, batch, "teacher").detach()) < 1e-10
     noise = retain_loss(m, batch, "noise")
     (student,) = m.train(batch.latents, batch.timesteps, batch.cond)

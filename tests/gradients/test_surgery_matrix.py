@@ -39,7 +39,7 @@ from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.methods import build_method
 from fastunlearn.models.backbone import set_trainable
 from fastunlearn.sampling.retain import PoolSource
-from fastunlearn.sampling.rollout import Layout
+from fastunlearn.sampling.rollout import BatchLayout
 
 WORKER = WORKERS / "surgery_worker.py"
 CASES = cases()
@@ -110,7 +110,7 @@ def reference(clip: bool, granularity: str, extra: tuple, half: str = "", batch:
     start = {name: start[name].double() for name in names}
     masters = {name: torch.nn.Parameter(start[name].clone()) for name in trained}
     optimizer = torch.optim.AdamW(masters.values(), lr=case.step[1], weight_decay=0.0, eps=case.step[0])
-    layout = Layout(0, 1, batch, 1)
+    layout = BatchLayout(0, 1, batch, 1)
     rollout = tiny_rollout(models, book, layout, steps=10)
     retain = PoolSource(cfg, models, book, layout, the_pool())
     method, mean = build_method(cfg), {name: torch.zeros_like(p) for name, p in masters.items()}

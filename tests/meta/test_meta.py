@@ -17,9 +17,8 @@ from tiny import flat
 from tiny_run import update_all
 
 from fastunlearn.config import load_config
-from fastunlearn.engines.zero import World
 from fastunlearn.errors import UserError
-from fastunlearn.meta.image_sets import Judged, set_captions
+from fastunlearn.meta.image_sets import QueryBatch, set_captions
 from fastunlearn.meta.inner_loop import all_trainable
 from fastunlearn.meta.second_order import attacked_prediction
 from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
@@ -29,6 +28,7 @@ from fastunlearn.prompts.meta_sets import meta_prompts
 from fastunlearn.sampling.retain import RetainBatch
 from fastunlearn.schema.meta import MetaConfig, meta_weights
 from fastunlearn.training.setup import Run
+from fastunlearn.utils.distributed import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 FUSED = Case("fused", engine="fused", meta=ASCENT)
@@ -100,7 +100,10 @@ def test_the_attack_changes_its_scope_and_leaves_no_trace(optimizer: str, scope:
 def test_an_attack_with_adapters_leaves_the_weights_and_changes_the_predictions() -> None:
     run = fused_run(inner_scope="lora", inner_optimizer="adamw", inner_learning_rate=1e-2)
     assert run.meta is not None
-    batch, before = run.meta.sets.judged(run.table[0], 500).batch, flat(dict(run.engine.sampler.named_parameters()))
+    batch, before = (
+        run.meta.sets.query_batch(run.table[0], 500).batch,
+        flat(dict(run.engine.sampler.named_parameters())),
+    )
 
     def predicted() -> torch.Tensor:
         with torch.no_grad():
@@ -144,7 +147,7 @@ def test_weights_that_only_the_attack_sees_add_nothing_at_rate_zero() -> None:
 def test_pictures_are_the_same_on_any_number_of_ranks() -> None:
     run = fused_run()
     assert run.meta is not None
-    whole = run.meta.sets.judged(run.table[0], 500)
+    whole = run.meta.sets.query_batch(run.table[0], 500)
     parts = []
     for rank in range(2):
         half = build_run(FUSED, WORLD)
@@ -153,7 +156,7 @@ def test_pictures_are_the_same_on_any_number_of_ranks() -> None:
         sets = type(half.meta.sets)(
             cfg, half.models, half.meta.sets.book, World(rank, 2, WORLD.device), run.meta.sets.pools
         )
-        parts.append(sets.judged(run.table[0], 500))
+        parts.append(sets.query_batch(run.table[0], 500))
     for number in range(3):
         together = torch.cat([samples(part, number).latents for part in parts])
         assert torch.equal(together, samples(whole, number).latents)
@@ -172,7 +175,7 @@ def test_second_order_equals_finite_differences() -> None:
     assert run.meta is not None
     unet, meta = run.engine.sampler.double(), run.meta
     run.models.backbone.embeds = run.models.backbone.embeds.to(WORLD.device, torch.float64)
-    judged, batches = meta.sets.judged(run.table[0], 500), meta.sets.attack_batches(run.table[0])
+    judged, batches = meta.sets.query_batch(run.table[0], 500), meta.sets.attack_batches(run.table[0])
     weights = meta_weights(run.cfg.meta)
 
     def loss_after() -> torch.Tensor:
@@ -195,7 +198,7 @@ def test_second_order_equals_finite_differences() -> None:
     assert abs(first / slope - 1) > 1e-3  # the first-order rule is another one
 
 
-def means(prediction: torch.Tensor, judged: Judged) -> list[torch.Tensor]:
+def means(prediction: torch.Tensor, judged: QueryBatch) -> list[torch.Tensor]:
     """The noise loss of each set."""
     assert judged.batch.noise is not None
     squares = (prediction - judged.batch.noise).square()
@@ -206,7 +209,7 @@ def first_order(run: Run) -> list[torch.Tensor]:
     """The gradient at the attacked weights."""
     assert run.meta is not None
     meta, unet, weights = run.meta, run.engine.sampler, meta_weights(run.cfg.meta)
-    judged = meta.sets.judged(run.table[0], 500)
+    judged = meta.sets.query_batch(run.table[0], 500)
     with all_trainable(list(unet.parameters())), meta.attack.applied(meta.sets.attack_batches(run.table[0]), seed=0):
         losses = [error(run.models, unet, samples(judged, number)) for number in range(3)]
         found = torch.autograd.grad(weighted(weights[2:], losses), list(unet.parameters()), allow_unused=True)
@@ -222,7 +225,7 @@ def test_second_order_reaches_the_engine() -> None:
     for layer in run.engine._layers:  # type: ignore[union-attr]
         for parameter, tensor in zip(layer.parameters, layer.meta._dequantized(torch.float32), strict=True):
             kept[next(name for name, p in run.engine.named.items() if p is parameter)] = tensor.view(parameter.shape)
-    judged, batches = run.meta.sets.judged(run.table[0], 500), run.meta.sets.attack_batches(run.table[0])
+    judged, batches = run.meta.sets.query_batch(run.table[0], 500), run.meta.sets.attack_batches(run.table[0])
     weights, named = meta_weights(run.cfg.meta), run.engine.named
     with all_trainable(list(run.engine.sampler.parameters())):
         prediction = attacked_prediction(run.meta.attack, batches, judged.batch)
@@ -292,7 +295,7 @@ def test_the_released_coefficients_are_those_of_the_script() -> None:
 )
 def test_what_follows_from_what_is_given(given: dict[str, Any], terms: int, ascends: bool) -> None:
     meta = MetaConfig.model_validate(given)
-    assert (meta.terms_per_attack, meta.ascends) == (terms, ascends)
+    assert (meta.steps_per_attack, meta.ascends) == (terms, ascends)
     assert (meta_weights(meta).after_forbidden < 0) == ascends
 
 
@@ -360,5 +363,5 @@ def test_unused_batches_are_not_made() -> None:
     assert run.meta is not None
     sets = run.meta.sets
     sets.pools = {name: pool for name, pool in sets.pools.items() if name != "unrelated"}
-    assert sorted(set(sets.judged(run.table[0], 500).set_B.tolist())) == [0, 1]
-    assert isinstance(sets.judged(run.table[0], 500).batch, RetainBatch)
+    assert sorted(set(sets.query_batch(run.table[0], 500).set_B.tolist())) == [0, 1]
+    assert isinstance(sets.query_batch(run.table[0], 500).batch, RetainBatch)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.methods import UCE, build_method
-from fastunlearn.methods.parts.closed_form import Tokens, Weights, edit_weights, erase, evoking, gram
+from fastunlearn.methods.parts.closed_form import Tokens, Weights, edit_weights, erase, gram, solve_evoking_tokens
 from fastunlearn.methods.parts.concept_edit import Text, collect_tokens, edited_weights, put_in_place
 from fastunlearn.minicanvas import pipeline_path
 from fastunlearn.models.backbone import trainable_names
@@ -101,7 +101,7 @@ def test_from_another_start_it_minimises_the_objective_that_holds_to_that_start(
 def test_the_derived_token_evokes_most_over_all_layers() -> None:
     """RECE: stationary under autograd, and equal to the sums of the paper, layer by layer."""
     layers, text_map, c, lam = some_layers(), erase(some_tokens(), WEIGHTS), draw(2, WIDTH), 0.3
-    derived = evoking(c, text_map, gram(layers, CPU), lam).requires_grad_()
+    derived = solve_evoking_tokens(c, text_map, gram(layers, CPU), lam).requires_grad_()
     answers = [(layer @ text_map, layer) for layer in layers]
     loss = lam * derived.square().sum()
     for new, old in answers:

@@ -17,13 +17,13 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.errors import UserError
 from fastunlearn.methods import build_method
-from fastunlearn.methods.doco import DoCo, image_estimate
-from fastunlearn.methods.parts.discriminator import Discriminator, Judge, says
+from fastunlearn.methods.doco import DoCo, predicted_x0
+from fastunlearn.methods.parts.discriminator import Discriminator, DiscriminatorTrainer, bce_to
 from fastunlearn.models.backbone import trainable_names
-from fastunlearn.prompts.variants import PromptBook, Variant
-from fastunlearn.sampling.anchor_sampler import AnchorWindows
-from fastunlearn.sampling.retain import Pool
-from fastunlearn.sampling.rollout import Layout, Window
+from fastunlearn.prompts.variants import PromptPair, PromptTable
+from fastunlearn.sampling.anchor_sampler import AnchorSampler
+from fastunlearn.sampling.retain import LatentPool
+from fastunlearn.sampling.rollout import BatchLayout, UnlearnBatch
 
 ANCHORS = ["a cat", "a tree"]
 
@@ -40,11 +40,11 @@ def a_config(**doco: object) -> Config:
     )
 
 
-def a_book() -> PromptBook:
-    return PromptBook([[Variant(f"{anchor} in neon style", anchor) for anchor in ANCHORS]], [[]])
+def a_book() -> PromptTable:
+    return PromptTable([[PromptPair(f"{anchor} in neon style", anchor) for anchor in ANCHORS]], [[]])
 
 
-def the_parts(cfg: Config) -> tuple[Predictors, AnchorWindows, DoCo]:
+def the_parts(cfg: Config) -> tuple[Predictors, AnchorSampler, DoCo]:
     book = a_book()
     backbone = tiny_backbone(book)
     names = trainable_names(backbone.unet, "attn2_kv")
@@ -54,19 +54,19 @@ def the_parts(cfg: Config) -> tuple[Predictors, AnchorWindows, DoCo]:
             if name in names:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     models = Predictors(backbone, backbone.unet, backbone.unet, teacher)
-    pool = Pool(torch.randn(5, 4, 8, 8), [ANCHORS[i % 2] for i in range(5)])
-    windows = AnchorWindows(cfg, models, book, Layout(0, 1, cfg.train.train_batch_size, 1), pool)
+    pool = LatentPool(torch.randn(5, 4, 8, 8), [ANCHORS[i % 2] for i in range(5)])
+    windows = AnchorSampler(cfg, models, book, BatchLayout(0, 1, cfg.train.train_batch_size, 1), pool)
     method = build_method(cfg)
     assert isinstance(method, DoCo)
     return models, windows, method
 
 
-def the_window(windows: AnchorWindows, method: DoCo, update: int) -> Window:
+def the_window(windows: AnchorSampler, method: DoCo, update: int) -> UnlearnBatch:
     (window,) = windows.windows(method.table()[update], None)
     return window
 
 
-def estimate_by_hand(models: Predictors, prediction: Tensor, window: Window) -> Tensor:
+def estimate_by_hand(models: Predictors, prediction: Tensor, window: UnlearnBatch) -> Tensor:
     assert isinstance(window.timestep, Tensor)
     rows = []
     for row, t in enumerate(window.timestep.tolist()):
@@ -135,18 +135,21 @@ def test_warming_up_trains_the_discriminator_only() -> None:
 
 
 def test_a_discriminator_learns_to_tell_two_clouds_apart_and_is_restored() -> None:
-    judge = Judge(4, 16, torch.device("cpu"), released=False, learning_rate=1e-3, seed=0)
+    judge = DiscriminatorTrainer(4, 16, torch.device("cpu"), released=False, learning_rate=1e-3, seed=0)
     times = torch.tensor([10, 500, 900, 990])
     for _ in range(40):
-        judge.learn(torch.randn(4, 4, 16, 16) + 0.5, torch.randn(4, 4, 16, 16) - 0.5, times, 1.0)
+        judge.discriminator_loss(torch.randn(4, 4, 16, 16) + 0.5, torch.randn(4, 4, 16, 16) - 0.5, times, 1.0)
         judge.step()
     probe = torch.randn(4, 4, 16, 16)
     with torch.no_grad():
-        assert says(judge.network(probe + 0.5, times), 1.0) < 0.2 and says(judge.network(probe - 0.5, times), 0.0) < 0.2
-    other = Judge(4, 16, torch.device("cpu"), released=False, learning_rate=1e-3, seed=1)
+        assert (
+            bce_to(judge.network(probe + 0.5, times), 1.0) < 0.2
+            and bce_to(judge.network(probe - 0.5, times), 0.0) < 0.2
+        )
+    other = DiscriminatorTrainer(4, 16, torch.device("cpu"), released=False, learning_rate=1e-3, seed=1)
     other.load_state_dict(copy.deepcopy(judge.state_dict()))
     for one in (judge, other):
-        one.learn(probe, -probe, times, 1.0)
+        one.discriminator_loss(probe, -probe, times, 1.0)
         one.step()
     same = zip(judge.network.parameters(), other.network.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
@@ -169,7 +172,7 @@ def test_image_estimate_recovers_the_picture_from_the_true_noise() -> None:
     picture, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
     a = models.backbone.scheduler.alphas_cumprod[window.timestep].view(-1, 1, 1, 1)
     noisy = a.sqrt() * picture + (1 - a).sqrt() * noise
-    torch.testing.assert_close(image_estimate(models, noise, noisy, window.timestep), picture, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(predicted_x0(models, noise, noisy, window.timestep), picture, rtol=1e-3, atol=1e-4)
 
 
 def test_key_timesteps_come_from_the_samplers_tail() -> None:
@@ -197,10 +200,12 @@ def test_timesteps_begin_at_the_smallest_one_allowed() -> None:
 def test_a_batch_does_not_depend_on_how_it_is_spread() -> None:
     cfg = a_config()
     models, _, method = the_parts(cfg)
-    pool = Pool(torch.randn(5, 4, 8, 8), [ANCHORS[i % 2] for i in range(5)])
+    pool = LatentPool(torch.randn(5, 4, 8, 8), [ANCHORS[i % 2] for i in range(5)])
     step = method.table()[4]
-    (whole,) = AnchorWindows(cfg, models, a_book(), Layout(0, 1, 4, 1), pool).windows(step, None)
-    parts = [next(AnchorWindows(cfg, models, a_book(), Layout(r, 2, 2, 1), pool).windows(step, None)) for r in (0, 1)]
+    (whole,) = AnchorSampler(cfg, models, a_book(), BatchLayout(0, 1, 4, 1), pool).windows(step, None)
+    parts = [
+        next(AnchorSampler(cfg, models, a_book(), BatchLayout(r, 2, 2, 1), pool).windows(step, None)) for r in (0, 1)
+    ]
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
     assert torch.equal(whole.cond.hidden, torch.cat([part.cond.hidden for part in parts]))
 

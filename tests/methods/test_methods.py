@@ -15,9 +15,9 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.methods import build_method
 from fastunlearn.models.backbone import trainable_names
-from fastunlearn.prompts.variants import PromptBook
+from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import GuidedPair, Layout, Rollout
+from fastunlearn.sampling.rollout import BatchLayout, GuidedPrediction, Rollout
 
 STEP = KeyStep(update=0, concept=0, index=3, restart=True, continues=True)
 
@@ -26,7 +26,7 @@ def a_config(**fields: object) -> Config:
     return Config.model_validate({"concepts": ["neon style"], "evaluation": {"mode": "off"}} | fields)
 
 
-def perturbed_models(book: PromptBook, prediction_type: str = "epsilon") -> tuple[Predictors, torch.nn.Module]:
+def perturbed_models(book: PromptTable, prediction_type: str = "epsilon") -> tuple[Predictors, torch.nn.Module]:
     """A student that has moved away from its teacher, and the untouched original."""
     backbone = tiny_backbone(book, prediction_type)
     unet, original = backbone.unet, copy.deepcopy(backbone.unet)
@@ -148,12 +148,12 @@ def count_run(cfg: Config, batch: int = 1) -> dict[str, int]:
         return (sample * 0.1,)
 
     models = Predictors(backbone, free, free, free)
-    rollout: Rollout = tiny_rollout(models, book, Layout(0, 1, batch, 1))
+    rollout: Rollout = tiny_rollout(models, book, BatchLayout(0, 1, batch, 1))
     method = build_method(cfg)
     for step in method.table():
         if step.restart:
             rollout.restart(step)
-        pairs: list[GuidedPair] = []
+        pairs: list[GuidedPrediction] = []
         for window in rollout.windows(step, method.augmentation(step)):
             pair = method.loss(models, window).pair
             pairs += [pair] if pair is not None else []
@@ -186,17 +186,17 @@ def test_the_counts_scale_with_the_batch_and_the_switch_costs_what_it_says() -> 
 def test_trajectories_do_not_depend_on_how_they_are_spread() -> None:
     book = tiny_book(["neon style"], templates=["{concept}", "a picture in {concept}"])
 
-    def latents(*layouts: Layout) -> Tensor:
+    def latents(*layouts: BatchLayout) -> Tensor:
         unet = tiny_unet()
         parts: dict[int, Tensor] = {}
         for layout in layouts:
             backbone = tiny_backbone(book, unet=unet)
             rollout = tiny_rollout(Predictors(backbone, unet, unet, unet), book, layout, steps=10)
             rollout.restart(KeyStep(5, 0, 4, restart=True, continues=False))
-            parts |= dict(zip(layout.trajectory_numbers(), rollout.latents, strict=True))
+            parts |= dict(zip(layout.global_sample_ids(), rollout.latents, strict=True))
         return torch.stack([parts[number] for number in sorted(parts)])
 
-    whole = latents(Layout(0, 1, 4, 1))
-    assert torch.allclose(whole, latents(Layout(0, 2, 2, 1), Layout(1, 2, 2, 1)), atol=1e-5)
-    assert torch.allclose(whole, latents(Layout(0, 2, 1, 2), Layout(1, 2, 1, 2)), atol=1e-5)
-    assert torch.equal(whole, latents(Layout(0, 1, 4, 1)))
+    whole = latents(BatchLayout(0, 1, 4, 1))
+    assert torch.allclose(whole, latents(BatchLayout(0, 2, 2, 1), BatchLayout(1, 2, 2, 1)), atol=1e-5)
+    assert torch.allclose(whole, latents(BatchLayout(0, 2, 1, 2), BatchLayout(1, 2, 1, 2)), atol=1e-5)
+    assert torch.equal(whole, latents(BatchLayout(0, 1, 4, 1)))

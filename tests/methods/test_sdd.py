@@ -23,7 +23,7 @@ from fastunlearn.export.weights import load_delta
 from fastunlearn.methods import build_method
 from fastunlearn.planning.plan import make_plan, read_model
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.training.setup import moving_mean
+from fastunlearn.training.setup import exponential_average
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = KeyStep(update=0, concept=0, index=3, restart=True, continues=False)
@@ -132,7 +132,7 @@ def test_the_mean_walks_the_trajectories() -> None:
     models = Predictors(backbone, backbone.unet, backbone.unet, tiny_unet(seed=1))
 
     engine: Any = SimpleNamespace(sampler=backbone.unet, named=dict(backbone.unet.named_parameters()))
-    ema = moving_mean(a_config(sdd={"ema_decay": 0.5}), models, engine)
+    ema = exponential_average(a_config(sdd={"ema_decay": 0.5}), models, engine)
     rollout = tiny_rollout(models, book)
     rollout.restart(STEP)
     before = rollout.latents.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from fastunlearn.config import Concept, PromptsConfig
-from fastunlearn.prompts.variants import Variant, augment, build_prompt_book, concept_variants
+from fastunlearn.prompts.variants import PromptPair, augment, build_prompt_table, concept_variants
 
 CONTEXTUAL = PromptsConfig(
     templates=["{concept}", "a {concept} in {context} style"],
@@ -15,35 +15,37 @@ CONTEXTUAL = PromptsConfig(
 
 
 def test_the_bare_name_is_measured_against_nothing() -> None:
-    assert concept_variants(Concept(name="cat"), PromptsConfig()) == [Variant("cat", "")]
+    assert concept_variants(Concept(name="cat"), PromptsConfig()) == [PromptPair("cat", "")]
 
 
 def test_a_context_stays_in_the_anchor() -> None:
     assert concept_variants(Concept(name="cat"), CONTEXTUAL) == [
-        Variant("cat", ""),
-        Variant("a cat in ink style", "a picture in ink style"),
-        Variant("a cat in neon style", "a picture in neon style"),
+        PromptPair("cat", ""),
+        PromptPair("a cat in ink style", "a picture in ink style"),
+        PromptPair("a cat in neon style", "a picture in neon style"),
     ]
 
 
 def test_the_word_of_a_style_goes_without_style() -> None:
     config = PromptsConfig(templates=["{word} {context}"], contexts=["cat"], anchor_templates=["{context}"])
-    assert concept_variants(Concept(name="neon style"), config) == [Variant("neon cat", "cat")]
-    assert concept_variants(Concept(name="neon style", anchor="ink style"), config) == [Variant("neon cat", "ink cat")]
+    assert concept_variants(Concept(name="neon style"), config) == [PromptPair("neon cat", "cat")]
+    assert concept_variants(Concept(name="neon style", anchor="ink style"), config) == [
+        PromptPair("neon cat", "ink cat")
+    ]
 
 
 def test_an_anchor_concept_replaces_the_concept_everywhere() -> None:
     variants = concept_variants(Concept(name="cat", anchor="dog"), CONTEXTUAL)
-    assert variants[0] == Variant("cat", "dog")
-    assert variants[1] == Variant("a cat in ink style", "a dog in ink style")
+    assert variants[0] == PromptPair("cat", "dog")
+    assert variants[1] == PromptPair("a cat in ink style", "a dog in ink style")
 
 
 def test_every_prompt_has_one_row_and_the_empty_prompt_is_row_zero() -> None:
-    book = build_prompt_book([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1)
+    book = build_prompt_table([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1)
     assert book.rows[""] == 0
     assert len(book.texts) == len(set(book.texts)) == len(book.rows)
     assert {"cat", "dog", "a dog in neon style", "a picture in ink style", *book.augmented[0]} <= set(book.texts)
-    assert book.texts == build_prompt_book([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1).texts
+    assert book.texts == build_prompt_table([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1).texts
 
 
 def test_augmentations_keep_the_concept_and_do_what_they_are_called() -> None:

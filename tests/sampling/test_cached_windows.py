@@ -13,12 +13,12 @@ from tiny_run import tiny_run, update_all
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.teacher import no_teacher
-from fastunlearn.engines.zero import World
 from fastunlearn.errors import UserError
 from fastunlearn.planning.unet_calls import count_evaluations
-from fastunlearn.sampling.cached_sampler import CachedWindows, sample_targets
+from fastunlearn.sampling.cached_sampler import CachedSampler, sample_targets
 from fastunlearn.sampling.rollout import Rollout
 from fastunlearn.training.setup import Run
+from fastunlearn.utils.distributed import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -38,7 +38,7 @@ def cached_run(cfg: Config) -> Run:
     run = tiny_run(cfg, WORLD, the_book(), trained_names(tiny_unet()))
     targets = sample_targets(cfg, run.models, the_book(), run.table, progress=False)
     assert isinstance(run.rollout, Rollout)
-    run.rollout = CachedWindows(cfg, run.models, the_book(), run.rollout.layout, targets)
+    run.rollout = CachedSampler(cfg, run.models, the_book(), run.rollout.layout, targets)
     run.models.teacher = no_teacher
     return run
 
@@ -69,7 +69,7 @@ def test_targets_are_the_originals_predictions_whatever_the_student_has_become()
 def test_the_latents_are_those_of_the_originals_guided_trajectory() -> None:
     """Walked by hand with diffusers' own scheduler."""
     run = cached_run(config())
-    assert isinstance(run.rollout, CachedWindows)
+    assert isinstance(run.rollout, CachedSampler)
     first, second = (run.rollout.targets[0, index][1] for index in (run.table[0].index, run.table[1].index))
     scheduler, scale = run.models.backbone.scheduler, 3.0
     guided = first.uncond + scale * (first.cond - first.uncond)

@@ -21,18 +21,18 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
-from fastunlearn.engines.zero import World
 from fastunlearn.gradients.projection import Surgery
-from fastunlearn.meta.image_sets import Judged, MetaSets
-from fastunlearn.meta.objective import MetaTerm
+from fastunlearn.meta.image_sets import MetaSets, QueryBatch
+from fastunlearn.meta.objective import MetaObjective
 from fastunlearn.methods import build_method
 from fastunlearn.models.backbone import set_trainable
-from fastunlearn.prompts.variants import PromptBook
+from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import Pool, PoolSource, RetainBatch
-from fastunlearn.sampling.rollout import Layout
+from fastunlearn.sampling.retain import LatentPool, PoolSource, RetainBatch
+from fastunlearn.sampling.rollout import BatchLayout
 from fastunlearn.schema.meta import meta_weights
 from fastunlearn.training.setup import Run
+from fastunlearn.utils.distributed import World
 
 EPSILON, RATE, CLIP, BATCH = 1.0, 30.0, 2e-4, 4  # AdamW's step is linear in the gradient, so that a wrong length shows
 
@@ -108,16 +108,16 @@ def config_of(case: Case, world_size: int) -> Config:
     )  # fmt: skip
 
 
-def the_book() -> PromptBook:
+def the_book() -> PromptTable:
     book = tiny_book()
-    return PromptBook(book.variants, book.augmented, RETAINED)
+    return PromptTable(book.variants, book.augmented, RETAINED)
 
 
-def the_sets() -> dict[str, Pool]:
+def the_sets() -> dict[str, LatentPool]:
     draw = torch.Generator().manual_seed(11)
     prompts = {"forbidden": ["neon style"], "related": RETAINED[:1], "unrelated": RETAINED[1:]}
     return {
-        name: Pool(torch.randn(8, 4, 8, 8, generator=draw), [own[i % len(own)] for i in range(8)])
+        name: LatentPool(torch.randn(8, 4, 8, 8, generator=draw), [own[i % len(own)] for i in range(8)])
         for name, own in prompts.items()
     }
 
@@ -129,7 +129,7 @@ def build_run(case: Case, world: World) -> Run:
         run.surgery = Surgery(cfg.surgery, 0.0, list(run.engine.named), world, cfg.zero_stage > 0)
     if cfg.has_meta:
         sets = MetaSets(cfg, run.models, the_book(), world, the_sets())
-        run.meta = MetaTerm(cfg, run.models, sets, run.engine, world)
+        run.meta = MetaObjective(cfg, run.models, sets, run.engine, world)
     return run
 
 
@@ -147,8 +147,8 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     start = flat(trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=RATE, weight_decay=0.0, eps=EPSILON)
-    rollout = tiny_rollout(models, book, Layout(0, 1, BATCH, 1), steps=10)
-    retain = PoolSource(cfg, models, book, Layout(0, 1, BATCH, 1), the_pool())
+    rollout = tiny_rollout(models, book, BatchLayout(0, 1, BATCH, 1), steps=10)
+    retain = PoolSource(cfg, models, book, BatchLayout(0, 1, BATCH, 1), the_pool())
     sets = MetaSets(cfg, models, book, World(0, 1, torch.device("cpu")), the_sets())
     method = build_method(cfg)
     attacker: dict[str, Any] = {}
@@ -156,7 +156,7 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
         if step.restart:
             rollout.restart(step)
         timestep = rollout.timesteps[step.index]
-        if step.update % (cfg.meta.every * cfg.meta.terms_per_attack) == 0:
+        if step.update % (cfg.meta.every * cfg.meta.steps_per_attack) == 0:
             attacker.clear()
         m = meta_gradient(cfg, models, sets, step, timestep, attacker) if step.update % cfg.meta.every == 0 else {}
         if cfg.closed_form:
@@ -185,10 +185,10 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
 def meta_gradient(
     cfg: Config, models: Predictors, sets: MetaSets, step: KeyStep, timestep: int, attacker: dict[str, Any]
 ) -> Mapping[str, Tensor]:
-    """Attack a copy, take the losses there and here, one set after the other. ``attacker``: what goes on."""
+    """InnerLoop a copy, take the losses there and here, one set after the other. ``attacker``: what goes on."""
     unet, w = models.sampler, meta_weights(cfg.meta)
     assert isinstance(unet, torch.nn.Module)
-    judged = sets.judged(step, timestep)
+    judged = sets.query_batch(step, timestep)
     attacked = copy.deepcopy(unet)
     if cfg.meta.inner_scope == "full":
         attacked.requires_grad_(True)
@@ -239,7 +239,7 @@ def attack(
     attacker.update(gone=gone, first=first, second=second, steps=done + len(batches))
 
 
-def samples(judged: Judged, number: int) -> RetainBatch:
+def samples(judged: QueryBatch, number: int) -> RetainBatch:
     chosen, b = judged.set_B == number, judged.batch
     assert b.clean is not None and b.noise is not None
     return RetainBatch(b.latents[chosen], b.timesteps[chosen], b.cond.select(chosen), b.clean[chosen], b.noise[chosen])

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastunlearn.config import Concept, PromptsConfig
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.models.backbone import Backbone, PromptEmbeds
-from fastunlearn.prompts.variants import PromptBook, build_prompt_book
-from fastunlearn.sampling.rollout import Layout, Rollout
+from fastunlearn.prompts.variants import PromptTable, build_prompt_table
+from fastunlearn.sampling.rollout import BatchLayout, Rollout
 
 TEXT_WIDTH, POOLED_WIDTH, TOKENS = 16, 8, 5
 
@@ -42,12 +42,12 @@ def tiny_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )  # fmt: skip
 
 
-def tiny_book(names: list[str] | None = None, **prompts: object) -> PromptBook:
+def tiny_book(names: list[str] | None = None, **prompts: object) -> PromptTable:
     concepts = [Concept(name=name) for name in names or ["neon style"]]
-    return build_prompt_book(concepts, PromptsConfig.model_validate(prompts), seed=0)
+    return build_prompt_table(concepts, PromptsConfig.model_validate(prompts), seed=0)
 
 
-def tiny_backbone(book: PromptBook, prediction_type: str = "epsilon", unet: object = None) -> Backbone:
+def tiny_backbone(book: PromptTable, prediction_type: str = "epsilon", unet: object = None) -> Backbone:
     """Random prompt embeddings, one per text of the book."""
     draw = torch.Generator().manual_seed(7)
     hidden = torch.randn(len(book.texts), TOKENS, TEXT_WIDTH, generator=draw)
@@ -61,6 +61,6 @@ def tiny_backbone(book: PromptBook, prediction_type: str = "epsilon", unet: obje
     )
 
 
-def tiny_rollout(models: Predictors, book: PromptBook, layout: Layout | None = None, steps: int = 50) -> Rollout:
-    layout = layout or Layout(rank=0, world_size=1, batch=1, micro_batches=1)
+def tiny_rollout(models: Predictors, book: PromptTable, layout: BatchLayout | None = None, steps: int = 50) -> Rollout:
+    layout = layout or BatchLayout(rank=0, world_size=1, batch=1, micro_batches=1)
     return Rollout(models, book, layout, steps=steps, guidance_scale=3.0, seed=42)

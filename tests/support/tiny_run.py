@@ -12,21 +12,21 @@ from tiny import tiny_backbone, tiny_rollout
 
 from fastunlearn.config import Config
 from fastunlearn.engines import optimizers
-from fastunlearn.engines.zero import World
 from fastunlearn.gradients.projection import Surgery
 from fastunlearn.methods import build_method
 from fastunlearn.models.backbone import set_trainable, trained_tensors
-from fastunlearn.prompts.variants import PromptBook
-from fastunlearn.sampling.retain import Pool, PoolSource
-from fastunlearn.sampling.rollout import Layout, Rollout
-from fastunlearn.sampling.static_sampler import NoWindows
+from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.retain import LatentPool, PoolSource
+from fastunlearn.sampling.rollout import BatchLayout, Rollout
+from fastunlearn.sampling.static_sampler import EmptySampler
 from fastunlearn.training.setup import Run, shard, weights_dtype
 from fastunlearn.training.trainer import one_update
+from fastunlearn.utils.distributed import World
 
 SMALL_TENSOR_NUMEL = 100  # so that matrices and biases are in groups of their own, as SDXL's are
 
 
-def tiny_run(cfg: Config, world: World, book: PromptBook, names: Sequence[str], pool: Pool | None = None) -> Run:
+def tiny_run(cfg: Config, world: World, book: PromptTable, names: Sequence[str], pool: LatentPool | None = None) -> Run:
     """A run that trains the tensors ``names``; with surgery where there is a ``pool`` of pictures to keep."""
     optimizers.SMALL_TENSOR_NUMEL = SMALL_TENSOR_NUMEL
     backbone = tiny_backbone(book)
@@ -35,10 +35,12 @@ def tiny_run(cfg: Config, world: World, book: PromptBook, names: Sequence[str], 
     backbone.unet.to(weights_dtype(cfg))
     backbone.embeds = backbone.embeds.to(torch.device("cpu"), weights_dtype(cfg))
     models, engine = shard(cfg, backbone, originals, world)
-    layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
-    rollout: Rollout | NoWindows
+    layout = BatchLayout(
+        world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
+    )
+    rollout: Rollout | EmptySampler
     if cfg.closed_form:
-        rollout = NoWindows(models, cfg.sampler.num_inference_steps)
+        rollout = EmptySampler(models, cfg.sampler.num_inference_steps)
     else:
         rollout = tiny_rollout(models, book, layout, steps=cfg.sampler.num_inference_steps)
     method = build_method(cfg)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from fastunlearn.config import load_config
-from fastunlearn.engines.zero import World, connect, disconnect
 from fastunlearn.training.setup import prepare
 from fastunlearn.training.trainer import one_update
+from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "minicanvas_losses.json"
@@ -63,7 +63,7 @@ def test_the_loss_curves_are_the_recorded_ones(kernels: str, tmp_path: Path) -> 
 
 
 def main(path: Path) -> None:
-    world = connect()
+    world = init_distributed()
     losses = {case: losses_of(case, world, path.parent / case) for case in CASES}
     disconnect()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)

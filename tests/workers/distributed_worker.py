@@ -25,9 +25,9 @@ from tiny_run import tiny_run, update_all
 
 from fastunlearn.config import Config
 from fastunlearn.engines import optimizers
-from fastunlearn.engines.zero import World, connect, disconnect
 from fastunlearn.models.backbone import trainable_names
 from fastunlearn.training.setup import Run
+from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
 UPDATES = 4
 WORLD = 2
@@ -92,7 +92,7 @@ def build_run(case: Case, world: World) -> Run:
 
 
 def main(folder: Path) -> None:
-    world = connect()
+    world = init_distributed()
     for case in CASES:
         run = build_run(case, world)
         weights = {"-start": run.engine.full_weights()} if case.precision == "bf16" else {}

@@ -17,11 +17,11 @@ from meta_case import CASES, build_run
 from safetensors.torch import save_file
 from tiny_run import update_all
 
-from fastunlearn.engines.zero import connect, disconnect
+from fastunlearn.utils.distributed import disconnect, init_distributed
 
 
 def main(folder: Path) -> None:
-    world = connect()
+    world = init_distributed()
     for case in CASES:
         run = build_run(case, world)
         update_all(run)

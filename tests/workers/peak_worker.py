@@ -25,10 +25,10 @@ from plan_worker import storage_bytes
 from torch.profiler import ProfilerActivity, profile
 
 from fastunlearn.config import Config, load_config
-from fastunlearn.engines.zero import connect, disconnect
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.training.setup import Run, prepare
 from fastunlearn.training.trainer import one_update
+from fastunlearn.utils.distributed import disconnect, init_distributed
 
 SURGERY = ("--surgery.enabled", "true", "--surgery.rho", "1", "--retain.batch_size", "4")
 FULL = ("--train.scope", "full")
@@ -83,7 +83,7 @@ def beyond(run: Run, step: KeyStep) -> int:
 
 def measure(case: str) -> int:
     """The peak of the third update: the first two allocate what stays."""
-    run = prepare(config(case), connect())
+    run = prepare(config(case), init_distributed())
     for step in run.table[:2]:
         if step.restart:
             run.rollout.restart(step)

@@ -29,17 +29,18 @@ from tiny_run import tiny_run, update_all
 from torch import Tensor
 
 from fastunlearn.config import Config
-from fastunlearn.engines.zero import Engine, World, connect, disconnect
+from fastunlearn.engines.zero import Engine
 from fastunlearn.gradients.projection import Surgery
 from fastunlearn.methods import build_method, rank_table
 from fastunlearn.models.backbone import set_trainable, trainable_names, trained_tensors
 from fastunlearn.planning.activations import LiveBytes
 from fastunlearn.prompts.preserved import retain_prompts
-from fastunlearn.prompts.variants import PromptBook, build_prompt_book
+from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import Pool, anchor_prompts, build_source, generate_pool, retain_loss
-from fastunlearn.sampling.rollout import Layout
-from fastunlearn.training.setup import Run, build_windows, moving_mean, shard, weights_dtype
+from fastunlearn.sampling.retain import LatentPool, anchor_prompts, build_source, generate_pool, retain_loss
+from fastunlearn.sampling.rollout import BatchLayout
+from fastunlearn.training.setup import Run, build_sampler, exponential_average, shard, weights_dtype
+from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
 WORLD = 2
 SCOPE = "full"  # of the tiny U-Net, so that there are partitions large enough for 8-bit state
@@ -135,9 +136,9 @@ def storage_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> 
 
 def held(cfg: Config, world: World) -> dict[str, int]:
     """Bytes of everything that the plan has a row for, between the first optimizer step and the second."""
-    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, RETAINED)
+    book = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, RETAINED)
     draw = torch.Generator().manual_seed(3)
-    pool = Pool(torch.randn(2, 4, 8, 8, generator=draw), RETAINED)
+    pool = LatentPool(torch.randn(2, 4, 8, 8, generator=draw), RETAINED)
     run = tiny_run(cfg, world, book, trainable_names(tiny_unet(), SCOPE), pool)
     step = run.table[0]
     run.rollout.restart(step)
@@ -221,28 +222,30 @@ def _gradients(run: Run, optimizer: Any, stage: int, flats: list[Tensor]) -> Ite
 def counted(cfg: Config, world: World) -> dict[str, int]:
     """The run's own counters, put together as ``trainer.prepare`` does."""
     retained = retain_prompts(cfg) if cfg.retains else []
-    book: PromptBook = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, retained)
+    book: PromptTable = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained)
     backbone = tiny_backbone(book)
     set_trainable(backbone.unet, trainable_names(backbone.unet, "attn2"))
     originals = trained_tensors(backbone.unet)
     assert weights_dtype(cfg) == torch.float32
     models, engine = shard(cfg, backbone, originals, world)
     method = build_method(cfg)
-    layout = Layout(world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps)
+    layout = BatchLayout(
+        world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
+    )
     pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
     table = rank_table(cfg, world.rank, world.world_size)
-    run = Run(cfg, world, method, table, models, build_windows(cfg, models, book, layout, pool), engine)
+    run = Run(cfg, world, method, table, models, build_sampler(cfg, models, book, layout, pool), engine)
     if cfg.retains:
         run.retain = build_source(cfg, models, book, world, pool if cfg.retain_source == "anchors" else None)
         run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
-    if method.ships_mean:
-        run.ema = moving_mean(cfg, models, engine)
+    if method.uses_ema:
+        run.ema = exponential_average(cfg, models, engine)
     update_all(run)
     return asdict(models.evaluations)
 
 
 def main(folder: Path, chosen: list[str]) -> None:
-    world = connect()
+    world = init_distributed()
     gc.collect()
     gc.freeze()  # what the libraries have made need not be looked at for every case
     for name in chosen or STATE_CASES:

@@ -24,8 +24,8 @@ from torch import nn
 
 from fastunlearn.acceleration.compilation import apply_channels_last, compile_blocks
 from fastunlearn.config import Config
-from fastunlearn.engines.zero import connect, disconnect
 from fastunlearn.models.backbone import trainable_names
+from fastunlearn.utils.distributed import disconnect, init_distributed
 
 BACKEND = "aot_eager"
 LEVERS = ("plain", "both")
@@ -53,7 +53,7 @@ def config_of(stage: int) -> Config:
 
 
 def main(folder: Path) -> None:
-    world = connect()
+    world = init_distributed()
     for stage, scope in ZERO:
         for levers in LEVERS:
             run = tiny_run(config_of(stage), world, tiny_book(), trainable_names(tiny_unet(), scope))

@@ -32,11 +32,11 @@ from tiny import tiny_book, tiny_unet
 from tiny_run import tiny_run, update_all
 
 from fastunlearn.config import Config
-from fastunlearn.engines.zero import World, connect, disconnect
 from fastunlearn.models.backbone import trainable_names
-from fastunlearn.prompts.variants import PromptBook
-from fastunlearn.sampling.retain import Pool
+from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.retain import LatentPool
 from fastunlearn.training.setup import Run
+from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
 RETAINED = ["a cat", "a house in ink style", "a tree"]
 # With an epsilon far above the gradients' size AdamW's step is linear in the gradient, so that a wrong length shows.
@@ -159,14 +159,14 @@ def config_of(case: Case, world_size: int) -> Config:
     )  # fmt: skip
 
 
-def the_book() -> PromptBook:
+def the_book() -> PromptTable:
     book = tiny_book()
-    return PromptBook(book.variants, book.augmented, RETAINED)
+    return PromptTable(book.variants, book.augmented, RETAINED)
 
 
-def the_pool() -> Pool:
+def the_pool() -> LatentPool:
     draw = torch.Generator().manual_seed(3)
-    return Pool(torch.randn(6, 4, 8, 8, generator=draw), [RETAINED[i % 3] for i in range(6)])
+    return LatentPool(torch.randn(6, 4, 8, 8, generator=draw), [RETAINED[i % 3] for i in range(6)])
 
 
 def trained_names(unet: torch.nn.Module) -> list[str]:
@@ -198,7 +198,7 @@ def faulty_case(fault: Fault) -> Case:
 
 
 def main(folder: Path, what: list[str]) -> None:
-    world = connect()
+    world = init_distributed()
     chosen = [case for case in cases() if "cases" in what or case.name in what]
     for case in chosen + (cases_for_other_worlds() if "few" in what else []):
         run = build_run(case, world)

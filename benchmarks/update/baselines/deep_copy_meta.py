@@ -20,7 +20,7 @@ from fastunlearn.schema.meta import SETS, meta_weights
 
 
 class DeepCopyMeta:
-    """Stands in the place of ``MetaTerm.window`` of a run at ZeRO stage 0 on one rank, with ``forbidden_loss`` "ascent"
+    """Replaces ``MetaObjective.window`` of a run at ZeRO stage 0 on one rank, with ``forbidden_loss`` "ascent"
     and an attack on all weights by AdamW."""
 
     def __init__(self, run: Any) -> None:
@@ -33,7 +33,7 @@ class DeepCopyMeta:
         copy = UNet2DConditionModel.from_config(run.engine.sampler.config).requires_grad_(True)
         copy.load_state_dict(run.engine.sampler.state_dict())
         self._attack(copy, step)
-        judged = meta.sets.judged(step, timestep)
+        judged = meta.sets.query_batch(step, timestep)
         total = {name: torch.zeros_like(parameter) for name, parameter in run.engine.named.items()}
         before = dict(zip(SETS, (0.0, *weights[:2]), strict=True))
         after = dict(zip(SETS, weights[2:], strict=True))

@@ -21,7 +21,7 @@ from whole_step.clock import Clock
 
 from baselines.base import ANCHOR, CONCEPT, Baseline
 from fastunlearn.denoisers.predictors import Evaluations
-from fastunlearn.methods.parts.discriminator import Discriminator, says
+from fastunlearn.methods.parts.discriminator import Discriminator, bce_to
 from fastunlearn.models.backbone import PromptEmbeds
 from fastunlearn.sampling.key_steps import KeyStep
 
@@ -79,7 +79,7 @@ class DocoLoop(Baseline):
         anchor_image = estimate(anchor, noisy[:half], alpha[:half])
         if step.continues:
             self.retain_loss = functional.mse_loss(both[half:], noise[half:])
-            self.unlearn_loss = says(self.judge(concept_image, times[:half]), 0.0)
+            self.unlearn_loss = bce_to(self.judge(concept_image, times[:half]), 0.0)
             self.two_gradients()
             self.surgery()
             self.step()
@@ -112,7 +112,7 @@ class DocoLoop(Baseline):
 
     def judge_turn(self, concept: Tensor, anchor: Tensor, times: Tensor) -> None:
         """The discriminator; what the student's loss left in its gradient is not cleared, as published."""
-        loss = says(self.judge(anchor, times), 0.0) + says(self.judge(concept, times), 1.0)
+        loss = bce_to(self.judge(anchor, times), 0.0) + bce_to(self.judge(concept, times), 1.0)
         loss.backward()
         self.judge_optimizer.step()
         self.judge_optimizer.zero_grad()

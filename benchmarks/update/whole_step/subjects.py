@@ -16,12 +16,12 @@ import torch
 from fastunlearn.config import Config, resolved_steps
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
 from fastunlearn.engines.fused import FusedEngine
-from fastunlearn.engines.zero import World, connect
 from fastunlearn.methods import build_method
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.training.setup import prepare
 from fastunlearn.training.trainer import one_update
+from fastunlearn.utils.distributed import World, init_distributed
 from whole_step.clock import Clock
 from whole_step.models import loading
 
@@ -61,7 +61,7 @@ class Ours:
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         # The fused engine needs no process group, and so no DeepSpeed.
-        world = World(0, 1, device) if cfg.engine == "fused" else connect()
+        world = World(0, 1, device) if cfg.engine == "fused" else init_distributed()
         with loading(cfg, device):
             self.run = prepare(cfg, world)
         self.models = self.run.models

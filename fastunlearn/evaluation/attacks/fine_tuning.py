@@ -28,7 +28,7 @@ from fastunlearn.evaluation.attacks.textual_inversion import learned_words
 from fastunlearn.evaluation.relearning.settings import Settings
 from fastunlearn.models.backbone import Backbone, Pipeline, PromptEmbeds, set_trainable, trainable_names
 from fastunlearn.prompts.variants import UNCONDITIONAL
-from fastunlearn.sampling.retain import Pool, RetainBatch, retain_loss
+from fastunlearn.sampling.retain import LatentPool, RetainBatch, retain_loss
 
 Embed = Callable[[Sequence[str]], PromptEmbeds]
 
@@ -52,7 +52,7 @@ class Options:
     caption_dropout: float = 0.0
 
 
-def attack_steps(backbone: Backbone, pool: Pool, change: Edit, options: Options, seed: int) -> Iterator[float]:
+def attack_steps(backbone: Backbone, pool: LatentPool, change: Edit, options: Options, seed: int) -> Iterator[float]:
     """Fine-tune in place, one step per value taken; the value is the loss before the step. Never ends by itself.
 
     The loss is the mean squared error of what the model predicts (noise or velocity), timesteps are uniform, pictures
@@ -73,7 +73,7 @@ def attack_steps(backbone: Backbone, pool: Pool, change: Edit, options: Options,
 
 
 @torch.no_grad()
-def denoising_error(backbone: Backbone, pool: Pool, embed: Embed, batch_size: int = 16) -> float:
+def denoising_error(backbone: Backbone, pool: LatentPool, embed: Embed, batch_size: int = 16) -> float:
     """Mean squared error of the predictions on these pictures: timesteps spread evenly, always the same noise."""
     models = Predictors(backbone, backbone.unet, backbone.unet, backbone.unet)
     pictures, timesteps = len(pool.prompts), len(backbone.alphas_cumprod)
@@ -159,7 +159,7 @@ def _words_changed(backbone: Backbone, pipeline: Pipeline, words: Sequence[str],
 
 
 def _batch(
-    backbone: Backbone, pool: Pool, embed: Embed, rows: Sequence[int], options: Options, key: str
+    backbone: Backbone, pool: LatentPool, embed: Embed, rows: Sequence[int], options: Options, key: str
 ) -> RetainBatch:
     draws = [random.Random(f"{key}:{place}") for place in range(len(rows))]
     times = [draw.randrange(len(backbone.alphas_cumprod)) for draw in draws]

@@ -29,18 +29,18 @@ from fastunlearn.evaluation.attacks.fine_tuning import (
     edit,
     table,
 )
-from fastunlearn.evaluation.evaluate import judge_cells, remembered
-from fastunlearn.evaluation.grid import Protocol
+from fastunlearn.evaluation.evaluate import label_samples, remembered
+from fastunlearn.evaluation.grid import EvaluationGrid
 from fastunlearn.evaluation.relearning.curve import area, steps_to_half, summary, summary_at
 from fastunlearn.evaluation.relearning.pictures import ATTACK_SEED, HELD_OUT_SEED, Pictures
-from fastunlearn.evaluation.relearning.recognition import FIGURES, attack_protocol, figures
+from fastunlearn.evaluation.relearning.recognition import FIGURES, attack_grid, figures
 from fastunlearn.evaluation.relearning.settings import Settings
 from fastunlearn.evaluation.relearning.task import Task, check
-from fastunlearn.evaluation.scores import Verdict
+from fastunlearn.evaluation.scores import Label
 from fastunlearn.minicanvas.judge import Judge
 from fastunlearn.models.backbone import Backbone, Pipeline, build_backbone, load_pipeline, load_unet, resolve_model
-from fastunlearn.prompts.variants import PromptBook
-from fastunlearn.sampling.retain import Pool, encode_images
+from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.retain import LatentPool, encode_images
 
 Point = dict[str, float | None]
 
@@ -55,7 +55,7 @@ class Subject:
     rows: dict[str, int]
     bar: tqdm
     judge: Judge | None = None
-    protocol: Protocol | None = None
+    protocol: EvaluationGrid | None = None
 
 
 def relearn(
@@ -92,7 +92,7 @@ def load(task: Task, bar: tqdm) -> Subject:
     cfg = task.cfg
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
-    book = PromptBook([], [], [*task.forbidden, *task.attacking])
+    book = PromptTable([], [], [*task.forbidden, *task.attacking])
     backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, device, torch.float32)
     backbone.autocast = cfg.model.mixed_precision == "bf16"
     backbone.unet.eval().requires_grad_(False)
@@ -103,12 +103,14 @@ def load(task: Task, bar: tqdm) -> Subject:
     if task.not_judged is None:
         subject.judge, subject.protocol = (
             minicanvas.load_judge(device.type),
-            attack_protocol(cfg, task.settings.sampler_steps),
+            attack_grid(cfg, task.settings.sampler_steps),
         )
     return subject
 
 
-def measure(subject: Subject, embed: Embed, held_out: Pool, unet_dir: Path | None, remember: bool = True) -> Point:
+def measure(
+    subject: Subject, embed: Embed, held_out: LatentPool, unet_dir: Path | None, remember: bool = True
+) -> Point:
     """The figures of the model as it is now. ``remember``: they are those of the weights in ``unet_dir`` (None: of the
     original), so what the judge sees need be drawn only once."""
     point: Point = dict.fromkeys(FIGURES)
@@ -116,7 +118,7 @@ def measure(subject: Subject, embed: Embed, held_out: Pool, unet_dir: Path | Non
         judge, protocol = subject.judge, subject.protocol
         base = resolve_model(subject.task.cfg.model.pretrained_model_name_or_path)
 
-        def draw_first() -> list[Verdict]:
+        def draw_first() -> list[Label]:
             _more(subject.bar, _drawing(subject))
             return _draw(subject)
 
@@ -126,16 +128,16 @@ def measure(subject: Subject, embed: Embed, held_out: Pool, unet_dir: Path | Non
     return point
 
 
-def _draw(subject: Subject) -> list[Verdict]:
+def _draw(subject: Subject) -> list[Label]:
     assert subject.judge is not None and subject.protocol is not None
     device = subject.backbone.embeds.hidden.device
-    return judge_cells(subject.pipeline.to(device), subject.judge, subject.protocol, subject.task.cfg, False)
+    return label_samples(subject.pipeline.to(device), subject.judge, subject.protocol, subject.task.cfg, False)
 
 
-def _pictures(subject: Subject) -> tuple[Pool, Pool]:
+def _pictures(subject: Subject) -> tuple[LatentPool, LatentPool]:
     """The attacker's pictures, and held-out ones of the erased concept."""
     task, bar = subject.task, subject.bar
-    book = PromptBook([], [], [*task.forbidden, *task.attacking])
+    book = PromptTable([], [], [*task.forbidden, *task.attacking])
     pictures = Pictures(task.cfg, subject.backbone, book)
     number = task.settings.num_images
     bar.set_description("pictures")
@@ -151,7 +153,9 @@ def _pictures(subject: Subject) -> tuple[Pool, Pool]:
     return attacking, pictures.drawn(*held_out)
 
 
-def _attacked(subject: Subject, folder: Path, name: str, attacking: Pool, held_out: Pool, original: Point) -> dict:
+def _attacked(
+    subject: Subject, folder: Path, name: str, attacking: LatentPool, held_out: LatentPool, original: Point
+) -> dict:
     """The curves of one erased model: {"name", "method", "runs", "summary"}."""
     settings, unet_dir = subject.task.settings, folder / "unet"
     _load_weights(subject.backbone.unet, unet_dir)
@@ -165,7 +169,9 @@ def _attacked(subject: Subject, folder: Path, name: str, attacking: Pool, held_o
     return {"name": folder.resolve().name, "method": method, "runs": runs, "summary": _summary(runs)}
 
 
-def _one_attack(subject: Subject, attacking: Pool, held_out: Pool, seed: int, label: str) -> Iterator[Point]:
+def _one_attack(
+    subject: Subject, attacking: LatentPool, held_out: LatentPool, seed: int, label: str
+) -> Iterator[Point]:
     """Attack once; a point after each of the steps asked for, step 0 apart."""
     task = subject.task
     options = options_of(task)

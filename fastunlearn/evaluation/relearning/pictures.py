@@ -21,8 +21,8 @@ from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import Backbone
-from fastunlearn.prompts.variants import UNCONDITIONAL, PromptBook
-from fastunlearn.sampling.retain import Pool, generate_pool
+from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
+from fastunlearn.sampling.retain import LatentPool, generate_pool
 from fastunlearn.utils.files import atomic_file, cache_folder
 
 ATTACK_SEED, HELD_OUT_SEED = 1001, 2002  # of the drawings; the run's own seed makes the pictures it keeps
@@ -31,11 +31,11 @@ ATTACK_SEED, HELD_OUT_SEED = 1001, 2002  # of the drawings; the run's own seed m
 class Pictures:
     """Draws pools with the U-Net as it is when this is made, the original."""
 
-    def __init__(self, cfg: Config, backbone: Backbone, book: PromptBook) -> None:
+    def __init__(self, cfg: Config, backbone: Backbone, book: PromptTable) -> None:
         self.cfg, self.backbone, self.book = cfg, backbone, book
         self._model = _digest_of(backbone)
 
-    def drawn(self, prompts: Sequence[str], number: int, seed: int) -> Pool:
+    def drawn(self, prompts: Sequence[str], number: int, seed: int) -> LatentPool:
         """``number`` pictures; the prompts take turns. From the cache where they are there."""
         file = self.file(prompts, number, seed)
         pool = _read(file, self.backbone)
@@ -81,17 +81,17 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _read(file: Path, backbone: Backbone) -> Pool | None:
+def _read(file: Path, backbone: Backbone) -> LatentPool | None:
     try:
         with safe_open(file, framework="pt") as opened:
             prompts = json.loads(opened.metadata()["prompts"])
             latents = opened.get_tensor("latents")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    return Pool(latents.to(backbone.embeds.hidden.device), prompts)
+    return LatentPool(latents.to(backbone.embeds.hidden.device), prompts)
 
 
-def _write(file: Path, pool: Pool) -> None:
+def _write(file: Path, pool: LatentPool) -> None:
     # Only a shortcut: a home that cannot be written costs time, not the test.
     with suppress(UserError), atomic_file(file) as partial:
         save_file({"latents": pool.latents.cpu().contiguous()}, partial, {"prompts": json.dumps(pool.prompts)})

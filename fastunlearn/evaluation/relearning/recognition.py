@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastunlearn.evaluation.evaluate import protocol_of
-from fastunlearn.evaluation.grid import Protocol
-from fastunlearn.evaluation.scores import Verdict, score
+from fastunlearn.evaluation.evaluate import grid_of
+from fastunlearn.evaluation.grid import EvaluationGrid
+from fastunlearn.evaluation.scores import Label, score
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
@@ -21,7 +21,7 @@ TARGET_SEEDS = 4
 FIGURES = ("recognised", "UA", "IRA", "CRA")
 
 
-def attack_protocol(cfg: Config, sampler_steps: int | None = None) -> Protocol:
+def attack_grid(cfg: Config, sampler_steps: int | None = None) -> EvaluationGrid:
     """The target part with at most four seeds, a third of the kept pairs with one, none of the other wordings.
 
     ``sampler_steps``: fewer than the run's evaluation takes, for the sake of time.
@@ -29,13 +29,13 @@ def attack_protocol(cfg: Config, sampler_steps: int | None = None) -> Protocol:
     few: dict = {"num_inference_steps": sampler_steps} if sampler_steps else {}
     few |= {"target_seeds": min(TARGET_SEEDS, cfg.evaluation.target_seeds), "retain_seeds": 1}
     cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=few)})
-    target, kept = protocol_of(cfg), protocol_of(cfg, quick=True)
+    target, kept = grid_of(cfg), grid_of(cfg, quick=True)
     cells = [cell for cell in target.cells if cell.part == "target"]
     cells += [cell for cell in kept.cells if cell.part == "kept"]
     return replace(target, cells=tuple(cells), quick=True)
 
 
-def figures(protocol: Protocol, seen: Sequence[Verdict]) -> dict[str, float]:
+def figures(protocol: EvaluationGrid, seen: Sequence[Label]) -> dict[str, float]:
     """The figures of one model; ``recognised`` is the share of its pictures that do show the concept, 1 - UA."""
     scored = score(list(zip(protocol.cells, seen, strict=True)), protocol.concepts)
     return {"recognised": 1 - scored["UA"]} | {name: scored[name] for name in ("UA", "IRA", "CRA")}

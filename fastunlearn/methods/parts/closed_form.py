@@ -73,13 +73,13 @@ def erase(tokens: Tokens, weights: Weights, start: Tensor | None = None) -> Tens
     return before + torch.cholesky_solve(missing, torch.linalg.cholesky(moments)).T
 
 
-def beyond(tokens: Tokens, guidance: float) -> Tokens:
+def with_negative_guidance(tokens: Tokens, guidance: float) -> Tokens:
     """The same tokens, moved further: what takes the place of c is a + guidance (a - c) instead of a."""
     anchors = tokens.anchors + guidance * (tokens.anchors - tokens.erased)
     return Tokens(tokens.erased, anchors, tokens.preserved, tokens.own)
 
 
-def joined(one: Tokens, other: Tokens) -> Tokens:
+def concat(one: Tokens, other: Tokens) -> Tokens:
     """What either erases; both preserve the same."""
     erased, anchors = torch.cat([one.erased, other.erased]), torch.cat([one.anchors, other.anchors])
     return Tokens(erased, anchors, one.preserved)
@@ -96,7 +96,7 @@ def gram(projections: Iterable[Tensor], device: torch.device) -> Tensor:
     return total
 
 
-def evoking(rows: Tensor, text_map: Tensor, original_gram: Tensor, regularisation: float) -> Tensor:
+def solve_evoking_tokens(rows: Tensor, text_map: Tensor, original_gram: Tensor, regularisation: float) -> Tensor:
     """RECE's derived tokens: what makes the edited projections answer most like the original ones did to ``rows``.
 
     Minimises sum ||W c' - W0 c||^2 + regularisation ||c'||^2 over all projections, of which only G = sum W0^T W0 is

@@ -18,7 +18,7 @@ from fastunlearn.config import Config
 from fastunlearn.methods.parts.closed_form import Tokens, edit_weights
 from fastunlearn.models.backbone import Pipeline, PromptEmbeds, encode_prompts, trainable_names
 from fastunlearn.prompts.preserved import preserve_prompts
-from fastunlearn.prompts.variants import PromptBook, Variant, build_prompt_book
+from fastunlearn.prompts.variants import PromptPair, PromptTable, build_prompt_table
 
 SCOPE = "attn2_kv"
 
@@ -36,7 +36,7 @@ class Text:
     hidden: Mapping[str, Tensor]
     last_word: Mapping[str, int]
 
-    def of_pair(self, variant: Variant, which: str) -> tuple[Tensor, Tensor]:
+    def of_pair(self, variant: PromptPair, which: str) -> tuple[Tensor, Tensor]:
         """The tokens of a prompt with the concept that enter, and of the prompt that takes its place, aligned."""
         with_it, without = self.hidden[variant.prompt], self.hidden[variant.anchor]
         if which == "all":
@@ -56,7 +56,7 @@ def edit_pipeline(cfg: Config, method: ClosedForm, pipeline: Pipeline, device: t
 
     The text encoders are on ``device`` only for the time that they are needed.
     """
-    book = build_prompt_book(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg))
+    book = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg))
     names = [concept.name for concept in cfg.concepts]
     tokens = collect_tokens(encode(pipeline, book.texts, device), book, cfg.uce.tokens, names)
     return edited_weights(pipeline.unet, method, tokens)
@@ -75,7 +75,7 @@ def put_in_place(unet: nn.Module, edited: Mapping[str, Tensor]) -> None:
         unet.get_parameter(name).copy_(weight)
 
 
-def collect_tokens(text: Text, book: PromptBook, which: str, names: Sequence[str] = ()) -> Tokens:
+def collect_tokens(text: Text, book: PromptTable, which: str, names: Sequence[str] = ()) -> Tokens:
     """Every concept's tokens beside what takes their place, and the tokens to be preserved; ``names`` of concepts."""
     variants = [variant for own in book.variants for variant in own]
     pairs = [text.of_pair(variant, which) for variant in variants]
@@ -86,7 +86,7 @@ def collect_tokens(text: Text, book: PromptBook, which: str, names: Sequence[str
 
 
 def name_rows(
-    text: Text, variants: Sequence[Variant], lengths: Sequence[int], which: str, names: Sequence[str]
+    text: Text, variants: Sequence[PromptPair], lengths: Sequence[int], which: str, names: Sequence[str]
 ) -> Tensor | None:
     """The rows in which a concept's name ends, of prompts that are nothing but the name; None without such prompts."""
     rows, begin = [], 0

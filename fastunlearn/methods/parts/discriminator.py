@@ -55,13 +55,13 @@ class Discriminator(nn.Module):
         return self.head(hidden)
 
 
-def says(logits: Tensor, label: float) -> Tensor:
+def bce_to(logits: Tensor, label: float) -> Tensor:
     """Binary cross-entropy of the logits against one label for all patches."""
     return functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-class Judge:
-    """The discriminator with its Adam. ``fool`` is the generator's side, ``learn`` and ``step`` its own."""
+class DiscriminatorTrainer:
+    """The discriminator with its Adam. ``generator_loss`` is the student's side, the rest its own."""
 
     def __init__(
         self, channels: int, size: int, device: torch.device, *, released: bool, learning_rate: float, seed: int
@@ -69,16 +69,16 @@ class Judge:
         self.network = Discriminator(channels, size, released=released, seed=seed).to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate, betas=(0.5, 0.999))
 
-    def fool(self, concept: Tensor, timesteps: Tensor) -> Tensor:
+    def generator_loss(self, concept: Tensor, timesteps: Tensor) -> Tensor:
         """The loss of a student that wants its estimates taken for the anchor's. No gradient reaches the network's
         parameters: left there, it would be added to the network's next step, against its purpose."""
         self.network.requires_grad_(False)
-        return says(self.network(concept, timesteps), 0.0)
+        return bce_to(self.network(concept, timesteps), 0.0)
 
-    def learn(self, concept: Tensor, anchor: Tensor, timesteps: Tensor, share: float) -> Tensor:
+    def discriminator_loss(self, concept: Tensor, anchor: Tensor, timesteps: Tensor, share: float) -> Tensor:
         """Accumulate ``share`` of the gradient of telling the two apart; returns the loss."""
         self.network.requires_grad_(True)
-        loss = says(self.network(concept.detach(), timesteps), 1.0) + says(self.network(anchor, timesteps), 0.0)
+        loss = bce_to(self.network(concept.detach(), timesteps), 1.0) + bce_to(self.network(anchor, timesteps), 0.0)
         (share * loss).backward()
         return loss.detach()
 

@@ -1,0 +1,58 @@
+"""What can be added to this package, and where: one line for each method, engine, optimizer, format, metric and so on.
+
+An entry is text, "module:attribute", and is imported when somebody asks for it. So a lower package can read what an
+upper one declares (the configuration reads a method's defaults), and nothing heavy is loaded before it is needed: a
+module that is named here must be importable without torch.
+
+To add one, write its file and enter it here; `docs/developing.md` has an example of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from fastunlearn.errors import UserError, nearest
+
+
+class Registry(Mapping[str, Any]):
+    """Names and what they stand for, imported on first use. ``field``: where a user writes the name."""
+
+    def __init__(self, field: str, entries: Mapping[str, str]) -> None:
+        self.field = field
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, attribute = self.entries[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def get_known(self, name: str) -> Any:
+        """What ``name`` stands for.
+
+        Raises:
+            UserError: the name is unknown; with the known ones, and the nearest.
+        """
+        if name not in self.entries:
+            known = ", ".join(self.entries)
+            raise UserError(f"{self.field}: {name!r} is unknown; allowed are {known}{nearest(name, self.entries)}")
+        return self[name]
+
+
+METHODS = Registry(
+    "method",
+    {
+        "kscu": "fastunlearn.methods.kscu:KSCU",
+        "esd": "fastunlearn.methods.esd:ESD",
+        "doco": "fastunlearn.methods.doco:DoCo",
+        "sdd": "fastunlearn.methods.sdd:SDD",
+        "uce": "fastunlearn.methods.uce:UCE",
+        "rece": "fastunlearn.methods.rece:RECE",
+    },
+)
