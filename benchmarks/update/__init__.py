@@ -1,7 +1,4 @@
-"""The parts of ``update/throughput.py``: what one update of the whole trainer costs, and a run's share of it.
+"""What one update of the trainer costs, and a run's share of it, beside the published ways: ``throughput.py``.
 
-What this is: ``rows.py`` names what is measured, ``models.py`` makes the model, ``subjects.py`` the run, ``clock.py``
-and ``worker.py`` measure one row in a process of its own, ``flops.py`` and ``figures.py`` derive, ``sweep.py`` and
-``report.py`` collect.
-What this is not: part of the trainer. Nothing in ``fastunlearn`` imports it.
+Nothing in ``fastunlearn`` imports this; the instruments and the baselines have folders of their own.
 """

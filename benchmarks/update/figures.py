@@ -1,7 +1,6 @@
 """What follows from a row's measurement: utilisation, seconds per erased concept, the planner's error.
 
-What this is: arithmetic, run by the parent while the row itself is measured on the GPU, or before it on a CPU.
-What this is not: a measurement.
+Arithmetic, done by the parent while the row itself is measured on the GPU, or before it on a CPU.
 """
 
 from __future__ import annotations
@@ -10,15 +9,18 @@ from dataclasses import asdict
 from typing import Any
 
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.config.engine_rules import check_ranks
 from fastunlearn.planning.plan import Plan, latent_side, make_plan
-from whole_step.flops import Flops, unet_flops, utilisation
-from whole_step.models import plan_model
-from whole_step.rows import Row, config_of
-from whole_step.subjects import Whole, whole_of_ours
+from update.baselines import named
+from update.instruments.flops import Flops, unet_flops, utilisation
+from update.models import plan_model
+from update.ours import whole_of_ours
+from update.rows import Row, config_of
+from update.subject import Whole
 
 GIB = 2**30
 SMALLEST_CPU_PEAK = GIB  # below, a process's own size drowns what the planner counts
-PER_UPDATE = ("surgery", "optimizer", "step_in_backward", "other")
+PER_UPDATE = ("surgery", "meta", "optimizer", "step_in_backward", "other")
 
 
 def known_before(row: Row, has_gpu: bool) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def known_before(row: Row, has_gpu: bool) -> dict[str, Any]:
         },
     }  # fmt: skip
     if row["baseline"] == "ours":
-        found["plan"] = planned(make_plan(cfg, 1, model))
+        ranks = int(row["ranks"])
+        check_ranks(cfg, ranks)
+        found["plan"] = planned(make_plan(cfg, ranks, model))
     return found
 
 
@@ -49,18 +53,14 @@ def scope_of(row: Row, cfg: Config) -> str:
     """What a row trains; a baseline has its own default."""
     if row["baseline"] == "ours" or row["scope"] != "auto":
         return resolved_scope(cfg)
-    from baselines import scope_of as of_baseline
-
-    return of_baseline(row["baseline"], row["kind"])
+    return named.scope_of(row["baseline"], row["kind"])
 
 
 def whole_of(row: Row, has_gpu: bool) -> Whole:
-    """The run that erases one concept."""
+    """The run that erases one concept; with several ranks, one rank's share of it."""
     if row["baseline"] == "ours":
         return whole_of_ours(config_of(row, has_gpu, short=False))
-    from baselines import whole_of as of_baseline
-
-    return of_baseline(row["baseline"], row["kind"], int(row["batch"]))
+    return named.whole_of(row["baseline"], row["kind"], int(row["batch"]))
 
 
 def planned(plan: Plan) -> dict[str, int]:
@@ -72,7 +72,7 @@ def derived(row: Row, known: dict[str, Any], measured: dict[str, Any]) -> dict[s
     """The rest of a row whose updates were timed."""
     found: dict[str, Any] = {}
     if "seconds" in measured:
-        seconds, count = measured["seconds"], measured["evaluations"]
+        seconds, count = measured["seconds"], without_meta(measured)
         update = sum(seconds.values())
         flops, peak = Flops(**known["flops"]), measured["peak_flops"]
         model = count["student_forward"] * flops.forward + count["student_backward"] * flops.backward
@@ -81,7 +81,7 @@ def derived(row: Row, known: dict[str, Any], measured: dict[str, Any]) -> dict[s
         everything = model + (count["teacher"] + count["rollout"]) * flops.forward
         found = {
             "update_total_seconds": update,
-            "samples_per_second": int(row["batch"]) / update,
+            "samples_per_second": int(row["batch"]) * int(row.get("ranks", "1")) / update,
             "mfu": utilisation(model, passes, peak),
             "mfu_with_recomputation": utilisation(model + again, passes, peak),
             "mfu_of_the_update": utilisation(everything, update, peak),
@@ -97,8 +97,9 @@ def concept_seconds(whole: dict[str, Any], measured: dict[str, Any]) -> dict[str
 
     Pictures that are drawn before training are guided pairs without a gradient, as a restart's: they get its price.
     """
-    seconds, each = measured["seconds"], measured["evaluations"]
-    counts = whole["evaluations"]
+    seconds, each = measured["seconds"], without_meta(measured)
+    of_meta = measured.get("meta_evaluations", {})
+    counts = {name: count - whole["updates"] * of_meta.get(name, 0) for name, count in whole["evaluations"].items()}
     # Where nothing walks, what is drawn before training costs about as much as the student's forward pass.
     restart = _price(measured["restart"]["seconds"], measured["restart"]["evaluations"]) or _price(
         seconds.get("forward", 0.0), each["student_forward"]
@@ -115,6 +116,12 @@ def concept_seconds(whole: dict[str, Any], measured: dict[str, Any]) -> dict[str
         "rest": whole["updates"] * sum(seconds.get(name, 0.0) for name in PER_UPDATE),
     }
     return found | {"total": sum(found.values())}
+
+
+def without_meta(measured: dict[str, Any]) -> dict[str, float]:
+    """Evaluations of an update, less those of the meta term, whose time is a phase of its own."""
+    of_meta = measured.get("meta_evaluations", {})
+    return {name: count - of_meta.get(name, 0) for name, count in measured["evaluations"].items()}
 
 
 def _price(seconds: float, evaluations: float) -> float:

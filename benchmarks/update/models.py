@@ -1,9 +1,8 @@
 """The model of a row: a folder or file through the ordinary loader, or random weights made where they are used.
 
-What this is: ``sdxl-random`` and the like build the U-Net of a public architecture on the device itself, in bf16, with
-random prompt embeddings, so that a GPU needs neither a disk nor the text encoders. All else is the trainer's own
-``prepare``: only the two functions that load a pipeline and embed its prompts are stood in for.
-What this is not: a model that draws anything.
+``sdxl-random`` and the like build the U-Net of a public architecture on the device itself, in bf16, with random prompt
+embeddings, so that a GPU needs neither a disk nor the text encoders; what they draw is noise. All else is the trainer's
+own ``prepare``: only the two functions that load a pipeline and embed its prompts are stood in for.
 """
 
 from __future__ import annotations

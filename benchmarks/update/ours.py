@@ -1,70 +1,47 @@
-"""What a row runs: the trainer's own update, or a named baseline, under one interface.
-
-What this is: how a subject is prepared, brought to a key step, and updated; which of its parts belong to which phase;
-and how many U-Net evaluations its whole run makes.
-What this is not: the measurement (``worker.py``).
-"""
+"""The trainer's own update as a subject; ``surgery=loop`` and ``meta=copy`` do one part of it the published way."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from fastunlearn.config import Config, resolved_steps
-from fastunlearn.denoisers.predictors import Evaluations, Predictors
+from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.fused import FusedEngine
 from fastunlearn.methods import build_method
+from fastunlearn.planning.meta_rows import pool_sizes
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.training.setup import prepare
 from fastunlearn.training.trainer import one_update
 from fastunlearn.utils.distributed import World, init_distributed
-from whole_step.clock import Clock
-from whole_step.models import loading
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A run that erases one concept: its updates, and its single-sample U-Net evaluations."""
-
-    updates: int
-    evaluations: Evaluations
-    restart: int
-    """Of the trajectories: those that bring fresh noise to a key step, or that are walked before training."""
-    pool: int
-    """Of the teacher's: before the first update, for pictures of what is kept and for cached targets."""
-
-
-class Subject(Protocol):
-    """Something that can be measured."""
-
-    models: Predictors
-
-    def steps(self) -> Sequence[KeyStep]:
-        """The updates of a run, in order."""
-
-    def restart(self, step: KeyStep, index: int) -> None:
-        """Fresh trajectories, walked through ``index`` steps of the sampler; the update that follows does not care."""
-
-    def update(self, step: KeyStep) -> None:
-        """One update, without a restart."""
-
-    def watch(self, clock: Clock) -> None:
-        """Tell the clock which calls belong to which phase."""
+from update.baselines.deep_copy_meta import DeepCopyMeta
+from update.baselines.surgery_loop import surgery_loop
+from update.instruments.clock import Clock
+from update.models import loading
+from update.rows import Row
+from update.subject import Whole, watch_models
 
 
 class Ours:
-    """The trainer."""
+    """The trainer's run of ``cfg``; of the row it needs to know what is replaced."""
 
-    def __init__(self, cfg: Config, device: torch.device) -> None:
+    def __init__(self, cfg: Config, row: Row, device: torch.device) -> None:
         # The fused engine needs no process group, and so no DeepSpeed.
         world = World(0, 1, device) if cfg.engine == "fused" else init_distributed()
         with loading(cfg, device):
             self.run = prepare(cfg, world)
+        if self.run.surgery is not None and row["surgery"] == "loop":
+            self.run.surgery.project = surgery_loop(self.run.surgery)  # type: ignore[method-assign]
+        if self.run.meta is not None:
+            term = DeepCopyMeta(self.run) if row["meta"] == "copy" else self.run.meta
+            self._term = term.window
+            self.run.meta.window = self._meta_window  # type: ignore[assignment]
         self.models = self.run.models
+        self.of_meta = Evaluations()
 
     def steps(self) -> Sequence[KeyStep]:
         """The method's table."""
@@ -88,6 +65,8 @@ class Ours:
         clock.watch(run.engine, "backward", "backward")
         clock.watch(run.engine, "step", "optimizer")
         clock.watch(run.engine, "skip_step", "optimizer")
+        if run.meta is not None:
+            clock.watch(self, "_term", "meta")
         if isinstance(run.engine, FusedEngine):
             clock.watch(run.engine, "_complete", "step_in_backward")
         elif run.surgery is not None:
@@ -98,11 +77,13 @@ class Ours:
         if run.surgery is not None:
             clock.watch(run.surgery, "is_finite", "surgery")
 
-
-def watch_models(models: Predictors, clock: Clock) -> None:
-    """The three ways to call a U-Net."""
-    for method, label in (("rollout", "rollout"), ("frozen", "teacher"), ("train", "forward")):
-        clock.watch(models, method, label)
+    def _meta_window(self, *arguments: Any) -> dict[str, torch.Tensor]:
+        """The meta term, its evaluations counted."""
+        before = asdict(self.models.evaluations)
+        found = self._term(*arguments)
+        for name, count in asdict(self.models.evaluations).items():
+            setattr(self.of_meta, name, getattr(self.of_meta, name) + count - before[name])
+        return found
 
 
 def whole_of_ours(cfg: Config) -> Whole:
@@ -110,17 +91,9 @@ def whole_of_ours(cfg: Config) -> Whole:
     method = build_method(cfg)
     table, count = method.table(), count_evaluations(cfg, 1)
     restart = sum(2 * cfg.train.train_batch_size * step.index for step in table if step.restart)
-    pool = pools(cfg, method) * 2 * cfg.retain.num_images * cfg.retain.num_inference_steps
+    pictures = pools(cfg, method) * cfg.retain.num_images + pool_sizes(cfg)[0]
+    pool = 2 * pictures * cfg.retain.num_inference_steps
     if cfg.teacher.storage == "cached":
         restart = count.rollout
         pool += 3 * cfg.teacher.trajectories * len({(step.concept, step.index) for step in table})
     return Whole(resolved_steps(cfg), count, restart, pool)
-
-
-def build_subject(row: dict[str, str], cfg: Config, device: torch.device) -> Any:
-    """The trainer's run of ``cfg``, or the baseline that the row names."""
-    if row["baseline"] == "ours":
-        return Ours(cfg, device)
-    from baselines import build
-
-    return build(row["baseline"], cfg, row, device)

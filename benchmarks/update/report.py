@@ -1,6 +1,6 @@
 """The rows as Markdown: what was measured, on what, with which command; then how the baselines compare.
 
-What this is: text from the JSON of a sweep. What this is not: a figure that is not in it.
+Text from the JSON of a sweep, and no figure that is not in it.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from whole_step.rows import DEFAULTS
+from markdown_table import markdown_table as table
+from update.baselines import named
+from update.rows import DEFAULTS, identity
 
 GIB = 2**30
 PHASE_TITLES = {
     "rollout": "rollout", "teacher": "teacher", "forward": "forward", "backward": "backward", "surgery": "surgery",
-    "optimizer": "optimizer", "step_in_backward": "step in backward", "other": "other",
+    "meta": "meta term", "optimizer": "optimizer", "step_in_backward": "step in backward", "other": "other",
 }  # fmt: skip
+ADDED = {"surgery": "off", "meta": "off", "ranks": "1"}
 NOTES = """\
 Times are medians per update in ms, without restarts of trajectories; phases do not overlap. "Step in backward": the
 fused engine's hooks, which put the retain gradient aside, project, clip and step while the backward pass runs, and
@@ -22,8 +25,10 @@ whose time is not in "backward". MFU: the student's forward and backward FLOPs, 
 device's own rate in a large matrix product, measured in the same process; recomputation under checkpointing is not
 counted. Seconds per concept: the measured price of each kind of U-Net evaluation, times the exact number that the whole
 run makes, restarts included, plus what an update costs besides; pictures to be kept, where surgery draws them first,
-are among them ("of it pictures"). Peak: what the allocator handed out at most; "planned": `fastunlearn plan` without
-its allowance for the CUDA context."""
+are among them ("of it pictures"). "Meta term" holds all that the term does, its U-Net calls too. "MiB sent": the
+largest argument of each collective, added up on the first rank; "values asked": how often Python asked a tensor for its
+value. Peak: what the allocator handed out at most; "planned": `fastunlearn plan` without its allowance for the CUDA
+context."""
 CPU_NOTE = "**Measured on a CPU: the seconds say nothing about a GPU, and little on a busy machine.** "
 
 
@@ -32,7 +37,8 @@ def markdown(rows: Sequence[dict[str, Any]], late: Sequence[dict[str, str]] = ()
     parts = ["# Whole-step throughput"]
     for key, group in grouped(rows).items():
         parts += [f"## {key}", _environment(group), _table(group)]
-        parts += [text for text in (_phase_peaks(group), comparison(group), _profiles(group), _wholes(group)) if text]
+        sections = (_phase_peaks, additions, comparison, _profiles, _wholes)
+        parts += [text for section in sections if (text := section(group))]
     parts.append(NOTES)
     if late:
         parts.append("Not run, for lack of time:\n\n" + "\n".join(f"* {name_of(row)}" for row in late))
@@ -94,17 +100,46 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return table(titles, lines)
 
 
+def additions(rows: Sequence[dict[str, Any]]) -> str:
+    """What surgery, a meta term and more ranks cost: each row of ours against the one like it that has neither of the
+    first two; nothing where no row has any of them."""
+    rows = [row for row in rows if row["row"]["baseline"] == "ours" and "update_total_seconds" in row]
+    if all(row["row"].get(name, none) == none for row in rows for name, none in ADDED.items()):
+        return ""
+    plain = {_without(row["row"]): row["update_total_seconds"] for row in rows if is_plain(row["row"])}
+    lines = []
+    for row in rows:
+        update, base = row["update_total_seconds"], plain.get(_without(row["row"]))
+        extra = sum(row["seconds"].get(phase, 0.0) for phase in ("surgery", "meta"))
+        lines.append([
+            name_of(row["row"]), f"{sum(row['evaluations'].values()):.1f}", _ms(update),
+            "" if base is None else f"{update / base:.2f}x", _share(extra / update),
+            f"{row['peak_memory_bytes'] / 2**20:,.0f}", f"{row.get('bytes_sent', 0.0) / 2**20:.2f}",
+            f"{row.get('values_asked', 0.0):.1f}",
+        ])  # fmt: skip
+    titles = ["row", "U-Net evaluations", "update ms", "against off", "of it surgery and meta", "peak MiB", "MiB sent",
+              "values asked"]  # fmt: skip
+    return "### What surgery, the meta term and more ranks add to an update\n\n" + table(titles, lines)
+
+
+def is_plain(row: dict[str, str]) -> bool:
+    """Neither surgery nor a meta term."""
+    return row.get("surgery", "off") == row.get("meta", "off") == "off"
+
+
+def _without(row: dict[str, str]) -> str:
+    return identity({name: value for name, value in row.items() if name not in ("surgery", "meta")})
+
+
 def comparison(rows: Sequence[dict[str, Any]]) -> str:
     """Each baseline against ours: the quickest row of the trainer for the same kind, with the same batch; and, where
     the baseline is another method than KSCU, the quickest row of that method."""
-    from baselines import BASELINES, counterpart
-
     lines = []
     for row in (r for r in rows if r["row"]["baseline"] != "ours" and "concept_seconds" in r):
-        cells = [row["row"]["baseline"], BASELINES[row["row"]["baseline"]].SUMMARY, row["row"]["kind"],
+        cells = [row["row"]["baseline"], named.BASELINES[row["row"]["baseline"]].SUMMARY, row["row"]["kind"],
                  row["row"]["precision"], f"{row['whole']['updates']:,}", f"{row['whole']['total']:,}",
                  f"{row['concept_seconds']['total']:,.1f}"]  # fmt: skip
-        same = counterpart(row["row"]["baseline"])
+        same = named.counterpart(row["row"]["baseline"])
         # DoCo's samples are pictures that it draws beforehand, at a batch of 8: only DoCo compares with that.
         kscu = None if same == "doco" else quickest(rows, row, "kscu")
         cells += [*_ratios(row, kscu), *_ratios(row, None if same == "kscu" else quickest(rows, row, same))]
@@ -121,8 +156,9 @@ def quickest(rows: Sequence[dict[str, Any]], row: dict[str, Any], method: str) -
     def comparable(other: dict[str, Any]) -> bool:
         said = other["row"]
         same = all(said[name] == row["row"][name] for name in ("kind", "batch"))
-        surgery = method == "doco" or said.get("surgery") == "off"
+        surgery = is_plain(said) or (method == "doco" and said.get("meta", "off") == "off")
         ours = said["baseline"] == "ours" and said.get("method") == method and said["cap"] == "none"
+        ours = ours and said.get("ranks", "1") == "1"
         return ours and same and surgery and "concept_seconds" in other
 
     seconds: Callable[[dict[str, Any]], float] = lambda other: other["concept_seconds"]["total"]  # noqa: E731
@@ -169,12 +205,6 @@ def _wholes(rows: Sequence[dict[str, Any]]) -> str:
     ]  # fmt: skip
     titles = ["row", "updates", "U-Net evaluations", "s by the wall clock"]
     return "### Whole runs\n\n" + table(titles, lines) if rows else ""
-
-
-def table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    rows = [titles, ["---"] * len(titles), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def _ms(seconds: float | None) -> str:

@@ -1,8 +1,8 @@
 """What a row of the benchmark is: short names for what is swept, their product, and the configuration behind them.
 
-What this is: ``scope=attn2,full batch=1,4`` as text, as rows, and as a ``Config``. A name with a dot is a field of the
-configuration itself (``model.compile=no,blocks``), so a lever that the trainer gains can be swept at once.
-What this is not: a measurement. Nothing here touches a model.
+``scope=attn2,full batch=1,4`` as text, as rows, and as a ``Config``. A name with a dot is a field of the configuration
+itself (``model.compile=no,regional``), so a lever that the trainer gains can be swept at once. Nothing here touches a
+model.
 """
 
 from __future__ import annotations
@@ -22,21 +22,28 @@ Row = dict[str, str]
 
 DEFAULTS: Row = {
     "model": "minicanvas", "kind": "style", "method": "kscu", "baseline": "ours", "engine": "zero", "surgery": "off",
-    "batch": "1", "precision": "auto", "checkpointing": "false", "attention": "auto", "scope": "auto", "cap": "none",
-    "profile": "false", "whole": "false",
+    "meta": "off", "ranks": "1", "batch": "1", "precision": "auto", "checkpointing": "false", "attention": "auto",
+    "scope": "auto", "cap": "none", "profile": "false", "whole": "false",
 }  # fmt: skip
 # Only where they are given: what is left out is the configuration's own default.
 OPTIONAL = {"resolution": "train.resolution", "stage": "zero.stage", "optimizer": "optimizer.name"}
 ALLOWED = {
     "kind": ("style", "object"),
-    "surgery": ("off", "auto", "fp32", "bf16", "int8"),
+    "surgery": ("off", "auto", "fp32", "bf16", "int8", "loop"),
+    "meta": ("off", "on", "published", "copy"),
     "precision": ("auto", "published", "bf16", "no"),
     "checkpointing": ("true", "false"),
     "profile": ("true", "false"),
     "whole": ("true", "false"),
 }
-OF_OURS = ("engine", "stage", "surgery", "optimizer", "method")
+OF_OURS = ("engine", "stage", "surgery", "meta", "ranks", "optimizer", "method")
 """What a baseline fixes itself."""
+REPLACED = {"surgery": "loop", "meta": "copy"}
+"""Values for which one part of the trainer is done the published way (``baselines/``), on whole gradients."""
+# Ascent after a fresh attack of three steps, with the losses on what is kept as differences.
+PUBLISHED_META = {
+    "forbidden_loss": "ascent", "negative_guidance": 0, "forbidden_weight": 0.1, "restart_every": 1, "inner_steps": 3,
+}  # fmt: skip
 CONCEPTS = {"style": "neon style", "object": "cat"}
 ANCHORS = {"style": "ink style", "object": "car"}
 KEPT = ["a house", "a fish in ink style", "a photograph of a tree", "a boat on a lake"]
@@ -69,8 +76,10 @@ def _axis(entry: str) -> tuple[str, list[str]]:
     for value in chosen:
         if value not in ALLOWED.get(name, (value,)):
             raise UserError(f"--sweep: {name}={value}; allowed are {', '.join(ALLOWED[name])}")
-        if name in ("batch", "resolution", "stage") and not value.isdecimal():
+        if name in ("batch", "resolution", "stage", "ranks") and not value.isdecimal():
             raise UserError(f"--sweep: {name}={value}; a whole number is needed")
+        if name == "ranks" and int(value) < 1:
+            raise UserError(f"--sweep: ranks={value}; at least 1 is needed")
         if name == "cap" and value != "none" and not _is_positive(value):
             raise UserError(f"--sweep: cap={value}; allowed are none, or GiB such as 12")
     return name, chosen
@@ -104,6 +113,18 @@ def title(row: Mapping[str, str]) -> str:
     return " ".join(said) or "defaults"
 
 
+def replaces(row: Mapping[str, str]) -> bool:
+    """Whether a part of the trainer is done the published way in this row.
+
+    Raises:
+        UserError: that part needs whole gradients, and this row shards or never has them.
+    """
+    found = [f"{name}={value}" for name, value in REPLACED.items() if row.get(name) == value]
+    if found and (row["engine"], row.get("stage", "0"), row["ranks"]) != ("zero", "0", "1"):
+        raise UserError(f"{found[0]}: needs whole gradients, that is engine=zero, stage=0 and ranks=1")
+    return bool(found)
+
+
 def config_of(row: Mapping[str, str], has_gpu: bool, *, short: bool) -> Config:
     """The configuration of a row. ``short``: as it is measured, with a pool of pictures that takes no time to draw;
     otherwise the run that a user would start, whose evaluations are counted.
@@ -111,7 +132,25 @@ def config_of(row: Mapping[str, str], has_gpu: bool, *, short: bool) -> Config:
     Raises:
         UserError: the trainer refuses it.
     """
-    kind, surgery = row["kind"], row.get("surgery", "off")
+    data = _sections(row, has_gpu)
+    if short:
+        data["retain"] |= {"num_images": int(row["batch"]), "num_inference_steps": 2}
+        data["doco"] = {"discriminator_warmup": 0}
+        data["teacher"] = {"trajectories": int(row["batch"])}
+        if "meta" in data:
+            data["meta"]["num_images"] = 8
+    given = {OPTIONAL.get(name, name): value for name, value in row.items() if name in OPTIONAL or "." in name}
+    options = [part for name, value in given.items() for part in (f"--{name}", value)]
+    config_text.merge(data, config_text.parse_overrides(options, Config))
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise config_text.one_line(error, Config) from None
+
+
+def _sections(row: Mapping[str, str], has_gpu: bool) -> dict[str, Any]:
+    """What the short names of a row say, by sections of the configuration."""
+    kind, surgery, meta = row["kind"], row.get("surgery", "off"), row.get("meta", "off")
     precision = ("bf16" if has_gpu else "no") if row["precision"] in ("auto", "published") else row["precision"]
     data: dict[str, Any] = {
         "concepts": [{"name": CONCEPTS[kind], "anchor": ANCHORS[kind] if row.get("method") == "doco" else "",
@@ -127,17 +166,13 @@ def config_of(row: Mapping[str, str], has_gpu: bool, *, short: bool) -> Config:
         "report": {"report_to": "none"},
     }  # fmt: skip
     if surgery != "off":
-        data["surgery"] = {"enabled": True, "retain_dtype": surgery}
+        data["surgery"] = {"enabled": True, "retain_dtype": "auto" if surgery == "loop" else surgery}
+    if meta != "off":
+        data["meta"] = {"enabled": True} | (PUBLISHED_META if meta != "on" else {})
+    if row["baseline"] == "ours" and replaces(row):
+        data["zero"] = {"stage": 0}
     if row["model"] != "minicanvas":
         data["retain"]["prompts"] = KEPT
-    if short:
-        data["retain"] |= {"num_images": int(row["batch"]), "num_inference_steps": 2}
-        data["doco"] = {"discriminator_warmup": 0}
-        data["teacher"] = {"trajectories": int(row["batch"])}
-    given = {OPTIONAL.get(name, name): value for name, value in row.items() if name in OPTIONAL or "." in name}
-    options = [part for name, value in given.items() for part in (f"--{name}", value)]
-    config_text.merge(data, config_text.parse_overrides(options, Config))
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise config_text.one_line(error, Config) from None
+        if "meta" in data:
+            data["meta"] |= {"related_prompts": KEPT[:2], "unrelated_prompts": KEPT[2:]}
+    return data

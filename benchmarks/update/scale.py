@@ -1,8 +1,7 @@
-"""What a run would need on more GPUs than anyone here has: memory, U-Net evaluations and traffic, by formulas.
+"""What a run would need on many GPUs, on paper: memory, U-Net evaluations and traffic, by formulas.
 
-What this is: the planner's arithmetic for many ranks, and the bytes that ring collectives would send. A paper table.
-What this is not: a measurement. The planner's memory is held against one, two and four ranks on a CPU
-(`tests/planning/test_planning.py`); nothing beyond that has been run.
+The planner's arithmetic for many ranks, and the bytes that ring collectives would send. The planner's memory is held
+against one, two and four ranks on a CPU (`tests/planning/test_planning.py`); nothing beyond that has been run.
 
     python benchmarks/update/scale.py --model path/to/sdxl --markdown output/scale.md
 
@@ -21,7 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 from fastunlearn.utils.environment import prepare_environment  # noqa: E402
 
@@ -30,7 +29,12 @@ prepare_environment(1)
 from fastunlearn.config import Config  # noqa: E402
 from fastunlearn.planning.plan import GIB, make_plan, read_model  # noqa: E402
 from fastunlearn.planning.unet_calls import count_evaluations  # noqa: E402
+from markdown_table import markdown_table  # noqa: E402
 
+COLUMNS = {
+    "gpus": "GPUs", "stage": "ZeRO stage", "gib_per_gpu": "GiB per GPU", "concepts": "concepts", "updates": "updates",
+    "evaluations_per_gpu": "U-Net evaluations per GPU", "gb_sent_per_update": "GB sent per update",
+}  # fmt: skip
 UPDATES = 500
 WINDOWS = 2  # what is kept, what is erased
 
@@ -88,20 +92,12 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     rows = [row(args.model, stage, gpus) for gpus in args.gpus for stage in args.stages]
-    head = "GPUs | ZeRO stage | GiB per GPU | concepts | updates | U-Net evaluations per GPU | GB sent per update"
-    lines = [f"| {head} |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(f"{value:,}" for value in _ordered(r)) + " |" for r in rows]
-    print("\n".join(lines))
+    text = markdown_table(list(COLUMNS.values()), [[f"{row[name]:,}" for name in COLUMNS] for row in rows])
+    print(text)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text("\n".join(lines) + "\n")
-
-
-def _ordered(row: dict) -> list:
-    names = ("gpus", "stage", "gib_per_gpu", "concepts", "updates", "evaluations_per_gpu", "gb_sent_per_update")
-    return [row[name] for name in names]
+        args.markdown.write_text(text + "\n")
 
 
 if __name__ == "__main__":

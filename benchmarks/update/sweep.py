@@ -1,8 +1,7 @@
 """Every row in a process of its own, its result on disk before the next one starts.
 
-What this is: skip what is done, start a worker, wait for it within its time, write the file anew. A row that does not
-fit, or that the trainer refuses, is a result with its reason.
-What this is not: what a worker does (``worker.py``), or the table (``report.py``).
+Skip what is done, start a worker (``worker.py``), wait for it within its time, write the file anew. A row that does not
+fit, or that the trainer refuses, is a result with its reason. The table is made by ``report.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,11 +21,11 @@ from typing import Any
 
 from fastunlearn.errors import UserError
 from fastunlearn.utils.files import atomic_write_text
-from whole_step.environment import machine
-from whole_step.figures import derived, known_before
-from whole_step.rows import Row, identity, title
+from update.figures import derived, known_before
+from update.instruments.environment import machine
+from update.rows import Row, identity, title
 
-PROGRAM = Path(__file__).resolve().parent.parent / "throughput.py"
+PROGRAM = Path(__file__).resolve().with_name("throughput.py")
 FINAL = ("measured", "does not fit", "refused")
 """Rows that a second run of the sweep leaves alone; "failed" and "out of time" are tried again."""
 
@@ -125,11 +125,23 @@ def one_row(row: Row, limits: Limits, left: float | None, has_gpu: bool) -> dict
 
 
 def _start(row: Row, limits: Limits, result: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(PROGRAM), "--worker", json.dumps(row), "--result", str(result)]
+    command = [sys.executable, *_launcher(int(row.get("ranks", "1")))]
+    command += [str(PROGRAM), "--worker", json.dumps(row), "--result", str(result)]
     command += ["--updates", str(limits.updates), "--warmup", str(limits.warmup), "--walk", str(limits.walk)]
     with log.open("wb") as stream:
         env = {name: value for name, value in os.environ.items() if name not in OF_THIS_PROCESS}
         return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=env)
+
+
+def _launcher(ranks: int) -> list[str]:
+    """DeepSpeed's, on a port of its own; nothing for one rank."""
+    if ranks == 1:
+        return []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", "deepspeed.launcher.runner", "--no_local_rank"]
+    return [*launcher, "--num_gpus", str(ranks), "--master_port", str(port)]
 
 
 def _wait(worker: subprocess.Popen[bytes], left: float | None) -> str | None:

@@ -1,16 +1,19 @@
 """What an update of the whole trainer costs: time and memory by phase, MFU, seconds per erased concept, beside others.
 
     python benchmarks/update/throughput.py --sweep engine=zero,fused surgery=off,int8       MiniCanvas, on this machine
+    python benchmarks/update/throughput.py --sweep surgery=off,int8 stage=0,2 ranks=1,2 --updates 20
+    python benchmarks/update/throughput.py --sweep meta=off,on,published,copy stage=0
     python benchmarks/update/throughput.py --model sdxl-random \\
         --sweep scope=attn2,noxattn,full batch=1,2,4 --sweep baseline=paper_kscu,quick_kscu --time-limit 540
 
 --model: minicanvas; a diffusers folder, a .safetensors file or a hub id; or sdxl-random, sd15-random, sd21-random and
 tiny-sdxl-random, whose weights are made on the device. --sweep takes name=value,value and may be given several times;
 each is a product of its own. Names: model, kind (style, object), method, baseline (ours, or of baselines/),
-engine, stage, scope, batch, resolution, surgery (off, or how the retain gradient is kept), optimizer, attention,
-precision, checkpointing, cap (GiB), profile, whole (true: run every update of the concept by the wall clock), and every
-field of the configuration by its dotted name. Each row is a process of its own; a row that runs out of memory is a row
-that says so. Rows go to --json as they finish, and rows that are there are not measured again.
+engine, stage, ranks (through DeepSpeed's launcher), scope, batch, resolution, surgery (off, how the retain gradient is
+kept, or loop: as published), meta (off, on, published: its loss and attack, or copy: with a copy of the model as well),
+optimizer, attention, precision, checkpointing, cap (GiB), profile, whole (true: run every update of the concept by the
+wall clock), and every field of the configuration by its dotted name. Each row is a process of its own; a row that runs
+out of memory is a row that says so. Rows go to --json as they finish, and rows that are there are not measured again.
 
 On a CPU it tests itself: evaluations and FLOPs mean the same everywhere, seconds do not.
 """
@@ -24,7 +27,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks" / "update")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 from fastunlearn.utils.environment import prepare_environment  # noqa: E402
 
@@ -67,7 +70,7 @@ def main() -> int:
 
 def worker(options: argparse.Namespace) -> int:
     """One row, in the process that the sweep has started for it."""
-    from whole_step.worker import work
+    from update.worker import work
 
     work(json.loads(options.worker), options.updates, options.warmup, options.walk, options.result)
     return 0
@@ -75,10 +78,10 @@ def worker(options: argparse.Namespace) -> int:
 
 def sweep(options: argparse.Namespace) -> int:
     """All rows."""
-    from whole_step.environment import machine
-    from whole_step.report import markdown
-    from whole_step.rows import parse_sweep
-    from whole_step.sweep import Limits, load_rows, run_sweep
+    from update.instruments.environment import machine
+    from update.report import markdown
+    from update.rows import parse_sweep
+    from update.sweep import Limits, load_rows, run_sweep
 
     if min(options.updates, options.warmup + 1, options.walk) < 1 or options.time_limit < 0:
         raise UserError("--updates and --walk are at least 1, --warmup and --time-limit not negative")

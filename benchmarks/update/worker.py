@@ -1,13 +1,14 @@
 """One row, measured in a process of its own: so that a row that runs out of memory takes no other with it.
 
-What this is: prepare the subject, warm up, time updates phase by phase, read the memory of each phase in a pass of its
-own, and write what was found; or why there is nothing.
-What this is not: the sweep (``sweep.py``), or anything derived from the figures (``figures.py``).
+Prepare the subject, warm up, time updates phase by phase, read the memory of each phase in a pass of its own, and write
+what was found; or why there is nothing. With several ranks every rank does all of it, and the first one writes.
+``figures.py`` derives the rest.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,17 @@ import torch
 from fastunlearn.errors import UserError
 from fastunlearn.planning.plan import ALLOWANCE
 from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.utils.distributed import disconnect
 from fastunlearn.utils.memory import peak_memory_bytes
-from whole_step.clock import Clock, medians
-from whole_step.environment import device_environment
-from whole_step.flops import peak_rate
-from whole_step.profiling import profile_update
-from whole_step.rows import Row, config_of
-from whole_step.subjects import Subject, build_subject
+from update.baselines import named
+from update.instruments.clock import Clock, medians
+from update.instruments.counters import Counter, count_sent, questions
+from update.instruments.environment import device_environment
+from update.instruments.flops import peak_rate
+from update.instruments.profiling import profile_update
+from update.ours import Ours
+from update.rows import Row, config_of
+from update.subject import Subject
 
 GIB = 2**30
 SIGNS_OF_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
@@ -34,7 +39,8 @@ SIGNS_OF_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allo
 
 def work(row: Row, updates: int, warmup: int, walk: int, result: Path) -> None:
     """Measure ``row`` and write ``result`` as JSON. ``walk``: sampler steps of a measured restart."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     found: dict[str, Any] = {"environment": device_environment(device)}
     try:
         with capped(row["cap"], device):
@@ -48,7 +54,10 @@ def work(row: Row, updates: int, warmup: int, walk: int, result: Path) -> None:
         found |= {"status": "does not fit", "reason": first_line(error)}
         if device.type == "cuda":
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    result.write_text(json.dumps(found), encoding="utf-8")
+    finally:
+        disconnect()
+    if os.environ.get("RANK", "0") == "0":
+        result.write_text(json.dumps(found), encoding="utf-8")
 
 
 def no_memory(error: BaseException) -> bool:
@@ -88,8 +97,8 @@ def measure(row: Row, updates: int, warmup: int, walk: int, device: torch.device
     before = peak_memory_bytes(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    cfg = config_of(row, device.type == "cuda", short=True)
-    subject = build_subject(row, cfg, device)
+    sent = count_sent()
+    subject = build_subject(row, device)
     if row["whole"] == "true":
         return {"peak_flops": peak, "peak_product": product} | whole_run(subject, device)
     steps = subject.steps()[: warmup + updates]
@@ -97,7 +106,7 @@ def measure(row: Row, updates: int, warmup: int, walk: int, device: torch.device
         raise UserError(f"--updates: the run has {len(subject.steps())}, fewer than {warmup} + {updates}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    found = timed(subject, steps, warmup, walk, device)
+    found = timed(subject, steps, warmup, walk, device, sent)
     highest = peak_memory_bytes(device)
     found["phase_peak_bytes"] = memory_of_phases(subject, steps[-1], walk, device)
     found |= {
@@ -112,8 +121,16 @@ def measure(row: Row, updates: int, warmup: int, walk: int, device: torch.device
     return found
 
 
-def timed(subject: Subject, steps: Sequence[KeyStep], warmup: int, walk: int, device: torch.device) -> dict[str, Any]:
-    """Seconds and evaluations of one restart, and of the updates' phases as medians."""
+def build_subject(row: Row, device: torch.device) -> Subject:
+    """The trainer's run of this row, or the baseline that it names, ready for its first update."""
+    cfg = config_of(row, device.type == "cuda", short=True)
+    return Ours(cfg, row, device) if row["baseline"] == "ours" else named.build(row["baseline"], cfg, row, device)
+
+
+def timed(
+    subject: Subject, steps: Sequence[KeyStep], warmup: int, walk: int, device: torch.device, sent: Counter
+) -> dict[str, Any]:
+    """Of one restart the seconds and evaluations; of the updates the phases' medians, and means of what is counted."""
     clock = Clock(device)
     unwatch = clock.watch_all(subject)
     subject.restart(steps[0], 1)
@@ -124,11 +141,13 @@ def timed(subject: Subject, steps: Sequence[KeyStep], warmup: int, walk: int, de
     clock.update = -1
     subject.restart(steps[0], walk)
     restarted = subject.models.evaluations.total - start
-    before = asdict(subject.models.evaluations)
-    for number, step in enumerate(steps[warmup:]):
-        clock.update = number
-        one(subject, clock, step)
-    after = asdict(subject.models.evaluations)
+    before, meta_before = asdict(subject.models.evaluations), asdict(subject.of_meta)
+    sent.total = 0
+    with questions() as asked:
+        for number, step in enumerate(steps[warmup:]):
+            clock.update = number
+            one(subject, clock, step)
+    after, meta_after, bytes_sent = asdict(subject.models.evaluations), asdict(subject.of_meta), sent.total
     seconds = clock.seconds()
     unwatch()
     restart = seconds.pop(-1, {})
@@ -140,6 +159,9 @@ def timed(subject: Subject, steps: Sequence[KeyStep], warmup: int, walk: int, de
         "seconds": medians(phases),
         "update_seconds": sorted(sum(update.values()) for update in phases),
         "evaluations": {name: (after[name] - before[name]) / count for name in after},
+        "meta_evaluations": {name: (meta_after[name] - meta_before[name]) / count for name in after},
+        "bytes_sent": bytes_sent / count,
+        "values_asked": asked.total / count,
     }
 
 

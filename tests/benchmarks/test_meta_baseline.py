@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from meta_case import ADAMW, Case, build_run
 from tiny import flat
 
 from fastunlearn.utils.distributed import World
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "update"))
-
-from baselines.deep_copy_meta import DeepCopyMeta
+from update.baselines.deep_copy_meta import DeepCopyMeta
 
 CASE = Case("fused", engine="fused", meta=ADAMW)
 

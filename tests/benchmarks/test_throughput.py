@@ -6,9 +6,7 @@ U-Net evaluations per run), written down here as numbers; what a baseline states
 
 from __future__ import annotations
 
-import gzip
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,22 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks" / "update"))
-
-from baselines import BASELINES, build  # noqa: E402
-from whole_step import report, sweep, worker  # noqa: E402
-from whole_step.clock import Clock, medians  # noqa: E402
-from whole_step.figures import concept_seconds, derived, plan_error  # noqa: E402
-from whole_step.flops import unet_flops, utilisation  # noqa: E402
-from whole_step.profiling import kind_of, read_trace  # noqa: E402
-from whole_step.rows import config_of, identity, normal, parse_sweep  # noqa: E402
-from whole_step.subjects import whole_of_ours  # noqa: E402
-from whole_step.sweep import Limits, run_sweep  # noqa: E402
-
-from fastunlearn.errors import UserError  # noqa: E402
-from fastunlearn.models.formats.architectures import ARCHITECTURES  # noqa: E402
+from fastunlearn.config import SurgeryConfig
+from fastunlearn.engines.zero_shards import Piece
+from fastunlearn.errors import UserError
+from fastunlearn.gradients.projection import Surgery
+from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models.formats.architectures import ARCHITECTURES
+from fastunlearn.planning.activations import build_unet
+from fastunlearn.utils.distributed import World
+from update import report, sweep, worker
+from update.baselines.named import BASELINES, build
+from update.baselines.surgery_loop import surgery_loop
+from update.figures import concept_seconds, derived, plan_error
+from update.instruments.flops import utilisation
+from update.ours import whole_of_ours
+from update.rows import config_of, identity, normal, parse_sweep
+from update.sweep import Limits, run_sweep
 
 TINY = {"model": "tiny-sdxl-random", "resolution": "64"}
 CPU = torch.device("cpu")
@@ -141,6 +140,18 @@ def test_two_rows_on_a_cpu_and_the_second_time_none(tmp_path: Path, monkeypatch:
     assert again == found
     text = report.markdown(found)
     assert f"refused: {field}" in text and f"{row['whole']['total']:,}" in text and "the command" in text
+
+
+def test_a_row_of_two_ranks_counts_what_they_send() -> None:
+    row = normal({**TINY, "ranks": "2", "stage": "0", "surgery": "int8"})
+    found = sweep.one_row(row, Limits(updates=1, warmup=1, walk=1), None, has_gpu=False)
+    assert found["status"] == "measured", found.get("log", found)
+    # The retain gradient and the unlearning one are averaged over the ranks, each as a whole, in fp32.
+    unet = build_unet(dict(ARCHITECTURES["tiny-sdxl"].unet))
+    names = set(trainable_names(unet, "attn2"))
+    trained = sum(parameter.numel() for name, parameter in unet.named_parameters() if name in names)
+    assert found["bytes_sent"] >= 2 * 4 * trained
+    assert found["samples_per_second"] == pytest.approx(2 / found["update_total_seconds"])
 
 
 def test_a_rerun_repeats_what_failed_and_other_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,11 +272,34 @@ def test_a_dotted_name_is_a_field_of_the_configuration() -> None:
         config_of(normal({**TINY, "model.compil": "no"}), False, short=True)
 
 
-def test_flops_of_stable_diffusion_are_those_known() -> None:
-    """SD 1.x at 512 px: 0.803 TFLOP forward; to train all attn2 layers, 1.11 times that back."""
-    flops = unet_flops(json.dumps(dict(ARCHITECTURES["sd15"].unet)), "attn2", 64, 77)
-    assert flops.forward / 1e12 == pytest.approx(0.803, abs=0.001)
-    assert flops.backward / flops.forward == pytest.approx(1.11, abs=0.01)
+def test_the_meta_term_and_the_published_parts_are_values_of_a_row() -> None:
+    said = {meta: config_of(normal({**TINY, "meta": meta}), False, short=True).meta for meta in ("off", "on", "copy")}
+    assert [meta.enabled for meta in said.values()] == [False, True, True]
+    assert said["on"].forbidden_loss == "erased" and said["copy"].forbidden_loss == "ascent"
+    loop = config_of(normal({**TINY, "surgery": "loop"}), False, short=True)
+    assert (loop.surgery.enabled, loop.surgery.retain_dtype, loop.zero.stage) == (True, "auto", 0)
+    wrong: tuple[dict[str, str], ...]
+    wrong = {"surgery": "loop", "engine": "fused"}, {"surgery": "loop", "stage": "1"}, {"meta": "copy", "ranks": "2"}
+    for values in wrong:
+        with pytest.raises(UserError, match="needs whole gradients"):
+            config_of(normal({**TINY, **values}), False, short=True)
+    with pytest.raises(UserError, match="at least 1"):
+        parse_sweep([["ranks=0"]], TINY)
+
+
+def test_the_published_loop_does_what_surgery_does() -> None:
+    names, draw = ["a", "b", "c"], torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(6, generator=draw) for _ in names] for _ in range(2)]
+    found = []
+    for loop in (False, True):
+        surgery = Surgery(SurgeryConfig(rho=0.5), 0.0, names, World(0, 1, CPU), False)
+        unlearn, retain = ([Piece(n, g.clone()) for n, g in zip(names, of)] for of in gradients)
+        surgery.keep(retain)
+        figures = (surgery_loop(surgery) if loop else surgery.project)(unlearn, None, 1e-8)
+        found.append((torch.stack([piece.tensor for piece in unlearn]), figures.plan.norm, figures.conflicting_share))
+    (ours, norm, conflicts), (published, norm_published, conflicts_published) = found
+    assert 0 < conflicts == conflicts_published < 1
+    assert torch.allclose(ours, published, atol=1e-6) and norm_published == pytest.approx(float(norm), rel=1e-5)
 
 
 def test_utilisation_and_price_of_a_run_worked_out_by_hand() -> None:
@@ -297,104 +331,6 @@ def test_utilisation_and_price_of_a_run_worked_out_by_hand() -> None:
     assert plan_error(known["plan"], small) is None
 
 
-def test_the_clock_counts_no_second_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = {"t": 0.0}
-    monkeypatch.setattr("whole_step.clock.time.perf_counter", lambda: now["t"])
-
-    def spend(seconds: float) -> None:
-        now["t"] += seconds
-
-    class Thing(nn.Module):
-        def inner(self) -> None:
-            spend(3.0)
-
-        def outer(self) -> None:
-            spend(1.0)
-            self.inner()
-            spend(1.0)
-
-        def watch(self, clock: Clock) -> None:
-            clock.watch(self, "inner", "teacher")
-            clock.watch(self, "outer", "backward")
-
-    thing, clock = Thing(), Clock(CPU)
-    unwatch = clock.watch_all(thing)
-    for clock.update in range(3):
-        spend(10.0)
-        clock.enter("other")
-        thing.outer()
-        spend(0.5)
-        clock.leave()
-    clock.enter("restart")
-    thing.inner()
-    clock.leave()
-    unwatch()
-    found = clock.seconds()
-    assert found[0] == {"other": 0.5, "backward": 2.0, "teacher": 3.0} == found[1]
-    assert found[2] == {"other": 0.5, "backward": 2.0, "teacher": 3.0, "restart": 3.0}
-    assert medians([found[0], found[1], {"other": 9.0}]) == {"teacher": 3.0, "backward": 2.0, "other": 0.5}
-    thing.outer()
-    assert clock.seconds() == found, "the methods are the class's own again"
-
-
-def test_the_clock_gives_a_peak_to_the_phase_that_reached_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    peak = {"bytes": 0}
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: peak["bytes"])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: peak.update(bytes=0))
-    clock = Clock(torch.device("cuda", 0), memory=True)
-    peak["bytes"] = 5
-    clock.enter("other")
-    peak["bytes"] = 7
-    clock.enter("backward")
-    peak["bytes"] = 40
-    clock.enter("step_in_backward")
-    peak["bytes"] = 20
-    clock.leave()
-    peak["bytes"] = 30
-    clock.leave()
-    peak["bytes"] = 3
-    clock.leave()
-    assert clock.peaks == {"outside": 5, "other": 7, "backward": 40, "step_in_backward": 20}
-
-
-def test_a_trace_is_read_by_what_the_update_launched(tmp_path: Path) -> None:
-    """Two kernels that overlap, launched in the update though they run after it; one of before; one wait of two."""
-
-    def event(cat: str, name: str, ts: float, dur: float, correlation: int | None = None) -> dict[str, Any]:
-        args = {} if correlation is None else {"correlation": correlation}
-        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
-
-    events = [
-        event("user_annotation", "one update", 100, 50),
-        event("cuda_runtime", "cudaLaunchKernel", 90, 1, 1), event("kernel", "old_gemm", 95, 40, 1),
-        event("cuda_runtime", "cudaLaunchKernel", 110, 1, 2), event("kernel", "flash_fwd", 160, 20, 2),
-        event("cuda_driver", "cuLaunchKernelEx", 120, 1, 3), event("kernel", "surgery_dots_chunk_kernel", 170, 30, 3),
-        event("cuda_runtime", "cudaMemcpyAsync", 125, 1, 4), event("gpu_memcpy", "Memcpy DtoH (Device)", 210, 10, 4),
-        event("cuda_runtime", "cudaStreamSynchronize", 126, 2), event("cuda_runtime", "cudaStreamSynchronize", 300, 2),
-        event("cpu_op", "aten::_local_scalar_dense", 124, 5), {"ph": "M", "name": "process_name"},
-    ]  # fmt: skip
-    found = read_trace(events)
-    assert found["waits"]["cudaStreamSynchronize"] == 1 and found["copies_to_host"] == 1 == found["values_asked"]
-    assert found["launches"] == 2
-    assert found["by_kind"] == pytest.approx({"ours (Triton)": 30e-6, "attention": 20e-6, "copies and fills": 10e-6})
-    assert found["device_busy_seconds"] == pytest.approx(50e-6)
-    assert found["device_span_seconds"] == pytest.approx(60e-6)
-    assert kind_of("sm90_xmma_gemm_bf16") == "matrix products" and kind_of("who knows") == "other"
-
-
-def test_a_profiled_update_counts_the_values_that_python_asks_for() -> None:
-    from whole_step.profiling import profile_update
-
-    x = torch.ones(4)
-
-    def update() -> None:
-        (x * 2).sum().item()
-        bool(x[0] > 0)
-
-    found = profile_update(update, CPU)
-    assert found["values_asked"] == 2 and found["launches"] == 0 and found["by_kind"] == {}
-
-
 def test_a_baseline_is_compared_with_our_quickest_like_row() -> None:
     def row(seconds: float, total: int, **said: str) -> dict[str, Any]:
         return {
@@ -412,10 +348,33 @@ def test_a_baseline_is_compared_with_our_quickest_like_row() -> None:
     assert paper.endswith("| 10.0x | 8.0x |  |  |") and esd.endswith("| 2.0x | 3.0x | 4.0x | 6.0x |")
 
 
-def test_gzip_is_what_the_profiler_writes(tmp_path: Path) -> None:
-    """Pinned, because the reader relies on the file's ending."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        torch.ones(2).sum()
-    profiler.export_chrome_trace(str(tmp_path / "trace.json.gz"))
-    with gzip.open(tmp_path / "trace.json.gz", "rt", encoding="utf-8") as stream:
-        assert json.load(stream)["traceEvents"]
+def test_what_is_added_is_compared_with_the_row_that_lacks_it() -> None:
+    def row(seconds: float, **said: str) -> dict[str, Any]:
+        return {
+            "row": normal({**TINY, **said}), "status": "measured", "update_total_seconds": seconds,
+            "seconds": {"meta": 0.5, "backward": 0.5}, "evaluations": {"teacher": 4.0, "rollout": 1.0},
+            "peak_memory_bytes": 2**20, "bytes_sent": 2.0**21,
+        }  # fmt: skip
+
+    plain, other = row(1.0), row(4.0, stage="2")
+    assert report.additions([plain, other]) == ""
+    lines = report.additions([plain, other, row(2.0, meta="on", surgery="int8"), row(2.0, ranks="2")]).splitlines()
+    assert "| 5.0 | 2,000.0 | 2.00x | 25.0% | 1 | 2.00 |" in next(line for line in lines if "meta=on" in line)
+    assert "| 1.00x |" in next(line for line in lines if "ranks=2" in line)
+
+
+def test_the_meta_term_has_a_price_of_its_own() -> None:
+    """An update of 1 + 2 evaluations outside the term and 30 in it, which took 6 s."""
+    measured = {
+        "seconds": {"forward": 0.2, "teacher": 0.2, "meta": 6.0},
+        "evaluations": {"teacher": 12, "rollout": 0, "student_forward": 21, "student_backward": 0},
+        "meta_evaluations": {"teacher": 10, "rollout": 0, "student_forward": 20, "student_backward": 0},
+        "restart": {"seconds": 0.0, "evaluations": 0},
+    }  # fmt: skip
+    whole = {
+        "updates": 2, "restart": 0, "pool": 0,
+        "evaluations": {"teacher": 24, "rollout": 0, "student_forward": 42, "student_backward": 0},
+    }  # fmt: skip
+    found = concept_seconds(whole, measured)
+    assert found["forward"] == pytest.approx(0.4) and found["teacher"] == pytest.approx(0.4)
+    assert found["rest"] == pytest.approx(12.0) and found["total"] == pytest.approx(12.8)

@@ -1,8 +1,7 @@
 """What the baselines share: U-Nets that count their evaluations, a guided sampler, and the interface of a subject.
 
-What this is: a plain PyTorch loop. Every prediction that a baseline makes goes through ``Calls``, which counts single
-samples, the backward pass where it happens: a graph may be used twice, or not at all.
-What this is not: the trainer's own loop.
+A plain PyTorch loop. Every prediction that a baseline makes goes through ``Calls``, which counts single samples, the
+backward pass where it happens: a graph may be used twice, or not at all.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from whole_step.clock import Clock
-from whole_step.models import backbone_of
-from whole_step.subjects import Whole, watch_models
 
 from fastunlearn.acceleration.attention import install_attention
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
 from fastunlearn.models.backbone import Backbone, PromptEmbeds, set_trainable, trainable_names
 from fastunlearn.sampling.key_steps import KeyStep
+from update.instruments.clock import Clock
+from update.models import backbone_of
+from update.subject import Whole, watch_models
 
 STEPS = 50
 PROMPTS = ["", "the concept", "the anchor"]
@@ -77,6 +76,7 @@ class Baseline(ABC):
         self.models = self.make_models(self.backbone, unet, teacher)
         self.backbone.scheduler.set_timesteps(STEPS)
         self.timesteps: list[int] = self.backbone.scheduler.timesteps.tolist()
+        self.of_meta = Evaluations()
         self.optimizer = self.make_optimizer()
         self.latents = self.noise(0)
 

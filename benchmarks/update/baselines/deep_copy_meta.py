@@ -1,8 +1,8 @@
 """A meta term the way that it is published: a whole copy of the model in every update, and one pass for every loss.
 
-What this is: a second U-Net with an AdamW of its own, one forward and backward pass for each set before and after the
-attack, and a buffer in which their gradients are added up. The mathematics is that of ``fastunlearn/meta``.
-What this is not: sharded, or for several ranks.
+A second U-Net with an AdamW of its own, one forward and backward pass for each set before and after the attack, and a
+buffer in which their gradients are added up. The mathematics is that of ``fastunlearn/meta``; it is not sharded, and
+runs on one rank.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
-from whole_step.clock import Clock
 
-from baselines.base import ANCHOR, CONCEPT, Baseline
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.methods.parts.discriminator import Discriminator, bce_to
 from fastunlearn.models.backbone import PromptEmbeds
 from fastunlearn.sampling.key_steps import KeyStep
+from update.baselines.base import ANCHOR, CONCEPT, Baseline
+from update.instruments.clock import Clock
 
 UPDATES, WARMUP = 2000, 1001
 

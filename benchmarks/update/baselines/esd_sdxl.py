@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from baselines.base import CONCEPT, STEPS, UNCOND, Baseline, Calls
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.sampling.key_steps import KeyStep, uniform_table
+from update.baselines.base import CONCEPT, STEPS, UNCOND, Baseline, Calls
 
 UPDATES, SEED = 200, 42
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from baselines.base import CONCEPT, STEPS, UNCOND, Baseline
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.sampling.key_steps import KeyStep
+from update.baselines.base import CONCEPT, STEPS, UNCOND, Baseline
 
 STARTS, UPDATES = {"style": 24, "object": 15}, {"style": 500, "object": 750}
 LOOP = 8

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from baselines.base import CONCEPT, STEPS, UNCOND, Baseline
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.sampling.key_steps import KeyStep, key_step_table
+from update.baselines.base import CONCEPT, STEPS, UNCOND, Baseline
 
 STARTS, UPDATES = {"style": 24, "object": 14}, {"style": 500, "object": 750}
 UNCOND_WEIGHT, UNCOND_SLOPE = 1e-4, 2e-5

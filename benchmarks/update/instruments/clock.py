@@ -1,9 +1,8 @@
 """Where the time of an update goes, and where its memory peaks, without asking the device to wait.
 
-What this is: a stack of labels. Each change of the label leaves a mark (a CUDA event, or the time on a CPU); the time
-between two marks belongs to the label that was on top, so nested phases are not counted twice. In a pass of its own
-the same marks read the allocator's peak instead.
-What this is not: a profiler (``profiling.py``).
+A stack of labels: each change of the label leaves a mark (a CUDA event, or the time on a CPU), and the time between two
+marks belongs to the label that was on top, so nested phases are not counted twice. In a pass of its own the same marks
+read the allocator's peak instead. For single kernels see ``profiling.py``.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from typing import Any, Protocol
 import torch
 
 PHASES = (
-    "restart", "rollout", "teacher", "forward", "backward", "surgery", "optimizer", "step_in_backward", "other",
+    "restart", "rollout", "teacher", "forward", "backward", "surgery", "meta", "optimizer", "step_in_backward", "other",
 )  # fmt: skip
+UNDIVIDED = ("restart", "meta")
+"""Whatever these call is theirs."""
 
 
 class Watchable(Protocol):
-    """What can tell the clock which calls belong to which phase: ``subjects.Subject``."""
+    """What can tell the clock which calls belong to which phase: ``subject.Subject``."""
 
     def watch(self, clock: Clock) -> None: ...
 
@@ -40,8 +41,8 @@ class Clock:
         self.update = 0
 
     def enter(self, label: str) -> None:
-        """From now on, time is ``label``'s; but whatever a restart calls is the restart's."""
-        label = "restart" if self._stack[-1] == "restart" else label
+        """From now on, time is ``label``'s, unless an undivided phase is at work."""
+        label = self._stack[-1] if self._stack[-1] in UNDIVIDED else label
         self._mark(self._stack[-1], label)
         self._stack.append(label)
 

@@ -1,7 +1,6 @@
-"""Where and with what a row was measured.
+"""Where and with what a row was measured: GPU, driver, versions, commit, so that rows of several runs can share a file.
 
-What this is: GPU, driver, versions, commit, for each row, so that rows of several runs can lie in one file.
-What this is not: a check of any of it. ``machine`` does not touch the GPU: a benchmark's parent must not.
+``machine`` does not touch the GPU: a benchmark's parent must not.
 """
 
 from __future__ import annotations

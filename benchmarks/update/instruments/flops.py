@@ -1,9 +1,8 @@
 """Floating-point operations of the U-Net, counted without computing them, and the rate that the device reaches.
 
-What this is: torch's own counter over one forward and one backward pass on the meta device, so that neither the weights
-nor the attention backend matter; and the rate of one large matrix product, measured in the same process as the rest.
-What this is not: a data sheet. The backward pass is counted, not taken for twice the forward: where only
-cross-attention is trained it is about 1.1 times.
+torch's own counter over one forward and one backward pass on the meta device, so that neither the weights nor the
+attention backend matter; and the rate of one large matrix product, measured in the same process as the rest. The
+backward pass is counted, not taken for twice the forward: where only cross-attention is trained it is about 1.1 times.
 """
 
 from __future__ import annotations

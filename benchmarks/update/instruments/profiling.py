@@ -1,8 +1,8 @@
 """What one update does to the device: kernels by kind, and every time that the host waits for it.
 
-What this is: one update under ``torch.profiler``, read from its trace; and one under PyTorch's warnings about waiting,
-which name the line of Python. On a CPU only the values that Python asks tensors for are counted.
-What this is not: timing. A profiled update is slower than others.
+One update under ``torch.profiler``, read from its trace; and one under PyTorch's warnings about waiting, which name the
+line of Python. On a CPU only the values that Python asks tensors for are counted. A profiled update is slower than
+others, so its time is not reported.
 """
 
 from __future__ import annotations
