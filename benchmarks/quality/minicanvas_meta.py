@@ -1,9 +1,8 @@
 """How hard an erased concept is to teach again: every base method with and without the meta term, attacked alike.
 
-What this is: `train.py` once per (method, concept), then `fastunlearn relearn` once per attack, each as a user would
-start it; one row per run and attack, a table and a picture of the curves. Finished parts are kept in the output folder,
-so it can be interrupted and started again.
-What this is not: a test of other kept concepts or samplers; those of the run's own evaluation are looked at.
+`train.py` once per (method, concept), then `fastunlearn relearn` once per attack, each as a user would start it; one
+row per run and attack, a table and a picture of the curves. Finished parts are kept in the output folder, so it can be
+interrupted and started again. Kept concepts and sampler are those of the run's own evaluation.
 
     python benchmarks/quality/minicanvas_meta.py --output output/meta --jobs 2
     python benchmarks/quality/minicanvas_meta.py --output output/meta --methods kscu --attacks lora benign --jobs 2
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minicanvas_quality import BASE_METHODS, METHODS, ROOT, Job, markdown, run_job
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,6 +27,11 @@ from fastunlearn.evaluation.relearning.plot import step_axis
 from fastunlearn.minicanvas.data.dataset import render
 from fastunlearn.minicanvas.data.pictures import GENERATOR_SETS, load_objects
 from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES, normalise_concept
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from markdown_table import markdown_table  # noqa: E402
+from quality.minicanvas_quality import BASE_METHODS, METHODS, ROOT, Job, run_job  # noqa: E402
 
 CONCEPTS = {"style": ("neon style", "ink style"), "object": ("cat", "car")}
 ATTACKS = {
@@ -100,7 +103,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [row["method"], row["concept"], row["attack"], *(f"{row['before'][name]:.3f}" for name in SCORES)]
         cells += [f"{mean:.2f} ± {spread or 0:.2f}" for mean, spread in shares]
         body.append([*cells, half(row), f"{row['area']['mean']:.2f}"])
-    return markdown([heads, ["---"] * len(heads), *body])
+    return markdown_table(heads, body)
 
 
 def pairs(rows: Sequence[dict[str, Any]]) -> str:
@@ -117,7 +120,7 @@ def pairs(rows: Sequence[dict[str, Any]]) -> str:
         shares = zip(steps, base["recognised"]["mean"], meta["recognised"]["mean"], strict=True)
         cells += [f"{without:.2f} → {with_it:.2f}" for step, without, with_it in shares if step]
         body.append([method, concept, attack, *cells, f"{half(base)} → {half(meta)}"])
-    return markdown([heads, ["---"] * len(heads), *body])
+    return markdown_table(heads, body)
 
 
 def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:

@@ -1,8 +1,8 @@
-"""The quality table of the README: erase concepts from MiniCanvas with several methods and seeds; measure them all.
+"""The quality tables: erase concepts from MiniCanvas with several methods and seeds, and measure them all.
 
-What this is: `train.py` once per (method, concept, seed), each as a user would start it, and one row of figures
-per run. Finished runs are kept in the output folder, so it can be interrupted and started again.
-What this is not: tuning. Every run uses the shipped configuration of its concept's kind.
+`train.py` once per (method, concept, seed), each as a user would start it with the shipped configuration of its
+concept's kind, and one row of figures per run. Finished runs are kept in the output folder, so it can be interrupted
+and started again.
 
     python benchmarks/quality/minicanvas_quality.py --output outputs/quality --jobs 2
     python benchmarks/quality/minicanvas_quality.py --output outputs/quality --methods base    # one row each
@@ -24,6 +24,10 @@ from statistics import harmonic_mean, mean
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from markdown_table import markdown_table  # noqa: E402
+
 CONCEPTS = {"style": ("neon style", "ink style", "popart style"), "object": ("cat", "car", "tree")}
 SCORES = ("UA", "IRA", "CRA", "CRA_target", "UA_paraphrase", "UA_synonym")
 # Overrides on top of the shipped configuration. ESD-x trains the cross-attentions on the same prompts. "+retain" adds
@@ -152,7 +156,7 @@ def table(rows: Iterable[dict], means_only: bool = False) -> str:
     shown = (*SCORES[:3], "H", *SCORES[3:])
     columns = ("updates", "unet_evaluations", "seconds")
     heads = ["method", "concept", "seed", "updates", "U-Net evaluations", "s", *shown]
-    lines = [heads, ["---"] * len(heads)]
+    lines: list[list[str]] = []
     groups: dict[tuple[str, str, int], list[dict]] = {}
     for row in sorted(rows, key=lambda row: (row["kind"], row["method"], row["updates"], row["concept"], row["seed"])):
         groups.setdefault((row["kind"], row["method"], row["updates"]), []).append(row)
@@ -164,12 +168,7 @@ def table(rows: Iterable[dict], means_only: bool = False) -> str:
         scores = [_mean_cell([row[name] for row in group if row[name] is not None]) for name in shown]
         cells = [method, f"**{kind}s, mean of {len(group)}**", "", *(f"{value:.0f}" for value in means), *scores]
         lines.append(cells)
-    return markdown(lines)
-
-
-def markdown(lines: Iterable[Sequence[str]]) -> str:
-    """Cells as a table's lines."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(heads, lines)
 
 
 def _cell(value: float | None) -> str:

@@ -1,8 +1,8 @@
-"""The surgery's own evidence: the retain loss over updates, with and without it.
+"""What gradient surgery does to the retain loss over updates, with and without it.
 
-What this is: `train.py` once per variant, alike in everything else, and one picture and table of their retain losses.
-"measured only" keeps nothing and projects nothing (`surgery.strength 0`): the retain loss of plain KSCU.
-What this is not: a measurement of pictures (`minicanvas_quality.py`). Nothing is evaluated here.
+`train.py` once per variant, alike in everything else, and one picture and table of their retain losses. "measured only"
+keeps nothing and projects nothing (`surgery.strength 0`): the retain loss of plain KSCU. No pictures are evaluated here
+(`minicanvas_quality.py` does that).
 
     python benchmarks/quality/retain_curves.py --output output/curves --picture output/curves/retain_loss.png
 """
@@ -14,10 +14,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from markdown_table import markdown_table  # noqa: E402
+
 VARIANTS = {
     "measured only": ["--surgery.strength", "0"],
     "projection": [],
@@ -65,7 +70,7 @@ def main() -> None:
         name: run_variant(args.output / name.replace(" ", "_"), ["--config", args.config, *options, *extra])
         for name, options in VARIANTS.items()
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, log in logs.items():
         losses, cosines = ([entry[field] for entry in log] for field in ("retain_loss", "cosine"))
         half = len(log) // 2
@@ -76,10 +81,11 @@ def main() -> None:
          args.picture or args.output / "retain_loss.png")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print("| | updates | mean retain loss | second half | mean cosine | conflicting tensors |\n|" + "---|" * 6)
-    for row in rows:
-        print(f"| {row['variant']} | {row['updates']} | {row['retain_loss']:.2e} | {row['second_half']:.2e} | "
-              f"{row['cosine']:+.3f} | {row['conflicting_share']:.0%} |")  # fmt: skip
+    titles = ["", "updates", "mean retain loss", "second half", "mean cosine", "conflicting tensors"]
+    print(markdown_table(titles, [
+        [row["variant"], str(row["updates"]), f"{row['retain_loss']:.2e}", f"{row['second_half']:.2e}",
+         f"{row['cosine']:+.3f}", f"{row['conflicting_share']:.0%}"] for row in rows
+    ]))  # fmt: skip
 
 
 if __name__ == "__main__":
