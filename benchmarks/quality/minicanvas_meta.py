@@ -148,8 +148,8 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def main() -> None:
-    """Run what is missing, print the table and draw the curves of the first attack."""
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what of it goes to every training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/meta"))
     parser.add_argument("--methods", nargs="+", default=BASE_METHODS, choices=[*BASE_METHODS, *VARIANTS])
@@ -164,7 +164,12 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="also draw the curves of the first attack here")
     parser.add_argument("--pairs", action="store_true", help="print without → with the term, in one line")
     parser.add_argument("--show", nargs="+", type=Path, help="run nothing: the rows in these files")
-    args, extra = parser.parse_known_args()
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    """Run what is missing, print the table and draw the curves of the first attack."""
+    args, extra = arguments()
     if args.show:
         rows = [row for file in args.show for row in json.loads(file.read_text())]
     else:

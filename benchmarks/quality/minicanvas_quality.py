@@ -179,8 +179,8 @@ def _mean_cell(values: list[float]) -> str:
     return f"**{mean(values):.3f}**" if values else ""
 
 
-def main() -> None:
-    """Run what is missing and print the table."""
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what of it goes to every training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
     parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=["base", *METHODS])
@@ -191,7 +191,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side; one core each")
     parser.add_argument("--rows", type=Path, help="also write the rows to this JSON file")
     parser.add_argument("--show", nargs="+", type=Path, help="run nothing: the means of the rows in these files")
-    args, extra = parser.parse_known_args()
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    args, extra = arguments()
     if args.show:
         print(table((row for file in args.show for row in json.loads(file.read_text())), means_only=True))
         return

@@ -57,14 +57,19 @@ def draw(curves: dict[str, np.ndarray], picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def main() -> None:
-    """Run what is missing, draw, and print the table."""
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what of it goes to every training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/curves"))
     parser.add_argument("--config", default=str(ROOT / "configs" / "minicanvas_style.toml"))
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--json", type=Path, help="also write the table's rows here")
-    args, extra = parser.parse_known_args()
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    """Run what is missing, draw, and print the table."""
+    args, extra = arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     logs = {
         name: run_variant(args.output / name.replace(" ", "_"), ["--config", args.config, *options, *extra])

@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 from fastunlearn.utils.environment import prepare_environment  # noqa: E402
 
-prepare_environment(1)
+if __name__ == "__main__":
+    prepare_environment(cpu_threads=1)
 
 from fastunlearn.config import Config  # noqa: E402
 from fastunlearn.planning.plan import GIB, make_plan, read_model  # noqa: E402
@@ -82,15 +83,20 @@ def row(model: str, stage: int, ranks: int) -> dict:
     }  # fmt: skip
 
 
-def main() -> None:
-    """Print the table, and write it where asked."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder with unet/config.json")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table, and write it where asked."""
+    args = arguments()
     rows = [row(args.model, stage, gpus) for gpus in args.gpus for stage in args.stages]
     text = markdown_table(list(COLUMNS.values()), [[f"{row[name]:,}" for name in COLUMNS] for row in rows])
     print(text)
