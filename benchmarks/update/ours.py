@@ -11,7 +11,7 @@ import torch
 from fastunlearn.config import Config, resolved_steps
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.fused import FusedEngine
-from fastunlearn.methods import build_method
+from fastunlearn.methods.tables import build_method
 from fastunlearn.planning.meta_rows import pool_sizes
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.sampling.key_steps import KeyStep
@@ -49,7 +49,7 @@ class Ours:
 
     def restart(self, step: KeyStep, index: int) -> None:
         """As the update loop does it; methods without trajectories have nothing to restart."""
-        if self.run.method.trajectories:
+        if self.run.method.spec.samples == "trajectories":
             self.run.rollout.restart(replace(step, index=index))
 
     def update(self, step: KeyStep) -> None:
@@ -91,7 +91,7 @@ def whole_of_ours(cfg: Config) -> Whole:
     method = build_method(cfg)
     table, count = method.table(), count_evaluations(cfg, 1)
     restart = sum(2 * cfg.train.train_batch_size * step.index for step in table if step.restart)
-    pictures = pools(cfg, method) * cfg.retain.num_images + pool_sizes(cfg)[0]
+    pictures = pools(cfg) * cfg.retain.num_images + pool_sizes(cfg)[0]
     pool = 2 * pictures * cfg.retain.num_inference_steps
     if cfg.teacher.storage == "cached":
         restart = count.rollout

@@ -5,15 +5,11 @@ What this is: refusals of combinations, each with the remedy. What this is not: 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from fastunlearn.config.base import RunConfig
 from fastunlearn.errors import UserError
 
-if TYPE_CHECKING:
-    from fastunlearn.config import Config
 
-
-def check_engine(cfg: Config) -> None:
+def check_engine(cfg: RunConfig) -> None:
     """Refuse what the engine cannot do.
 
     Raises:
@@ -38,7 +34,7 @@ def check_engine(cfg: Config) -> None:
         )
 
 
-def check_ranks(cfg: Config, world_size: int) -> None:
+def check_ranks(cfg: RunConfig, world_size: int) -> None:
     """Refuse more ranks than the engine has.
 
     Raises:
@@ -53,7 +49,7 @@ def check_ranks(cfg: Config, world_size: int) -> None:
         )
 
 
-def _check_speed(cfg: Config) -> None:
+def _check_speed(cfg: RunConfig) -> None:
     if cfg.model.compile != "no" and cfg.zero_stage == 3:
         raise UserError(
             f"model.compile: {cfg.model.compile!r} with zero.stage 3, which gathers each module's weights in hooks; "
@@ -74,13 +70,13 @@ def _check_speed(cfg: Config) -> None:
         )
 
 
-def _check_graphs(cfg: Config) -> None:
+def _check_graphs(cfg: RunConfig) -> None:
     if cfg.zero_stage == 3:
         raise UserError("model.cuda_graphs: true with zero.stage 3, which moves weights about; use false, or stage 2")
-    if cfg.method == "sdd":
+    if cfg.method_spec.average(cfg) is not None:
         raise UserError(
-            "model.cuda_graphs: true with method 'sdd', whose trajectories a running mean of the weights walks; "
-            "use false"
+            f"model.cuda_graphs: true with method {cfg.method!r}, whose trajectories a running mean of the weights "
+            "walks; use false"
         )
     if cfg.model.mixed_precision == "bf16" and not cfg.bf16_weights:
         raise UserError(
@@ -89,7 +85,7 @@ def _check_graphs(cfg: Config) -> None:
         )
 
 
-def _check_prompt_keys(cfg: Config) -> None:
+def _check_prompt_keys(cfg: RunConfig) -> None:
     against = {
         "zero.stage 3, whose teacher is another U-Net": cfg.zero_stage == 3,
         "model.compile 'regional', which would compile every call anew": cfg.model.compile != "no",
@@ -101,11 +97,11 @@ def _check_prompt_keys(cfg: Config) -> None:
             raise UserError(f"model.cache_prompt_keys: true with {what}; use false")
 
 
-def _check_cached(cfg: Config) -> None:
-    if cfg.method == "doco":
+def _check_cached(cfg: RunConfig) -> None:
+    if cfg.method_spec.samples == "anchors":
         raise UserError(
-            "teacher.storage: 'cached' is for methods that train on trajectories; 'doco' draws its samples anew in "
-            "every update; use 'int8' or 'exact'"
+            f"teacher.storage: 'cached' is for methods that train on trajectories; {cfg.method!r} draws its samples "
+            "anew in every update; use 'int8' or 'exact'"
         )
     if cfg.retains and cfg.retain.target == "teacher":
         raise UserError(
@@ -114,7 +110,7 @@ def _check_cached(cfg: Config) -> None:
         )
 
 
-def _check_fused(cfg: Config) -> None:
+def _check_fused(cfg: RunConfig) -> None:
     if cfg.train.gradient_accumulation_steps > 1:
         raise UserError(
             f"train.gradient_accumulation_steps: {cfg.train.gradient_accumulation_steps}, but engine 'fused' uses "
@@ -139,7 +135,7 @@ def _check_fused(cfg: Config) -> None:
         raise UserError("zero: its settings do not apply to engine 'fused'; drop them, or use engine 'zero'")
 
 
-def _check_zero(cfg: Config) -> None:
+def _check_zero(cfg: RunConfig) -> None:
     if cfg.fused.offload_optimizer != "none":
         raise UserError(
             f"fused.offload_optimizer: {cfg.fused.offload_optimizer!r} is for engine 'fused'; with 'zero' set "
@@ -148,7 +144,7 @@ def _check_zero(cfg: Config) -> None:
     _check_optimizer(cfg)
 
 
-def _check_optimizer(cfg: Config) -> None:
+def _check_optimizer(cfg: RunConfig) -> None:
     if cfg.zero.grad_accum_dtype == "fp32" and cfg.model.mixed_precision == "bf16" and cfg.zero.stage == 1:
         raise UserError(
             "zero.grad_accum_dtype: 'fp32' with model.mixed_precision 'bf16' at zero.stage 1 would keep whole fp32 "

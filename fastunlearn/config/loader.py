@@ -219,7 +219,8 @@ def one_line(error: ValidationError, schema: Schema) -> UserError:
         return UserError(f"{field}: unknown field{_nearest_field(problem['loc'], schema)}")
     if problem["type"] == "missing":
         return UserError(f"{field}: missing; it has no default")
-    return UserError(f"{field}: {reprlib.repr(problem['input'])} is not allowed; {_allowed(problem)}")
+    annotation = fields[field].annotation if field in (fields := dict(fields_of(schema))) else None
+    return UserError(f"{field}: {reprlib.repr(problem['input'])} is not allowed; {_allowed(problem, annotation)}")
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
@@ -229,8 +230,10 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     return text.removeprefix(".")
 
 
-def _allowed(problem: Any) -> str:
+def _allowed(problem: Any, annotation: Any) -> str:
     limits = problem.get("ctx", {})
+    if problem["type"] == "greater_than" and _is_whole_number(annotation):
+        return f"it must be at least {limits['gt'] + 1}"
     texts = {
         "int_type": "a whole number is needed",
         "float_type": "a number is needed",
@@ -251,6 +254,10 @@ def _allowed(problem: Any) -> str:
     if problem["type"] == "literal_error" and isinstance(problem["input"], str):
         text += nearest(problem["input"], limits["expected"].replace("'", "").replace(" or ", ", ").split(", "))
     return text.replace("True", "true").replace("False", "false")
+
+
+def _is_whole_number(annotation: Any) -> bool:
+    return annotation is int or any(_is_whole_number(part) for part in get_args(annotation))
 
 
 def _nearest_field(location: tuple[int | str, ...], schema: Schema) -> str:

@@ -16,7 +16,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from fastunlearn.config import Config, deepspeed_config, student_updates
+from fastunlearn.config import Config, student_updates
 from fastunlearn.engines.optimizers import (
     MAX_GROUP_NUMEL,
     build_optimizer,
@@ -24,6 +24,7 @@ from fastunlearn.engines.optimizers import (
     parameter_groups,
     split_note,
 )
+from fastunlearn.engines.zero_config import deepspeed_config
 from fastunlearn.engines.zero_shards import GradientShards, Piece
 from fastunlearn.errors import UserError
 from fastunlearn.utils.distributed import World, library_chatter

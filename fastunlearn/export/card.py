@@ -19,14 +19,6 @@ from fastunlearn.utils.files import atomic_write_text
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
-METHODS = {
-    "kscu": "KSCU, Key Step Concept Unlearning (arXiv:2507.06526)",
-    "doco": "DoCo, Concept Domain Correction (arXiv:2405.15304)",
-    "esd": "ESD, Erased Stable Diffusion (arXiv:2303.07345)",
-    "sdd": "SDD, Safe self-Distillation Diffusion (arXiv:2307.05977)",
-    "uce": "UCE, Unified Concept Editing (arXiv:2308.14761)",
-    "rece": "RECE, Reliable and Efficient Concept Erasure (arXiv:2407.12383)",
-}
 MEANINGS = {
     "UA": "erased concept no longer recognised",
     "IRA": "kept concepts of the same kind still recognised",
@@ -53,7 +45,7 @@ def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None
     sections = [
         _front_matter(cfg),
         f"# {cfg.model.pretrained_model_name_or_path} without {erased}",
-        f"A U-Net from which *{erased}* was erased with {METHODS.get(cfg.method, cfg.method)}, "
+        f"A U-Net from which *{erased}* was erased with {cfg.method_spec.card_title}, "
         f"{'trained' if cfg.trains else 'edited'} by fastunlearn. "
         "Text encoders, VAE and scheduler are those of the base model.",
         "![before and after](samples/before_after.png)",
@@ -115,9 +107,9 @@ def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
         ("base model", cfg.model.pretrained_model_name_or_path + revision),
         ("erased", "; ".join(c.name + (f" (anchor: {c.anchor})" if c.anchor else "") for c in cfg.concepts)),
         ("asked to keep", "; ".join(cfg.keep) or "nothing in particular"),
-        ("method", METHODS.get(cfg.method, cfg.method)),
+        ("method", cfg.method_spec.card_title),
         ("prompts", "; ".join(f"`{template}`" for template in cfg.prompts.templates)),
-        *(_edit_facts(resolved) if cfg.closed_form else []),
+        *cfg.method_spec.facts(resolved),
         *(_training_facts(resolved, metrics) if cfg.trains else []),
     ]
     evaluations = metrics.get("unet_evaluations") or {}
@@ -164,13 +156,6 @@ def _additions(cfg: Config) -> list[tuple[str, str]]:
         every = "every update" if meta.every == 1 else f"every {meta.every} updates"
         facts.append(("against fine-tuning", f"Meta-Unlearning (arXiv:2410.12777), {every}: {attack}, {again}"))
     return facts
-
-
-def _edit_facts(cfg: Config) -> list[tuple[str, str]]:
-    """Of a method in closed form."""
-    settings = {"uce": cfg.uce.model_dump(), "rece": cfg.rece.model_dump() if cfg.method == "rece" else {}}
-    shown = [f"{section}.{name} {value}" for section, values in settings.items() for name, value in values.items()]
-    return [("edited part of the U-Net", "attn2_kv"), ("settings of the edit", ", ".join(shown))]
 
 
 def _figures(cfg: Config, evaluation: dict) -> str:

@@ -72,7 +72,8 @@ def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigure
     folder = Path(cfg.output_dir)
     stored = stored_dtype(cfg.model)
     base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
-    if cfg.bf16_weights and (cfg.engine == "fused" or cfg.method == "sdd"):  # else the weights are fp32 masters
+    # Else the weights are fp32 masters.
+    if cfg.bf16_weights and (cfg.engine == "fused" or cfg.method_spec.average(cfg) is not None):
         weights = unrounded(base.unet.state_dict(), weights)
     dtype = DTYPES.get(cfg.export.dtype) or stored
     write_unet(base.unet, folder / "unet", dtype, state_dict={**base.unet.state_dict(), **weights})

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from fastunlearn.config import Config
+from fastunlearn.config.run_prompts import forbidden_anchors, meta_prompts, refuse_erased
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import Pipeline, PromptEmbeds
-from fastunlearn.prompts.meta_sets import forbidden_anchors, meta_prompts
-from fastunlearn.prompts.preserved import refuse_erased
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
+from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import LatentPool, RetainBatch, encode_images, generate_pool, read_captions
-from fastunlearn.sampling.rollout import BatchLayout
 from fastunlearn.schema.meta import SETS, set_weights
 from fastunlearn.utils.distributed import World
 

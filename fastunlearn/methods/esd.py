@@ -1,35 +1,65 @@
 """ESD, Erased Stable Diffusion (arXiv 2303.07345): the baseline that KSCU refines.
 
-What this is: a uniformly drawn denoising step, on a fresh trajectory of the model being edited, with a target of
-negative guidance for the conditional prediction: y = e(x, t, anchor) - g * (e(x, t, prompt) - e(x, t, anchor)).
-What this is not: a second trainer. Only the table and the loss differ from KSCU; the variants (x, x-strict, u, full)
-are scopes in ``config_rules.py``.
+A uniformly drawn denoising step, on a fresh trajectory of the model being edited, with negative guidance as target of
+the conditional prediction: y = e(x, t, anchor) - g * (e(x, t, prompt) - e(x, t, anchor)), e being the frozen model.
 """
 
 from __future__ import annotations
 
-from fastunlearn.config import resolved_steps
-from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.methods.base import Method, MethodOutput, frozen_predictions, sampler_pair
+from typing import TYPE_CHECKING, Literal
+
+from fastunlearn.methods.base import Method, MethodOutput, MethodSpec, frozen_predictions, guided_prediction
+from fastunlearn.sampling.batch import UnlearnBatch
 from fastunlearn.sampling.key_steps import KeyStep, uniform_table
-from fastunlearn.sampling.rollout import UnlearnBatch
-from fastunlearn_kernels import guided_noise_loss
+from fastunlearn.schema.fields import ConfigModel, NonNegativeFloat, Scope
+
+if TYPE_CHECKING:
+    from fastunlearn.config import Config
+    from fastunlearn.denoisers.predictors import Predictors
+
+SCOPES: dict[str, Scope] = {"x": "attn2", "x-strict": "attn2_kv", "u": "noxattn", "full": "full"}
+
+
+class EsdConfig(ConfigModel):
+    """Erased Stable Diffusion (arXiv 2303.07345), the baseline."""
+
+    variant: Literal["x", "x-strict", "u", "full"] = "x"
+    """What is trained: cross-attention, its keys and values only, all but cross-attention, or everything."""
+    negative_guidance: NonNegativeFloat = 1.0
+    """How far beyond the anchor the target lies."""
+
+
+class EsdSpec(MethodSpec):
+    """Facts."""
+
+    title = "ESD, Erased Stable Diffusion"
+    paper = "2303.07345"
+    Settings = EsdConfig
+    steps = 1000
+
+    def default_scope(self, cfg: Config) -> str:
+        """That of the variant."""
+        return SCOPES[cfg.esd.variant]
 
 
 class ESD(Method):
     """Uniform steps, conditional target only."""
 
+    spec = EsdSpec()
+
     def table(self) -> list[KeyStep]:
         """One fresh trajectory per update, stopped at a uniformly drawn step."""
         cfg = self.cfg
-        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, resolved_steps(cfg), cfg.seed)
+        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, cfg.max_train_steps, cfg.seed)
 
-    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
+    def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:
         """Evaluate teacher and student at the drawn step."""
-        x, t = window.latents, window.timestep
-        teacher_cond, teacher_anchor = frozen_predictions(models, window, "cond", "anchor")
-        (student_cond,) = models.train(x, t, window.trained)
-        pair = sampler_pair(models, window, student_cond, None)
+        from fastunlearn_kernels import guided_noise_loss
+
+        x, t = batch.latents, batch.timestep
+        teacher_cond, teacher_anchor = frozen_predictions(models, batch, "cond", "anchor")
+        (student_cond,) = models.train(x, t, batch.trained)
+        guided = guided_prediction(models, batch, student_cond, None)
         loss, *_ = guided_noise_loss(
             student_cond,
             None,
@@ -40,4 +70,4 @@ class ESD(Method):
             alpha_t=models.backbone.scheduler.alphas_cumprod[t],
             prediction_type=models.backbone.prediction_type,
         )
-        return MethodOutput(loss, pair)
+        return MethodOutput(loss, guided)

@@ -1,77 +1,140 @@
 """KSCU, Key Step Concept Unlearning (arXiv 2507.06526): fine-tune only the denoising steps that make the concept.
 
-What this is: the key-step table, the conditional and unconditional targets, and the augmented tail.
-What this is not: the trajectory (``rollout.py``), or the published code's waste: no step is evaluated twice.
-
 Legend, at one key step with latents x and timestep t; e is the frozen model, s the student, O the unconditional prompt:
     D   = e(x, t, prompt) - e(x, t, anchor)              erased direction; the published anchor is O
     y_c = e(x, t, anchor) - g * D                        conditional target, g = negative_guidance
     y_0 = e(x, t, O) - lambda1(t) * D                    unconditional target, lambda1(t) = (1000 - t) * uncond_slope
     L   = mean((s(x, t, prompt~) - y_c)^2) + lambda2 * mean((s(x, t, O) - y_0)^2)
 prompt~ is the prompt itself, in the tail of the run an augmented one with a little noise on its embedding.
+The student's predictions also move the trajectory on (``sampling/rollout.py``): unlike in the published code no step is
+evaluated twice.
 """
 
 from __future__ import annotations
 
-from fastunlearn.config import resolved_start, resolved_steps
-from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.methods.base import Method, MethodOutput, frozen_predictions, sampler_pair
-from fastunlearn.sampling.key_steps import KeyStep, key_step_table
-from fastunlearn.sampling.rollout import Augmentation, UnlearnBatch
-from fastunlearn_kernels import guided_noise_loss
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from fastunlearn.methods.base import (
+    ByKind,
+    KindDefaults,
+    Method,
+    MethodOutput,
+    UNetCalls,
+    frozen_predictions,
+    guided_prediction,
+)
+from fastunlearn.sampling.batch import Augmentation, UnlearnBatch
+from fastunlearn.sampling.key_steps import KeyStep, key_step_table, scale_start
+from fastunlearn.schema.fields import ConfigModel, NonNegativeFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from fastunlearn.config import Config
+    from fastunlearn.denoisers.predictors import Predictors
 
 # With the published weight of 1e-4 the unconditional term has about a millionth of the conditional gradient at the
 # start, and its backward costs as much as the conditional one. "auto" evaluates it from this weight on.
 UNCOND_WEIGHT_THAT_MATTERS = 1e-2
+# The released trainer for SD 1.4: objects and nudity live in the layout, styles in the detail.
+KINDS = {
+    "style": KindDefaults(start=24, steps=500, steps_for_several=500, scope="attn2"),
+    "object": KindDefaults(start=14, steps=750, steps_for_several=750, scope="noxattn"),
+    "nudity": KindDefaults(start=14, steps=750, steps_for_several=750, scope="noxattn"),
+    "instance": KindDefaults(start=40, steps=200, steps_for_several=750, scope="attn2"),
+}
+
+
+class KscuConfig(ConfigModel):
+    """Key Step Concept Unlearning (arXiv 2507.06526)."""
+
+    start: Annotated[int, Field(ge=0, lt=45)] | None = None
+    """First trained step on a 50-step scale; none: nudity and object 14, style 24, instance 40."""
+    loop: PositiveInt = 8
+    """Traversals of the slice before its start advances by one step."""
+    negative_guidance: NonNegativeFloat = 1.0
+    """How far beyond the anchor the conditional target lies."""
+    uncond_slope: NonNegativeFloat = 2e-5
+    """Slope of the unconditional guidance lambda1 = (1000 - t) * slope."""
+    uncond_weight: NonNegativeFloat = 1e-4
+    """Weight lambda2 of the unconditional term in the loss."""
+    uncond_gradient: Literal["auto", True, False] = "auto"
+    """Whether the unconditional term carries a gradient; auto: only where its weight makes it matter."""
+
+
+class KscuSpec(ByKind):
+    """Facts."""
+
+    title = "KSCU, Key Step Concept Unlearning"
+    paper = "2507.06526"
+    Settings = KscuConfig
+    kinds = KINDS
+
+    def calls(self, cfg: Config) -> UNetCalls:
+        """Prompt, anchor and, where it is trained, the unconditional prompt."""
+        conditions = 2 if trains_uncond(cfg) else 1
+        return UNetCalls(teacher=1 + conditions, trained=conditions, beside=3 - conditions)
 
 
 class KSCU(Method):
     """Key steps, dual target, augmented tail."""
 
+    spec = KscuSpec()
+
     def table(self) -> list[KeyStep]:
         """The key-step table, with each concept's own start."""
         cfg = self.cfg
-        steps = cfg.sampler.num_inference_steps
-        starts = [resolved_start(cfg, cfg.kind_of(concept)) for concept in cfg.concepts]
-        return key_step_table(starts, steps, resolved_steps(cfg), cfg.kscu.loop)
+        return key_step_table(first_key_steps(cfg), cfg.sampler.num_inference_steps, cfg.max_train_steps, cfg.kscu.loop)
 
     def augmentation(self, step: KeyStep) -> Augmentation | None:
         """The last ``augment_fraction`` of the updates train on augmented prompts."""
-        prompts, updates = self.cfg.prompts, resolved_steps(self.cfg)
-        if prompts.augment_pool == 0 or step.update < (1.0 - prompts.augment_fraction) * updates:
+        prompts = self.cfg.prompts
+        if prompts.augment_pool == 0 or step.update < (1.0 - prompts.augment_fraction) * self.cfg.max_train_steps:
             return None
         return Augmentation(prompts.augment_embedding_noise)
 
-    @property
-    def trains_uncond(self) -> bool:
-        """Whether the unconditional branch takes part in the loss."""
-        choice = self.cfg.kscu.uncond_gradient
-        return self.cfg.kscu.uncond_weight >= UNCOND_WEIGHT_THAT_MATTERS if choice == "auto" else bool(choice)
-
-    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
+    def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:
         """Evaluate teacher and student at a key step; the student's predictions are kept for the sampler."""
-        x, t = window.latents, window.timestep
-        teacher_uncond = student_uncond = None
-        if self.trains_uncond:
-            teacher_cond, teacher_anchor, teacher_uncond = frozen_predictions(
-                models, window, "cond", "anchor", "uncond"
-            )
-            student_cond, student_uncond = models.train(x, t, window.trained, window.uncond)
-        else:
-            teacher_cond, teacher_anchor = frozen_predictions(models, window, "cond", "anchor")
-            (student_cond,) = models.train(x, t, window.trained)
-        pair = sampler_pair(models, window, None if window.augmented else student_cond, student_uncond)
+        from fastunlearn_kernels import guided_noise_loss
 
+        x, t, settings = batch.latents, batch.timestep, self.cfg.kscu
+        teacher_uncond = student_uncond = None
+        if trains_uncond(self.cfg):
+            teacher_cond, teacher_anchor, teacher_uncond = frozen_predictions(models, batch, "cond", "anchor", "uncond")
+            student_cond, student_uncond = models.train(x, t, batch.trained, batch.uncond)
+        else:
+            teacher_cond, teacher_anchor = frozen_predictions(models, batch, "cond", "anchor")
+            (student_cond,) = models.train(x, t, batch.trained)
+        guided = guided_prediction(models, batch, None if batch.augmented else student_cond, student_uncond)
         loss, *_ = guided_noise_loss(
             student_cond,
             student_uncond,
             teacher_cond,
             teacher_anchor,
             teacher_uncond,
-            guidance=self.cfg.kscu.negative_guidance,
-            lambda1_B=(1000 - t) * self.cfg.kscu.uncond_slope,
-            uncond_weight=self.cfg.kscu.uncond_weight,
+            guidance=settings.negative_guidance,
+            lambda1_B=(1000 - t) * settings.uncond_slope,
+            uncond_weight=settings.uncond_weight,
             alpha_t=models.backbone.scheduler.alphas_cumprod[t],
             prediction_type=models.backbone.prediction_type,
         )
-        return MethodOutput(loss, pair)
+        return MethodOutput(loss, guided)
+
+
+def trains_uncond(cfg: Config) -> bool:
+    """Whether the unconditional branch takes part in the loss."""
+    choice = cfg.kscu.uncond_gradient
+    return cfg.kscu.uncond_weight >= UNCOND_WEIGHT_THAT_MATTERS if choice == "auto" else bool(choice)
+
+
+def first_key_step(cfg: Config, kind: str) -> int:
+    """First trained sampler index of a concept of this kind, on the scale of ``cfg.sampler.num_inference_steps``."""
+    steps = cfg.sampler.num_inference_steps
+    start = cfg.kscu.start if cfg.kscu.start is not None else KINDS[kind].start
+    return min(scale_start(start, steps), math.ceil(0.9 * steps) - 1)
+
+
+def first_key_steps(cfg: Config) -> list[int]:
+    """That of each concept of the run."""
+    return [first_key_step(cfg, cfg.kind_of(concept)) for concept in cfg.concepts]

@@ -1,8 +1,7 @@
 """RECE, Reliable and Efficient Concept Erasure (arXiv 2407.12383): UCE, and then what would still evoke the concept.
 
-What this is: rounds of deriving, in closed form, the tokens with which the edited projections answer most like the
-original ones did to the concept, and of erasing those too.
-What this is not: the algebra (``closed_form.py``).
+Rounds of deriving, in closed form, the tokens with which the edited projections answer most like the original ones did
+to the concept, and of erasing those too. The algebra is in ``parts/closed_form.py``.
 
 One round, from the projections W of the round before; W0 are the original ones, c the concept's tokens, a what takes
 their place, p what is preserved:
@@ -14,34 +13,76 @@ Where ``rece.cumulative``, which is ours, the second line also holds every c and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from fastunlearn.methods.uce import UCE, UceSpec
+from fastunlearn.schema.fields import ConfigModel, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from fastunlearn.methods.parts.closed_form import (
-    Tokens,
-    Weights,
-    concat,
-    erase,
-    gram,
-    solve_evoking_tokens,
-    with_negative_guidance,
-)
-from fastunlearn.methods.uce import UCE
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastunlearn.config import Config
+    from fastunlearn.methods.parts.closed_form import Tokens
+
+
+class ReceConfig(ConfigModel):
+    """Reliable and Efficient Concept Erasure (arXiv 2407.12383): rounds after UCE, whose section it reads as well."""
+
+    rounds: NonNegativeInt = 1
+    """How often a token is derived and erased; published: 3 for nudity, 2 for other unsafe concepts, else 1; 0: UCE."""
+    tokens: Literal["name", "all"] = "name"
+    """What tokens are derived from: that in which the concept's name ends, or all that UCE erases."""
+    embedding_regularisation: PositiveFloat = 0.1
+    """Weight lambda of the derived tokens' size; published: 0.1, for styles and hard objects 0.001."""
+    erase_scale: PositiveFloat = 1.0
+    """Weight of the derived tokens."""
+    preserve_scale: NonNegativeFloat = 1.0
+    """Weight of what is preserved while they are erased."""
+    regularisation: PositiveFloat = 0.1
+    """Weight with which the projections are held to those of the round before."""
+    cumulative: bool = True
+    """Whether a round erases again what the rounds before it and UCE erased; published: false, which holds where the
+    preserved tokens leave enough directions free, and otherwise gives the concept back."""
+
+
+class ReceSpec(UceSpec):
+    """Facts: UCE's, and the rounds."""
+
+    title = "RECE, Reliable and Efficient Concept Erasure"
+    paper = "2407.12383"
+    Settings = ReceConfig
+
+    def settings_of_the_edit(self, cfg: Config) -> dict[str, Any]:
+        """By dotted name."""
+        own = {f"rece.{name}": value for name, value in cfg.rece.model_dump().items()}
+        return super().settings_of_the_edit(cfg) | own
+
+    def derived_rounds(self, cfg: Config) -> int:
+        """As ``rece.rounds`` says."""
+        return cfg.rece.rounds
+
+    def refuse_settings(self, cfg: Config) -> None:
+        """It reads both sections."""
 
 
 class RECE(UCE):
     """UCE and its rounds."""
 
+    spec: ClassVar[UceSpec] = ReceSpec()
+
     def text_map(self, tokens: Tokens, projections: Mapping[str, Tensor]) -> Tensor:
         """What every projection is to be multiplied with, (D, D) in fp64."""
+        from fastunlearn.methods.parts import closed_form as algebra
+
         rece = self.cfg.rece
-        weights = Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
-        moved = erased = with_negative_guidance(tokens, self.cfg.uce.negative_guidance)
-        found, answers = erase(moved, self.weights), gram(projections.values(), tokens.erased.device)
+        weights = algebra.Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
+        moved = erased = algebra.with_negative_guidance(tokens, self.cfg.uce.negative_guidance)
+        found = algebra.erase(moved, self.weights)
+        answers = algebra.gram(projections.values(), tokens.erased.device)
         sources = moved.of_the_name() if rece.tokens == "name" else moved
         for _ in range(rece.rounds):
-            derived = solve_evoking_tokens(sources.erased, found, answers, rece.embedding_regularisation)
-            new = Tokens(derived, sources.anchors, sources.preserved)
-            erased = concat(erased, new) if rece.cumulative else new
-            found = erase(erased, weights, start=found)
+            derived = algebra.solve_evoking_tokens(sources.erased, found, answers, rece.embedding_regularisation)
+            new = algebra.Tokens(derived, sources.anchors, sources.preserved)
+            erased = algebra.concat(erased, new) if rece.cumulative else new
+            found = algebra.erase(erased, weights, start=found)
         return found

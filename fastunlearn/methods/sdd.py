@@ -1,40 +1,91 @@
 """SDD, Safe self-Distillation Diffusion (arXiv 2307.05977): the student learns to ignore the concept, from itself.
 
-What this is: a uniformly drawn denoising step, on a fresh trajectory that the running mean of the weights walks, and a
-loss between two predictions of the student.
-What this is not: the running mean (``ema.py``), which is also what remains of a run.
+A uniformly drawn denoising step, on a fresh trajectory that an exponential average of the weights walks, and a loss
+between two predictions of the student. The average (``denoisers/ema.py``) is also what remains of a run.
 
-Legend, at latents x and timestep t; s the student's noise prediction, O the
-prompt without the concept, by default the empty one:
+Legend, at latents x and timestep t; s the student's noise prediction, O the prompt without the concept, by default the
+empty one:
     L = mean((s(x, t, prompt) - stopgrad s(x, t, O))^2)
 Nothing is asked of the original model: there is no frozen teacher, unless a retain loss wants one.
 """
 
 from __future__ import annotations
 
-from fastunlearn.config import resolved_steps
-from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.methods.base import Method, MethodOutput, sampler_pair
+from typing import TYPE_CHECKING
+
+from fastunlearn.errors import UserError
+from fastunlearn.methods.base import Method, MethodOutput, MethodSpec, UNetCalls, guided_prediction
+from fastunlearn.sampling.batch import UnlearnBatch
 from fastunlearn.sampling.key_steps import KeyStep, uniform_table
-from fastunlearn.sampling.rollout import UnlearnBatch
-from fastunlearn_kernels import to_epsilon
+from fastunlearn.schema.fields import Beta, ConfigModel
+
+if TYPE_CHECKING:
+    from fastunlearn.config import Config
+    from fastunlearn.denoisers.predictors import Predictors
+
+
+class SddConfig(ConfigModel):
+    """Safe self-Distillation Diffusion (arXiv 2307.05977)."""
+
+    ema_decay: Beta = 0.999
+    """Decay of the running mean of the weights that walks the trajectories and is what remains in the end."""
+    ema_warmup: bool = False
+    """Let the decay rise from nothing as (1 + n) / (10 + n) in update n, for runs much shorter than 1 / (1 - decay)."""
+
+
+class SddSpec(MethodSpec):
+    """Facts."""
+
+    title = "SDD, Safe self-Distillation Diffusion"
+    paper = "2307.05977"
+    Settings = SddConfig
+    steps = 1500
+    asks_teacher = False
+
+    def calls(self, cfg: Config) -> UNetCalls:
+        """The student with the concept, and without it as the target."""
+        return UNetCalls(teacher=0, trained=1, own_target=1)
+
+    def average(self, cfg: Config) -> tuple[float, bool]:
+        """It always has one."""
+        return cfg.sdd.ema_decay, cfg.sdd.ema_warmup
+
+    def refuse(self, cfg: Config) -> None:
+        """What an average of whole weights, or targets of the student's own, leave no room for."""
+        if cfg.zero_stage == 3:
+            raise UserError(
+                "zero.stage: 3 with method 'sdd', whose running mean of the weights is a whole copy on every rank; use "
+                "zero.stage 2"
+            )
+        if cfg.teacher.storage == "cached":
+            raise UserError(
+                "teacher.storage: 'cached' has no meaning for method 'sdd', whose targets are its student's; use "
+                "'exact'"
+            )
+        if cfg.teacher.storage != "exact" and not cfg.needs_teacher:
+            raise UserError(
+                f"teacher.storage: {cfg.teacher.storage!r} has no meaning for method 'sdd' without surgery, which "
+                "needs no teacher; use 'exact'"
+            )
 
 
 class SDD(Method):
     """Uniform steps, the student's own prediction without the concept as target."""
 
-    uses_ema = True
+    spec = SddSpec()
 
     def table(self) -> list[KeyStep]:
         """One fresh trajectory per update, stopped at a uniformly drawn step."""
         cfg = self.cfg
-        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, resolved_steps(cfg), cfg.seed)
+        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, cfg.max_train_steps, cfg.seed)
 
-    def loss(self, models: Predictors, window: UnlearnBatch) -> MethodOutput:
+    def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:
         """Evaluate the student twice at the drawn step; only at the concept with a graph."""
-        x, t = window.latents, window.timestep
-        (target,) = models.student(x, t, window.anchor)
-        (student,) = models.train(x, t, window.trained)
+        from fastunlearn_kernels import to_epsilon
+
+        x, t = batch.latents, batch.timestep
+        (target,) = models.student(x, t, batch.anchor)
+        (student,) = models.train(x, t, batch.trained)
         alpha, kind = models.backbone.scheduler.alphas_cumprod[t], models.backbone.prediction_type
         difference = to_epsilon(student, x, alpha, kind) - to_epsilon(target, x, alpha, kind)
-        return MethodOutput(difference.square().mean(), sampler_pair(models, window, None, None))
+        return MethodOutput(difference.square().mean(), guided_prediction(models, batch, None, None))

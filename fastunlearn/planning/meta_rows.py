@@ -51,7 +51,7 @@ def pool_sizes(cfg: Config) -> tuple[int, int]:
     """(pictures in all sets, sets that are drawn by the model)"""
     if not cfg.has_meta:
         return 0, 0
-    from fastunlearn.prompts.meta_sets import meta_prompts
+    from fastunlearn.config.run_prompts import meta_prompts
 
     drawn = len(meta_prompts(cfg))
     return drawn * cfg.meta.num_images, drawn

@@ -20,13 +20,12 @@ import torch
 
 from fastunlearn.acceleration.text_kv_cache import cross_attentions
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.config.run_prompts import meta_texts, preserve_prompts, retain_prompts
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.optimizers import is_small, layer_of, parameter_groups
 from fastunlearn.errors import UserError
 from fastunlearn.meta.image_sets import set_captions
-from fastunlearn.methods import build_method
-from fastunlearn.methods.doco import shown_channels
-from fastunlearn.methods.parts.discriminator import Discriminator
+from fastunlearn.methods.tables import build_method
 from fastunlearn.models.backbone import trainable_names
 from fastunlearn.models.formats.headers import COMPONENTS, FIELD, check_kind, check_safetensors, is_hub_id, variant_of
 from fastunlearn.models.formats.single_file import read_single_file
@@ -35,9 +34,7 @@ from fastunlearn.planning.activations import Activations, Shape, build_unet, mea
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
 from fastunlearn.planning.states import Row, Sizes, gradients_of_one_pass, peak, totals, worst_rank
-from fastunlearn.planning.unet_calls import count_evaluations, pools, teacher_conditions, trained_conditions
-from fastunlearn.prompts.meta_sets import meta_texts
-from fastunlearn.prompts.preserved import preserve_prompts, retain_prompts
+from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.prompts.variants import build_prompt_table
 from fastunlearn.sampling.retain import folder_captions
 from fastunlearn.schema.meta import meta_weights, set_weights
@@ -202,7 +199,7 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
     elif cfg.retains:
         retained = retain_prompts(cfg)
     captions = [caption for pairs in set_captions(cfg).values() for _, caption in pairs]
-    pictures += pools(cfg, build_method(cfg)) * cfg.retain.num_images + pool_sizes(cfg)[0] + len(captions)
+    pictures += pools(cfg) * cfg.retain.num_images + pool_sizes(cfg)[0] + len(captions)
     others = [*meta_texts(cfg), *captions]
     texts = len(build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others).texts)
     width = 2 if cfg.bf16_weights else 4
@@ -218,11 +215,8 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
         indices = len({(step.concept, step.index) for step in build_method(cfg).table()})
         stored = 4 * indices * cfg.teacher.trajectories * config["in_channels"] * side * side * 4
         rows.append(Row("targets of the original model", host=stored))
-    if cfg.method == "doco":
-        with torch.device("meta"):
-            channels = shown_channels(cfg, config["in_channels"])
-            judge = Discriminator(channels, side, released=cfg.doco.discriminator == "released", seed=cfg.seed)
-        rows.append(Row("discriminator and its Adam", 16 * sum(p.numel() for p in judge.parameters())))
+    own = cfg.method_spec.memory_rows(cfg, config["in_channels"], side)
+    rows += [Row(name, size) for name, size in own]
     return rows
 
 
@@ -243,8 +237,7 @@ def activation_rows(cfg: Config, model: Model, scope: str, gradients: int) -> li
 
 def _windows(cfg: Config, model: Model, scope: str, gradients: int) -> dict[str, int]:
     """The peak of everything that calls the U-Net, by name, with the gradients where there are ``gradients``."""
-    method, batch, retained = build_method(cfg), cfg.train.train_batch_size, cfg.retain.batch_size
-    trained, frozen = trained_conditions(method), teacher_conditions(cfg, method)
+    batch, retained, calls = cfg.train.train_batch_size, cfg.retain.batch_size, cfg.method_spec.calls(cfg)
 
     def run(rows: int) -> Activations:
         return _activations(cfg, model, scope, rows)
@@ -255,11 +248,10 @@ def _windows(cfg: Config, model: Model, scope: str, gradients: int) -> dict[str,
         waiting = student.saved + (run(beside).forward if beside else 0)
         return max(student.together if gradients else student.backward, waiting)
 
-    # The sampler's or the discriminator's share.
-    beside = {"kscu": 3 - trained, "doco": frozen}.get(cfg.method, 0) * batch
     windows = {}
     if not cfg.closed_form:
-        windows = {"unlearning": recorded(trained * batch, beside), "trajectories": run(max(2, frozen) * batch).forward}
+        unlearning = recorded(calls.trained * batch, calls.beside * batch)
+        windows = {"unlearning": unlearning, "trajectories": run(max(2, calls.teacher) * batch).forward}
     if cfg.retains:
         windows["retain"] = recorded(retained, retained if cfg.retain.target == "teacher" else 0)
     if cfg.has_meta:
@@ -267,7 +259,7 @@ def _windows(cfg: Config, model: Model, scope: str, gradients: int) -> dict[str,
         weights = meta_weights(cfg.meta)
         again = bool(weights.before_related or weights.before_unrelated)  # on top of the gradients after the attack
         windows["meta"] = run(judged).backward + gradients if again else recorded(judged, 0)
-    if cfg.method == "doco" or (cfg.retains and cfg.retain_source != "folder"):
+    if cfg.method_spec.samples == "anchors" or (cfg.retains and cfg.retain_source != "folder"):
         windows["pictures"] = run(2 * retained).forward
     return windows
 

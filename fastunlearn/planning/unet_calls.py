@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from fastunlearn.config import Config, first_student_update
 from fastunlearn.denoisers.predictors import Evaluations
-from fastunlearn.methods import KSCU, build_method, rank_table
-from fastunlearn.methods.base import Method
+from fastunlearn.methods.base import Method, UNetCalls
+from fastunlearn.methods.tables import build_method, rank_table
 from fastunlearn.planning.meta_rows import add_meta, pool_sizes
 from fastunlearn.sampling.key_steps import KeyStep
 
@@ -19,7 +19,7 @@ def count_evaluations(cfg: Config, world: int) -> Evaluations:
     """Single-sample evaluations of the whole run, all ranks together."""
     if not cfg.trains:
         return Evaluations()
-    count = Evaluations(teacher=_pool(cfg, build_method(cfg)) * world)
+    count = Evaluations(teacher=_pool(cfg) * world)
     if cfg.train.spread_concepts:
         for rank in range(world):
             _add_table(cfg, count, rank_table(cfg, rank, world), 1)
@@ -30,7 +30,7 @@ def count_evaluations(cfg: Config, world: int) -> Evaluations:
 
 def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int) -> None:
     """What ``ranks`` ranks evaluate that share a table."""
-    method = build_method(cfg)
+    method, calls = build_method(cfg), cfg.method_spec.calls(cfg)
     micro_batches = cfg.train.gradient_accumulation_steps * ranks
     batch, retained = cfg.train.train_batch_size * micro_batches, cfg.retain.batch_size * micro_batches
     cached = cfg.teacher.storage == "cached"
@@ -46,11 +46,11 @@ def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int
             continue
         if not cached:
             count.rollout += 2 * batch * step.index if step.restart else 0
-            count.teacher += batch * teacher_conditions(cfg, method)
-            count.rollout += batch * _left_for_sampler(method, step)
-        student = batch * trained_conditions(method)
+            count.teacher += batch * calls.teacher
+            count.rollout += batch * _left_for_sampler(calls, method, step)
+        student = batch * calls.trained
         if trains:
-            count.student_forward += student + batch * own_targets(cfg)
+            count.student_forward += student + batch * calls.own_target
             count.student_backward += student
         else:
             count.rollout += student
@@ -65,45 +65,25 @@ def _add_targets(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: i
         count.rollout += 2 * trajectories * (max(wanted) + 1 - len(wanted))
 
 
-def teacher_conditions(cfg: Config, method: Method) -> int:
-    """Conditions per sample of the frozen model's call in an unlearning window."""
-    if isinstance(method, KSCU):
-        return 3 if method.trains_uncond else 2
-    if cfg.method == "sdd":
-        return 0
-    if cfg.method == "doco":
-        return 1 if cfg.doco.guidance_scale == 1.0 else 2
-    return 2
-
-
-def trained_conditions(method: Method) -> int:
-    """Conditions per sample of the student's recorded call in an unlearning window."""
-    return 2 if isinstance(method, KSCU) and method.trains_uncond else 1
-
-
-def own_targets(cfg: Config) -> int:
-    """Conditions per sample of the student's call without a gradient, where it is its own target."""
-    return 1 if cfg.method == "sdd" else 0
-
-
-def _left_for_sampler(method: Method, step: KeyStep) -> int:
-    """Predictions that the trajectory needs and training did not make: see ``methods.base.sampler_pair``."""
+def _left_for_sampler(calls: UNetCalls, method: Method, step: KeyStep) -> int:
+    """Predictions that the trajectory needs and training did not make: see ``methods.base.guided_prediction``."""
     if not step.continues:
         return 0
-    return (trained_conditions(method) == 1) + (method.augmentation(step) is not None)
+    return (calls.trained == 1) + (method.augmentation(step) is not None)
 
 
-def _pool(cfg: Config, method: Method) -> int:
+def _pool(cfg: Config) -> int:
     """Every rank draws the whole pool of pictures for itself, guided."""
     retain = cfg.retain
-    pictures = pools(cfg, method) * retain.num_images + pool_sizes(cfg)[0]
+    pictures = pools(cfg) * retain.num_images + pool_sizes(cfg)[0]
     return 2 * pictures * retain.num_inference_steps
 
 
-def pools(cfg: Config, method: Method) -> int:
-    """How many pools of pictures are drawn: for DoCo's windows, and for a retain set that does not share them."""
+def pools(cfg: Config) -> int:
+    """How many pools of pictures are drawn: of anchors to train on, and for a retain set that does not share them."""
     source = cfg.retain_source if cfg.retains else None
-    return (not method.trajectories) + (source == "generated" or (source == "anchors" and method.trajectories))
+    anchors = cfg.method_spec.samples == "anchors"
+    return anchors + (source == "generated" or (source == "anchors" and not anchors))
 
 
 def _add_retain(cfg: Config, count: Evaluations, step: KeyStep, rows: int) -> None:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastunlearn.config import Concept, PromptsConfig
+from fastunlearn.schema.sections import Concept, PromptsConfig
 
 UNCONDITIONAL = ""
 AUGMENT_WORDS = (

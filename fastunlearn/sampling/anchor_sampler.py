@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from fastunlearn.config import Config, first_student_update
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
+from fastunlearn.sampling.batch import Augmentation, BatchLayout, UnlearnBatch
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import LatentPool
-from fastunlearn.sampling.rollout import Augmentation, BatchLayout, UnlearnBatch
 from fastunlearn.sampling.static_sampler import StaticSampler
 
 
@@ -62,6 +62,7 @@ class AnchorSampler(StaticSampler):
 
     def _time(self, draw: random.Random, step: KeyStep, count: int) -> int:
         """Uniform over the noise schedule from the smallest on, or over the sampler's steps from the key step on."""
-        if self.cfg.doco.timesteps == "uniform":
-            return draw.randrange(min(self.cfg.doco.min_timestep, count - 1), count)
+        times = self.cfg.method_spec.anchor_timesteps(self.cfg)
+        if times.uniform:
+            return draw.randrange(min(times.minimum, count - 1), count)
         return draw.choice(self.timesteps[step.index :])

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.batch import Augmentation, BatchLayout, GuidedPrediction, UnlearnBatch
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Augmentation, BatchLayout, GuidedPrediction, Rollout, UnlearnBatch
+from fastunlearn.sampling.rollout import Rollout
 from fastunlearn.sampling.static_sampler import StaticSampler
 
 

@@ -24,13 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 from fastunlearn.config import Config
+from fastunlearn.config.run_prompts import refuse_erased
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import Pipeline, PromptEmbeds
-from fastunlearn.prompts.preserved import refuse_erased
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
+from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import BatchLayout, Rollout
+from fastunlearn.sampling.rollout import Rollout
 from fastunlearn.utils.distributed import World
 from fastunlearn_kernels import add_noise, guided_step, weighted_noise_loss
 

@@ -10,8 +10,7 @@ prompt are drawn from (seed, update, number) alone: the same global batch gives 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,52 +18,9 @@ from torch import Tensor
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.models.backbone import PromptEmbeds
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
+from fastunlearn.sampling.batch import Augmentation, BatchLayout, GuidedPrediction, UnlearnBatch
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn_kernels import guided_step
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How the global batch is spread: this rank walks ``micro_batches`` groups of ``batch`` trajectories."""
-
-    rank: int
-    world_size: int
-    batch: int
-    micro_batches: int
-
-    def global_sample_ids(self) -> list[int]:
-        """Global numbers of this rank's trajectories, micro-batch by micro-batch."""
-        return [
-            (micro * self.world_size + self.rank) * self.batch + slot
-            for micro in range(self.micro_batches)
-            for slot in range(self.batch)
-        ]
-
-
-@dataclass
-class UnlearnBatch:
-    """One micro-batch at one key step: everything a method needs to compute its loss."""
-
-    latents: Tensor
-    timestep: int | Tensor
-    cond: PromptEmbeds
-    trained: PromptEmbeds
-    anchor: PromptEmbeds
-    uncond: PromptEmbeds
-    augmented: bool
-    advance: bool
-    trains: bool = True
-    """False where the model is only looked at."""
-    targets: Mapping[str, Tensor] | None = None
-    """The frozen model's predictions by condition, where they were made before training."""
-
-
-@dataclass
-class GuidedPrediction:
-    """The student's conditional and unconditional predictions at a window, which the sampler reuses."""
-
-    cond: Tensor
-    uncond: Tensor
 
 
 class Rollout:
@@ -195,10 +151,3 @@ class Rollout:
     def _generator(self, update: int, number: int, stream: int) -> torch.Generator:
         seed = random.Random(f"{self.seed}:{update}:{number}:{stream}").getrandbits(63)
         return torch.Generator().manual_seed(seed)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """KSCU's tail: train on a perturbed prompt with ``noise`` * N(0, 1) added to its embedding."""
-
-    noise: float

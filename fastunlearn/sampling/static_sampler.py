@@ -6,14 +6,11 @@ What this is not: pictures of anchors (``anchor_windows.py``) or stored trajecto
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
 from fastunlearn.denoisers.predictors import Predictors
+from fastunlearn.sampling.batch import Augmentation, GuidedPrediction, UnlearnBatch
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Augmentation, GuidedPrediction, UnlearnBatch
 
 
 class StaticSampler:
@@ -50,8 +47,3 @@ class EmptySampler(StaticSampler):
     def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """None."""
         return iter(())
-
-
-def no_loss(parameters: Iterable[Tensor]) -> Tensor:
-    """A loss of zero, fp32, whose gradient is zero for each of them: a window for an engine that needs one."""
-    return torch.stack([(parameter * 0).sum().float() for parameter in parameters]).sum()

@@ -1,69 +1,61 @@
-"""The ``[meta]`` section, and its rules.
-
-What this is: fields with a docstring each, as in ``config_sections.py``, the released settings, and the refusals.
-What this is not: the meta term itself (``meta/``).
-"""
+"""The ``[meta]`` section, its weights, and the released ones. Its rules are in ``config/meta_rules.py``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from fastunlearn.errors import UserError
-from fastunlearn.schema.sections import NotNegativeFloat, Place, Positive, Section
+from fastunlearn.schema.fields import ConfigModel, GradientDtype, NonNegativeFloat, PathStr, PositiveFloat, PositiveInt
 
-if TYPE_CHECKING:
-    from fastunlearn.config import Config
-
-TERMS_PER_ATTACK = 20
+STEPS_PER_ATTACK = 20
 SETS = ("forbidden", "related", "unrelated")
 
 
-class MetaConfig(Section):
+class MetaConfig(ConfigModel):
     """Meta-Unlearning (arXiv 2410.12777): the erased concept resists being fine-tuned back in."""
 
     enabled: bool = False
     """Add the meta term to the method's updates."""
-    every: Positive = 1
+    every: PositiveInt = 1
     """Updates from one meta term to the next."""
     order: Literal["first", "second"] = "first"
     """first: the gradient at the attacked weights, as it is; second: through the attack, for small models and SGD."""
-    inner_steps: Positive = 4
+    inner_steps: PositiveInt = 4
     """Steps of the simulated fine-tuning."""
     inner_optimizer: Literal["adamw", "sgd"] = "adamw"
     """Its optimizer, with a fresh state whenever it starts."""
-    inner_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    inner_learning_rate: PositiveFloat | None = None
     """Its learning rate; none: train.learning_rate, as published."""
     inner_scope: Literal["full", "trained", "lora"] = "full"
     """What it changes: all weights, as an attacker would; only what the run trains; or low-rank adapters."""
-    restart_every: Positive | None = None
+    restart_every: PositiveInt | None = None
     """Meta terms until the simulated attacker starts again from the weights as they are. 1: each time, as published.
     Above, it goes on from where it was: restart_every x inner_steps steps, at two to three copies more. None given: 20;
     1 for inner_scope "lora" and in second order, which always start again."""
-    inner_batch_size: Positive = 4
+    inner_batch_size: PositiveInt = 4
     """Pictures in each of its steps, on each rank."""
-    lora_rank: Positive = 4
+    lora_rank: PositiveInt = 4
     """Rank of the adapters of inner_scope "lora"."""
-    batch_size: Positive = 4
+    batch_size: PositiveInt = 4
     """Pictures of each set in the losses before and after the attack, on each rank."""
     forbidden_loss: Literal["erased", "ascent"] = "erased"
     """What the attacked model shall do on forbidden pictures. erased: predict what the original predicts once the
     concept is removed from the prompt, and beyond. ascent: have a large loss, as published; it has no bound, so give it
     a small forbidden_weight, such as 0.1."""
-    negative_guidance: NotNegativeFloat = 1.0
+    negative_guidance: NonNegativeFloat = 1.0
     """erased: how far beyond the prompt without the concept the goal lies, a + g (a - c) in the place of a."""
     coefficients: Literal["tied", "released"] = "tied"
     """tied: the loss on what must be kept enters as the difference of before and after, so that nothing is pushed away
     from it unless somebody attacks. released: the five coefficients of the published script, as it reads them, and its
     ascent."""
-    forbidden_weight: NotNegativeFloat = 1.0
+    forbidden_weight: NonNegativeFloat = 1.0
     """Weight of the forbidden loss after the attack."""
-    related_weight: NotNegativeFloat = 0.1
+    related_weight: NonNegativeFloat = 0.1
     """Weight of the difference on what is related to the concept."""
-    unrelated_weight: NotNegativeFloat = 0.01
+    unrelated_weight: NonNegativeFloat = 0.01
     """Weight of the difference on what is not."""
-    gradient_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    gradient_dtype: Literal["auto", GradientDtype] = "auto"
     """How the term's gradient waits for the method's; auto: as it came. Under engine "fused" int8 is the smallest, but
     the difference of before and after is then one of rounded numbers."""
     timesteps: Literal["uniform", "key"] = "uniform"
@@ -76,11 +68,11 @@ class MetaConfig(Section):
     """Prompts of related pictures; none given: the kept concepts of the same kind."""
     unrelated_prompts: list[str] = Field(default_factory=list)
     """Prompts of unrelated pictures; none given: the kept concepts of the other kind."""
-    forbidden_folder: Place | None = None
+    forbidden_folder: PathStr | None = None
     """Images with captions instead of forbidden_prompts."""
-    related_folder: Place | None = None
+    related_folder: PathStr | None = None
     """Images with captions instead of related_prompts."""
-    unrelated_folder: Place | None = None
+    unrelated_folder: PathStr | None = None
     """Images with captions instead of unrelated_prompts."""
 
     @property
@@ -92,7 +84,7 @@ class MetaConfig(Section):
     def steps_per_attack(self) -> int:
         """``restart_every``, with its default."""
         starts_again = self.inner_scope == "lora" or self.order == "second"
-        return self.restart_every or (1 if starts_again else TERMS_PER_ATTACK)
+        return self.restart_every or (1 if starts_again else STEPS_PER_ATTACK)
 
 
 class Weights(NamedTuple):
@@ -129,77 +121,3 @@ def set_weights(meta: MetaConfig) -> dict[str, float]:
 def is_active(meta: MetaConfig) -> bool:
     """Whether the term has any influence; with all weights zero the run is that of the method alone, bit for bit."""
     return meta.enabled and any(meta_weights(meta))
-
-
-def check_meta(cfg: Config) -> None:
-    """Refuse what the meta term cannot be run with.
-
-    Raises:
-        UserError: the first rule that is broken.
-    """
-    meta = cfg.meta
-    if not meta.enabled:
-        return
-    if cfg.zero_stage == 3:
-        raise UserError(
-            "meta.enabled: true at zero.stage 3, where no rank has the weights that the simulated attack changes; use "
-            "zero.stage 2, or engine 'fused'"
-        )
-    if cfg.engine == "fused" and cfg.train.max_grad_norm > 0:
-        raise UserError(
-            f"train.max_grad_norm: {cfg.train.max_grad_norm} with the meta term under engine 'fused', which would clip "
-            "two gradients by the norm of one; use 0, or engine 'zero'"
-        )
-    if meta.inner_optimizer == "sgd" and cfg.bf16_weights:
-        raise UserError(
-            "meta.inner_optimizer: 'sgd' on bf16 weights, where most of its steps would be rounded away; use 'adamw', "
-            "which rounds stochastically, or model.mixed_precision 'no'"
-        )
-    if not meta.ascends and cfg.teacher.storage == "cached":
-        raise UserError(
-            "meta.forbidden_loss: 'erased' asks the frozen model, which teacher.storage 'cached' does without; use "
-            "'ascent', or teacher.storage 'int8'"
-        )
-    half = meta.num_images // 2
-    for field, size in (("inner_batch_size", meta.inner_batch_size), ("batch_size", meta.batch_size)):
-        if size > half:
-            raise UserError(
-                f"meta.num_images: {meta.num_images} pictures leave {half} for each half, fewer than meta.{field} "
-                f"{size}; ask for at least {2 * size}"
-            )
-    _check_second_order(cfg)
-    from fastunlearn.prompts.meta_sets import meta_prompts  # which knows Config
-
-    meta_prompts(cfg)
-    if meta.steps_per_attack > 1 and (meta.inner_scope == "lora" or meta.order == "second"):
-        field, value = ("inner_scope", "lora") if meta.inner_scope == "lora" else ("order", "second")
-        raise UserError(
-            f"meta.restart_every: {meta.restart_every} with meta.{field} {value!r}, where every attack starts from the "
-            "weights as they are; use 1"
-        )
-    if meta.inner_scope == "lora" and cfg.model.compile != "no":
-        raise UserError(
-            f"meta.inner_scope: 'lora' with model.compile {cfg.model.compile!r}, which does not see adapters that come "
-            "and go; use model.compile 'no', or 'full'"
-        )
-
-
-def _check_second_order(cfg: Config) -> None:
-    meta = cfg.meta
-    if meta.order == "first":
-        return
-    if meta.inner_optimizer != "sgd" or meta.inner_scope == "lora":
-        raise UserError(
-            "meta.order: 'second' goes through steps of SGD on the weights; set meta.inner_optimizer 'sgd' and "
-            "meta.inner_scope 'full' or 'trained', or meta.order 'first'"
-        )
-    if cfg.model.mixed_precision != "no" or cfg.model.gradient_checkpointing or cfg.model.compile != "no":
-        raise UserError(
-            "meta.order: 'second' is for small models in plain fp32; set model.mixed_precision 'no' without gradient "
-            "checkpointing or compilation, or meta.order 'first'"
-        )
-    if cfg.model.attention not in ("eager", "sdpa-math"):
-        raise UserError(
-            f"meta.order: 'second' with model.attention {cfg.model.attention!r}, which has no second derivative; use "
-            "'eager' or 'sdpa-math'"
-        )

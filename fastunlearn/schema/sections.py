@@ -1,70 +1,73 @@
-"""The sections of the configuration: names, types, defaults and ranges, with a docstring under every field.
+"""The sections of the configuration that every run has: names, types, defaults and ranges, with a docstring under each
+field, from which TOML, command line and ``--help`` follow.
 
-What this is: the place where a field is added; TOML, command line and ``--help`` follow from it.
-What this is not: the whole ``Config`` (``config.py``) or rules that span fields (``config_rules.py``).
+The section of a method or an engine stands in its own file (``methods/``, ``engines/``); rules across fields are in
+``config/``.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field
 
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
-Words = Annotated[str, StringConstraints(strip_whitespace=True)]
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-NotNegativeFloat = Annotated[float, Field(ge=0)]
+from fastunlearn.schema.fields import (
+    AttentionBackend,
+    Beta,
+    ConceptKind,
+    ConfigModel,
+    Fraction,
+    GradientDtype,
+    MixedPrecision,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Offload,
+    PathStr,
+    PositiveFloat,
+    PositiveInt,
+    PredictionType,
+    SamplerSteps,
+    Scope,
+    StrippedStr,
+    WeightDtype,
+)
 
 
-class Section(BaseModel):
-    """Base of every section: unknown fields, wrong types, NaN and later assignment are all refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class Concept(Section):
+class Concept(ConfigModel):
     """One concept to erase; in TOML a plain string, or a table with these fields."""
 
-    name: Words
+    name: StrippedStr
     """The words that stand for the concept in a prompt, such as "neon style" or "cat"."""
-    anchor: Words = ""
+    anchor: StrippedStr = ""
     """What to draw instead; empty: nothing, the model falls back to what it draws without a prompt."""
-    kind: Literal["auto", "style", "object", "nudity", "instance"] = "auto"
+    kind: Literal["auto", ConceptKind] = "auto"
     """Decides the defaults of method, start and scope; auto: from the name."""
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigModel):
     """Which model is edited, and how it is run."""
 
-    pretrained_model_name_or_path: Place = "minicanvas"
+    pretrained_model_name_or_path: PathStr = "minicanvas"
     """"minicanvas" (the embedded model), a diffusers folder, one .safetensors file, or a hub id such as "org/name"."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     variant: str | None = None
     """PromptPair of the weight files, such as "fp16"."""
-    cache_dir: Place | None = None
+    cache_dir: PathStr | None = None
     """Where hub models are kept; none: the hub's own cache (HF_HOME)."""
     local_files_only: bool = False
     """Never download: use what is in the hub cache."""
-    vae: Place | None = None
+    vae: PathStr | None = None
     """Another VAE, a folder or a file, such as SDXL's made for fp16. VAEs compute in fp32 here, where all are safe."""
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    prediction_type: Literal["auto", PredictionType] = "auto"
     """What the U-Net predicts; auto: as the scheduler's configuration, or the single file, says."""
     rescale_betas_zero_snr: Literal["auto", True, False] = "auto"
     """Whether the noise schedule ends in pure noise (zero terminal SNR); auto: as the model says."""
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: MixedPrecision = "no"
     """"bf16" computes in bfloat16 with fp32 master weights; "no" computes in fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    attention: Literal[
-        "auto", "eager", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "xformers", "flash3"
-    ] = "auto"
+    attention: AttentionBackend = "auto"
     """Attention implementation of the U-Net; only auto may fall back."""
     channels_last: bool = False
     """Hand every convolution its input with the channels last in memory; same results, not measured on a GPU yet."""
@@ -77,7 +80,7 @@ class ModelConfig(Section):
     SDXL less than 1 % of a call's operations, for 26 MB a prompt in bf16."""
 
 
-class PromptsConfig(Section):
+class PromptsConfig(ConfigModel):
     """Which prompts the training trajectories follow."""
 
     templates: list[str] = ["{concept}"]
@@ -88,46 +91,46 @@ class PromptsConfig(Section):
     """Measure a template with {context} against the same template without the concept, not against the empty prompt."""
     anchor_templates: list[str] = []
     """Aligned with templates: the prompt once the concept is removed, such as "a picture in {context} style"."""
-    augment_fraction: Share = 0.05
+    augment_fraction: Fraction = 0.05
     """Last share of the updates that train on perturbed prompts."""
-    augment_embedding_noise: Annotated[float, Field(ge=0)] = 1e-5
+    augment_embedding_noise: NonNegativeFloat = 1e-5
     """Standard deviation of the noise on the embeddings of perturbed prompts."""
-    augment_pool: Positive = 10
+    augment_pool: PositiveInt = 10
     """Number of perturbed prompts per concept."""
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigModel):
     """Length, step size and scope of the training."""
 
-    max_train_steps: Positive | None = None
+    max_train_steps: PositiveInt | None = None
     """Number of optimizer updates; none: the default of the method and the concept's kind."""
-    train_batch_size: Positive = 1
+    train_batch_size: PositiveInt = 1
     """Trajectories that each rank walks in lockstep."""
     spread_concepts: bool = False
     """Give each rank concepts of its own instead of all ranks the same one in turn; not at ZeRO stage 3."""
-    gradient_accumulation_steps: Positive = 1
+    gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are averaged into one update."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    learning_rate: PositiveFloat = 1e-5
     """Peak learning rate."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
-    lr_warmup_steps: NotNegative = 0
+    lr_warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises linearly from zero."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: NonNegativeFloat = 0.0
     """Clip the gradient to this global norm; 0: no clipping."""
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     """Side of the square image in pixels; none: the size the model was made for."""
-    logging_steps: Positive = 10
+    logging_steps: PositiveInt = 10
     """Updates between two entries in the TensorBoard curves."""
-    cpu_threads: NotNegative = 0
+    cpu_threads: NonNegativeInt = 0
     """Threads per rank on a CPU; 0: cores divided by ranks."""
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
     """What happens where the memory plan says that the run cannot fit, with room for the plan's own error."""
-    scope: Literal["auto", "attn2", "attn2_kv", "noxattn", "selfattn", "full"] = "auto"
+    scope: Literal["auto", Scope] = "auto"
     """Which U-Net tensors are trained; auto: by method and kind of concept."""
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(ConfigModel):
     """The optimizer that DeepSpeed steps."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
@@ -136,68 +139,22 @@ class OptimizerConfig(Section):
     """Decay of the first moment."""
     adam_beta2: Beta = 0.999
     """Decay of the second moment."""
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_epsilon: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    adam_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
 
 
-class SamplerConfig(Section):
+class SamplerConfig(ConfigModel):
     """The sampler of the training trajectories (DDIM, eta 0)."""
 
-    num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 50
+    num_inference_steps: SamplerSteps = 50
     """Steps from noise to image."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 3.0
+    guidance_scale: NonNegativeFloat = 3.0
     """Classifier-free guidance along the trajectory."""
 
 
-class KscuConfig(Section):
-    """Key Step Concept Unlearning (arXiv 2507.06526)."""
-
-    start: Annotated[int, Field(ge=0, lt=45)] | None = None
-    """First trained step on a 50-step scale; none: nudity and object 14, style 24, instance 40."""
-    loop: Positive = 8
-    """Traversals of the slice before its start advances by one step."""
-    negative_guidance: Annotated[float, Field(ge=0)] = 1.0
-    """How far beyond the anchor the conditional target lies."""
-    uncond_slope: Annotated[float, Field(ge=0)] = 2e-5
-    """Slope of the unconditional guidance lambda1 = (1000 - t) * slope."""
-    uncond_weight: Annotated[float, Field(ge=0)] = 1e-4
-    """Weight lambda2 of the unconditional term in the loss."""
-    uncond_gradient: Literal["auto", True, False] = "auto"
-    """Whether the unconditional term carries a gradient; auto: only where its weight makes it matter."""
-
-
-class EsdConfig(Section):
-    """Erased Stable Diffusion (arXiv 2303.07345), the baseline."""
-
-    variant: Literal["x", "x-strict", "u", "full"] = "x"
-    """What is trained: cross-attention, its keys and values only, all but cross-attention, or everything."""
-    negative_guidance: Annotated[float, Field(ge=0)] = 1.0
-    """How far beyond the anchor the target lies."""
-
-
-class DocoConfig(Section):
-    """Concept Domain Correction (arXiv 2405.15304)."""
-
-    discriminator: Literal["timestep", "conditional", "released"] = "timestep"
-    """timestep: told the timestep, with group norm; conditional: also shown the noisy latents behind each estimate;
-    released: as published, without either and with batch norm."""
-    discriminator_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    """Adam's rate for the discriminator; published: 5e-4 for styles, 1e-4 for objects and nudity."""
-    discriminator_warmup: NotNegative = 1000
-    """Updates in which only the discriminator learns."""
-    timesteps: Literal["uniform", "key"] = "uniform"
-    """Timesteps of the noised pictures: all, or the sampler's from the key step on, where estimates are less loud."""
-    min_timestep: Annotated[int, Field(ge=0, lt=1000)] = 0
-    """Smallest of the uniform timesteps. Larger: only the noisy end, where what a prompt asks for is settled."""
-    guidance_scale: Annotated[float, Field(ge=1)] = 1.0
-    """Guidance of the predictions that the discriminator compares; 1: the published rule, at which it sees least."""
-    stop_bos_gradient: bool = False
-    """As published: no gradient through the keys and values of the first token."""
-
-
-class SurgeryConfig(Section):
+class SurgeryConfig(ConfigModel):
     """Gradient surgery: what the unlearning gradient does against the retain gradient is taken out of it."""
 
     enabled: bool = False
@@ -208,23 +165,23 @@ class SurgeryConfig(Section):
     """What has a coefficient of its own: each tensor, each block of the U-Net, or all together."""
     two_sided: bool = False
     """Also remove what the gradients have in common, not only where they conflict."""
-    strength: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the conflicting component that is removed."""
-    rho: Annotated[float, Field(ge=0)] = 0.0
+    strength: Fraction = 1.0
+    """Fraction of the conflicting component that is removed."""
+    rho: NonNegativeFloat = 0.0
     """Weight with which the retain gradient itself is added after the projection; 0: the published rule."""
     metric: Literal["raw", "optimizer"] = "raw"
     """Dot products of the gradients, or of what AdamW will make of them, weighted by 1 / (sqrt(v) + eps)."""
-    retain_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    retain_dtype: Literal["auto", GradientDtype] = "auto"
     """How the retain gradient is kept until the unlearning gradient is there; auto: as it came."""
     retain_device: Literal["device", "host"] = "device"
     """Where it is kept."""
     retain_ema: Beta = 0.0
     """Decay of a running mean of the retain gradient; 0: that of this update alone."""
-    max_skipped_updates: Positive = 5
+    max_skipped_updates: PositiveInt = 5
     """Updates in a row with a gradient that is not finite before the run stops."""
 
 
-class RetainConfig(Section):
+class RetainConfig(ConfigModel):
     """The samples whose gradient protects what must be kept."""
 
     source: Literal["auto", "generated", "anchors", "folder", "prompts"] = "auto"
@@ -232,31 +189,31 @@ class RetainConfig(Section):
     captions; prompts: trajectories, no pictures at all."""
     prompts: list[str] = []
     """Prompts of what must be kept; none given: the concepts of ``keep``, alone and in ``contexts``."""
-    folder: Place | None = None
+    folder: PathStr | None = None
     """Images with captions: ``metadata.jsonl`` (file_name, text), or a .txt beside each image."""
     target: Literal["teacher", "noise"] = "teacher"
     """What the student is held to: the frozen model's prediction, or the noise that was added."""
     timesteps: Literal["auto", "key", "uniform"] = "auto"
     """key: that of the unlearning window (auto for KSCU and ESD); uniform: drawn for each sample (auto for DoCo, and
     after the edit of UCE or RECE)."""
-    batch_size: Positive = 4
+    batch_size: PositiveInt = 4
     """Retain samples per rank and micro-batch."""
-    num_images: Positive = 64
+    num_images: PositiveInt = 64
     """Pictures that are generated once, as latents, before training."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 4.0
+    guidance_scale: NonNegativeFloat = 4.0
     """Classifier-free guidance of the generated pictures."""
-    num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 25
+    num_inference_steps: SamplerSteps = 25
     """Sampler steps of the generated pictures."""
 
 
-class ZeroConfig(Section):
+class ZeroConfig(ConfigModel):
     """How DeepSpeed shards the training state."""
 
     stage: Literal[0, 1, 2, 3] = 1
     """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_optimizer: Offload = "none"
     """Keep the optimizer state in host memory; needs stage 1 or more and optimizer.name "adamw"."""
-    reduce_bucket_size: Positive = 500_000_000
+    reduce_bucket_size: PositiveInt = 500_000_000
     """Elements that are reduced at a time."""
     grad_accum_dtype: Literal["auto", "fp32"] = "auto"
     """In which type gradients are accumulated; auto: that of the computation. fp32 with bf16 needs stage 2 or 3."""
@@ -264,66 +221,66 @@ class ZeroConfig(Section):
     """Reduce gradients while the backward pass still runs; needs a second bucket."""
 
 
-class FusedConfig(Section):
+class FusedConfig(ConfigModel):
     """The fused engine: one GPU, no sharding, no whole gradient."""
 
-    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_optimizer: Offload = "none"
     """Keep the optimizer's moments in host memory and bring them layer by layer."""
 
 
-class TeacherConfig(Section):
+class TeacherConfig(ConfigModel):
     """The frozen original of what is trained."""
 
     storage: Literal["exact", "int8", "fp8", "cached"] = "exact"
     """exact: in the type of the computation; int8 or fp8: half of bf16, brought back layer by layer. The error that
     this makes in the targets is measured before training. cached: none, targets are made once, before training."""
-    trajectories: Positive = 16
+    trajectories: PositiveInt = 16
     """cached: how many of the original model's trajectories are stored for each concept, on the host."""
-    max_error: Annotated[float, Field(gt=0)] = 0.02
+    max_error: PositiveFloat = 0.02
     """Largest error of a target that is accepted, relative to the prediction, at any timestep that is measured."""
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(ConfigModel):
     """Resumable checkpoints."""
 
-    checkpointing_steps: NotNegative = 0
+    checkpointing_steps: NonNegativeInt = 0
     """Updates between checkpoints; 0: none."""
-    checkpoints_total_limit: Positive = 2
+    checkpoints_total_limit: PositiveInt = 2
     """How many checkpoints are kept; the oldest goes first."""
 
 
-class ReportConfig(Section):
+class ReportConfig(ConfigModel):
     """Curves and pictures of the run."""
 
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """Where the curves go."""
     validation_prompts: list[str] = []
     """Extra prompts for samples/before_after.png."""
-    num_validation_seeds: Positive = 2
+    num_validation_seeds: PositiveInt = 2
     """Pictures per prompt."""
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(ConfigModel):
     """The measurement before and after."""
 
     mode: Literal["auto", "off"] = "auto"
     """auto: evaluate where an embedded judge knows the concepts, that is on MiniCanvas."""
-    num_inference_steps: Annotated[int, Field(ge=2, le=1000)] = 25
+    num_inference_steps: SamplerSteps = 25
     """Sampler steps per evaluation image."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 4.0
+    guidance_scale: NonNegativeFloat = 4.0
     """Classifier-free guidance of the evaluation images."""
-    seeds: Annotated[list[NotNegative], Field(min_length=1)] = [188, 288, 588, 688, 888, 1188, 1288, 1588]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [188, 288, 588, 688, 888, 1188, 1288, 1588]
     """Seeds of the initial noise, the same before and after."""
-    target_seeds: Positive = 8
+    target_seeds: PositiveInt = 8
     """How many of the seeds are drawn for prompts with an erased concept."""
-    retain_seeds: Positive = 2
+    retain_seeds: PositiveInt = 2
     """How many of the seeds are drawn for prompts without one."""
-    batch_size: Positive = 20
+    batch_size: PositiveInt = 20
     """Images per batch."""
 
 
-class ExportConfig(Section):
+class ExportConfig(ConfigModel):
     """The weights that a run leaves."""
 
-    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    dtype: Literal["auto", WeightDtype] = "auto"
     """Type of unet/; auto: that of the base model's U-Net files."""

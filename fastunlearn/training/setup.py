@@ -19,6 +19,7 @@ from fastunlearn.acceleration.compilation import apply_channels_last, compile_bl
 from fastunlearn.acceleration.cuda_graphs import GraphedSampler
 from fastunlearn.acceleration.text_kv_cache import PromptKeys
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.config.run_prompts import meta_texts, retain_prompts
 from fastunlearn.denoisers.ema import Ema
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
 from fastunlearn.denoisers.teacher import Teacher, no_teacher
@@ -28,8 +29,9 @@ from fastunlearn.engines.zero import Engine
 from fastunlearn.gradients.projection import Surgery
 from fastunlearn.meta.image_sets import MetaSets, draw_sets, encode_sets
 from fastunlearn.meta.objective import MetaObjective
-from fastunlearn.methods import UCE, Method, build_method, rank_table
-from fastunlearn.methods.parts.concept_edit import edit_pipeline, put_in_place
+from fastunlearn.methods.base import Method
+from fastunlearn.methods.parts.concept_edit import put_in_place
+from fastunlearn.methods.tables import build_method, rank_table
 from fastunlearn.models.backbone import (
     Backbone,
     build_backbone,
@@ -39,10 +41,9 @@ from fastunlearn.models.backbone import (
     trainable_names,
     trained_tensors,
 )
-from fastunlearn.prompts.meta_sets import meta_texts
-from fastunlearn.prompts.preserved import retain_prompts
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.anchor_sampler import AnchorSampler
+from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.cached_sampler import CachedSampler, Targets, sample_targets
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import (
@@ -53,7 +54,7 @@ from fastunlearn.sampling.retain import (
     encode_folder,
     generate_pool,
 )
-from fastunlearn.sampling.rollout import BatchLayout, Rollout
+from fastunlearn.sampling.rollout import Rollout
 from fastunlearn.sampling.static_sampler import EmptySampler, StaticSampler
 from fastunlearn.training.checkpoint import Part, Position, find_checkpoint, load_checkpoint
 from fastunlearn.utils.distributed import World
@@ -113,14 +114,14 @@ def prepare(cfg: Config, world: World) -> Run:
     meta_folders = encode_sets(cfg, pipeline, world.device)
     others = [*meta_texts(cfg), *(prompt for pool in meta_folders.values() for prompt in pool.prompts)]
     book = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
-    edited = edit_pipeline(cfg, method, pipeline, world.device) if isinstance(method, UCE) else {}
+    edited = method.edit(pipeline, world.device) if cfg.closed_form else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet) | edited
     backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
     del pipeline  # with it go the text encoders and the VAE
     models, engine = shard(cfg, backbone, originals, world, edited)
     del originals
-    ema = exponential_average(cfg, models, engine) if method.uses_ema else None
+    ema = exponential_average(cfg, models, engine)
     if cfg.teacher.storage in ("int8", "fp8"):
         accepted = check_teacher(cfg.teacher, target_errors(models, book, cfg.seed))
         if world.is_main:
@@ -128,7 +129,7 @@ def prepare(cfg: Config, world: World) -> Run:
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
     )
-    pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
+    pool = None if method.spec.samples != "anchors" else generate_pool(cfg, models, book, anchor_prompts(book))
     table = rank_table(cfg, world.rank, world.world_size)
     targets = sample_targets(cfg, models, book, table, world.is_main) if cfg.teacher.storage == "cached" else None
     rollout = build_sampler(cfg, models, book, layout, pool, targets)
@@ -151,12 +152,11 @@ def prepare(cfg: Config, world: World) -> Run:
 def edit(cfg: Config, world: World) -> tuple[dict[str, Tensor], float]:
     """A closed-form method without any updates: what it changed, and the seconds that the edit took."""
     method = build_method(cfg)
-    assert isinstance(method, UCE)
     pipeline = load_pipeline(
         cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored_dtype(cfg.model)
     )
     started = time.perf_counter()
-    edited = edit_pipeline(cfg, method, pipeline, world.device)
+    edited = method.edit(pipeline, world.device)
     return edited, time.perf_counter() - started
 
 
@@ -187,7 +187,7 @@ def shard(
     if cfg.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     attention = install_attention(unet, cfg.model.attention, device=world.device, dtype=compute_dtype(cfg))
-    if cfg.method == "doco" and cfg.doco.stop_bos_gradient:
+    if cfg.method_spec.stops_first_token_gradient(cfg):
         stop_first_token_gradient(unet)
     keys = PromptKeys(unet, backbone.embeds, backbone.autocast) if cfg.model.cache_prompt_keys else None
     teacher = None
@@ -216,9 +216,13 @@ def shard(
     return models, engine
 
 
-def exponential_average(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema:
-    """The running mean of the student's weights, which from now on walks the trajectories."""
-    ema = Ema(engine.sampler, engine.named, cfg.sdd.ema_decay, warmup=cfg.sdd.ema_warmup)
+def exponential_average(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema | None:
+    """The average of the student's weights, which from now on walks the trajectories, where the method has one."""
+    settings = cfg.method_spec.average(cfg)
+    if settings is None:
+        return None
+    decay, warmup = settings
+    ema = Ema(engine.sampler, engine.named, decay, warmup=warmup)
     models.sampler = ema
     return ema
 

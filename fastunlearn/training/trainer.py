@@ -17,10 +17,10 @@ from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.export.results import RunFigures, start_output, write_results
 from fastunlearn.gradients.projection import Figures
+from fastunlearn.methods.base import no_loss
+from fastunlearn.sampling.batch import GuidedPrediction
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import retain_loss
-from fastunlearn.sampling.rollout import GuidedPrediction
-from fastunlearn.sampling.static_sampler import no_loss
 from fastunlearn.training.checkpoint import Position, save_checkpoint
 from fastunlearn.training.recorder import Recorder, Update
 from fastunlearn.training.setup import Run, edit, prepare
@@ -99,8 +99,8 @@ def one_update(run: Run, step: KeyStep) -> Update:
         if outcome.loss is not None:
             run.engine.backward(outcome.loss, last=number == len(windows))
             update.losses.append(outcome.loss.detach())
-        if outcome.pair is not None:
-            pairs.append(outcome.pair)
+        if outcome.guided is not None:
+            pairs.append(outcome.guided)
     if not windows:  # after an edit in closed form: the update is what has been put aside
         run.engine.backward(no_loss(run.engine.named.values()), last=True)
     if trains:

@@ -8,18 +8,11 @@ from typing import Any
 
 import pytest
 
-from fastunlearn.config import (
-    Config,
-    concept_kind,
-    deepspeed_config,
-    load_config,
-    resolved_keep,
-    resolved_scope,
-    resolved_start,
-    resolved_steps,
-)
+from fastunlearn.config import Config, concept_kind, load_config, resolved_keep, resolved_scope, resolved_steps
 from fastunlearn.config import loader as config_text
+from fastunlearn.engines.zero_config import deepspeed_config
 from fastunlearn.errors import UserError
+from fastunlearn.methods.kscu import first_key_step
 
 SDXL = ["--pretrained_model_name_or_path", "org/sdxl"]  # free-form concept names; nothing is loaded here
 
@@ -223,7 +216,7 @@ def test_defaults_follow_method_and_kind(
     cfg = load("--method", method, *arguments, concepts=concepts)
     assert resolved_scope(cfg) == scope
     assert resolved_steps(cfg) == steps
-    assert resolved_start(cfg, cfg.kind_of(cfg.concepts[0])) == start
+    assert first_key_step(cfg, cfg.kind_of(cfg.concepts[0])) == start
     resolved = cfg.resolved()
     assert (resolved.train.scope, resolved.train.max_train_steps) == (scope, steps)
     assert all(concept.kind != "auto" for concept in resolved.concepts)
@@ -233,7 +226,7 @@ def test_defaults_follow_method_and_kind(
 def test_every_start_lies_within_the_schedule(steps: int) -> None:
     for start in range(45):
         cfg = load("--kscu.start", str(start), "--num_inference_steps", str(steps))
-        assert 0 <= resolved_start(cfg, "style") < 0.9 * steps
+        assert 0 <= first_key_step(cfg, "style") < 0.9 * steps
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)

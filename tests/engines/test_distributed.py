@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
-from fastunlearn.methods import build_method
+from fastunlearn.methods.tables import build_method
 from fastunlearn.models.backbone import set_trainable, trainable_names
-from fastunlearn.sampling.rollout import BatchLayout, GuidedPrediction
+from fastunlearn.sampling.batch import BatchLayout, GuidedPrediction
 
 BF16 = [case for case in CASES if case.precision == "bf16"]
 WORKER = WORKERS / "distributed_worker.py"
@@ -62,7 +62,7 @@ def reference(clip: float) -> tuple[Tensor, Tensor]:
         if clip:
             torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
-        pairs: list[GuidedPrediction] = [outcome.pair] if outcome.pair is not None else []
+        pairs: list[GuidedPrediction] = [outcome.guided] if outcome.guided is not None else []
         if step.continues:
             rollout.advance(step, pairs)
     start = tiny_unet().state_dict()

@@ -12,12 +12,13 @@ from surgery_worker import RETAINED, the_book, the_pool
 from tiny import tiny_backbone, tiny_rollout
 
 from fastunlearn.config import Config, SurgeryConfig
+from fastunlearn.config.run_prompts import retain_prompts
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.engines.zero_shards import Piece
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.projection import Surgery, block_of
-from fastunlearn.prompts.preserved import retain_prompts
+from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import (
     PoolSource,
@@ -27,7 +28,6 @@ from fastunlearn.sampling.retain import (
     generate_pool,
     retain_loss,
 )
-from fastunlearn.sampling.rollout import BatchLayout
 from fastunlearn.utils.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))

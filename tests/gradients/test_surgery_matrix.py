@@ -36,10 +36,10 @@ from torch import Tensor
 
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
-from fastunlearn.methods import build_method
+from fastunlearn.methods.tables import build_method
 from fastunlearn.models.backbone import set_trainable
+from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.retain import PoolSource
-from fastunlearn.sampling.rollout import BatchLayout
 
 WORKER = WORKERS / "surgery_worker.py"
 CASES = cases()
@@ -135,8 +135,8 @@ def reference(clip: bool, granularity: str, extra: tuple, half: str = "", batch:
         optimizer.step()
         for name, parameter in trained.items():
             parameter.data.copy_(masters[name].data)
-        if step.continues and outcome.pair is not None:
-            rollout.advance(step, [outcome.pair])
+        if step.continues and outcome.guided is not None:
+            rollout.advance(step, [outcome.guided])
     return flat(start), flat(masters)
 
 

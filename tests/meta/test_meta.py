@@ -17,6 +17,7 @@ from tiny import flat
 from tiny_run import update_all
 
 from fastunlearn.config import load_config
+from fastunlearn.config.run_prompts import meta_prompts
 from fastunlearn.errors import UserError
 from fastunlearn.meta.image_sets import QueryBatch, set_captions
 from fastunlearn.meta.inner_loop import all_trainable
@@ -24,7 +25,6 @@ from fastunlearn.meta.second_order import attacked_prediction
 from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
 from fastunlearn.planning.states import Sizes
 from fastunlearn.planning.unet_calls import count_evaluations, pools
-from fastunlearn.prompts.meta_sets import meta_prompts
 from fastunlearn.sampling.retain import RetainBatch
 from fastunlearn.schema.meta import MetaConfig, meta_weights
 from fastunlearn.training.setup import Run
@@ -334,7 +334,7 @@ def test_the_planner_counts_the_updates_after_an_edit() -> None:
 
 
 def counted_as_planned(run: Run) -> None:
-    pictures = 2 * (pools(run.cfg, run.method) * run.cfg.retain.num_images + pool_sizes(run.cfg)[0])
+    pictures = 2 * (pools(run.cfg) * run.cfg.retain.num_images + pool_sizes(run.cfg)[0])
     pictures *= run.cfg.retain.num_inference_steps
     planned = count_evaluations(run.cfg, 1)
     assert replace(planned, teacher=planned.teacher - pictures) == run.models.evaluations  # the test's are not drawn

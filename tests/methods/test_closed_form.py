@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
-from fastunlearn.methods import UCE, build_method
 from fastunlearn.methods.parts.closed_form import Tokens, Weights, edit_weights, erase, gram, solve_evoking_tokens
 from fastunlearn.methods.parts.concept_edit import Text, collect_tokens, edited_weights, put_in_place
+from fastunlearn.methods.tables import build_method
+from fastunlearn.methods.uce import UCE
 from fastunlearn.minicanvas import pipeline_path
 from fastunlearn.models.backbone import trainable_names
 
@@ -150,7 +151,7 @@ def config(method: str, **fields: object) -> Config:
 
 def closed_form(cfg: Config) -> UCE:
     method = build_method(cfg)
-    assert isinstance(method, UCE) and method.closed_form and method.table() == []
+    assert isinstance(method, UCE) and method.spec.closed_form and method.table() == []
     return method
 
 

@@ -16,14 +16,14 @@ from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.errors import UserError
-from fastunlearn.methods import build_method
 from fastunlearn.methods.doco import DoCo, predicted_x0
 from fastunlearn.methods.parts.discriminator import Discriminator, DiscriminatorTrainer, bce_to
+from fastunlearn.methods.tables import build_method
 from fastunlearn.models.backbone import trainable_names
 from fastunlearn.prompts.variants import PromptPair, PromptTable
 from fastunlearn.sampling.anchor_sampler import AnchorSampler
+from fastunlearn.sampling.batch import BatchLayout, UnlearnBatch
 from fastunlearn.sampling.retain import LatentPool
-from fastunlearn.sampling.rollout import BatchLayout, UnlearnBatch
 
 ANCHORS = ["a cat", "a tree"]
 

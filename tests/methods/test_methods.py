@@ -13,11 +13,12 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
-from fastunlearn.methods import build_method
+from fastunlearn.methods.tables import build_method
 from fastunlearn.models.backbone import trainable_names
 from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.batch import BatchLayout, GuidedPrediction
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import BatchLayout, GuidedPrediction, Rollout
+from fastunlearn.sampling.rollout import Rollout
 
 STEP = KeyStep(update=0, concept=0, index=3, restart=True, continues=True)
 
@@ -68,10 +69,10 @@ def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> N
             expected += weight * ((s_0 - (e_0 - (1000 - t) * 2e-5 * direction)) ** 2).mean()
     assert outcome.loss is not None
     assert torch.allclose(outcome.loss, expected, rtol=1e-4)
-    assert outcome.pair is not None
+    assert outcome.guided is not None
     raw = [models.backbone.predict(models.backbone.unet, x, t, cond) for cond in (window.cond, window.uncond)]
-    assert torch.allclose(outcome.pair.cond, raw[0], atol=1e-5) and torch.allclose(
-        outcome.pair.uncond, raw[1], atol=1e-5
+    assert torch.allclose(outcome.guided.cond, raw[0], atol=1e-5) and torch.allclose(
+        outcome.guided.uncond, raw[1], atol=1e-5
     )
 
 
@@ -155,7 +156,7 @@ def count_run(cfg: Config, batch: int = 1) -> dict[str, int]:
             rollout.restart(step)
         pairs: list[GuidedPrediction] = []
         for window in rollout.windows(step, method.augmentation(step)):
-            pair = method.loss(models, window).pair
+            pair = method.loss(models, window).guided
             pairs += [pair] if pair is not None else []
         if step.continues:
             rollout.advance(step, pairs)

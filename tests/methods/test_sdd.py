@@ -20,7 +20,7 @@ from fastunlearn.denoisers.ema import Ema
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.export.weights import load_delta
-from fastunlearn.methods import build_method
+from fastunlearn.methods.tables import build_method
 from fastunlearn.planning.plan import make_plan, read_model
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.training.setup import exponential_average
@@ -60,7 +60,7 @@ def test_the_loss_is_the_distance_of_two_predictions_of_the_student(kind: str) -
     factor = alpha if kind == "v_prediction" else 1.0  # of a difference, squared, in terms of the noise
     differences = [a - b for a, b in zip(prediction.flatten(), target.flatten(), strict=True)]
     literal = factor * torch.stack([d * d for d in differences]).sum() / x.numel()
-    assert outcome.loss is not None and outcome.pair is None
+    assert outcome.loss is not None and outcome.guided is None
     torch.testing.assert_close(outcome.loss, literal)
     wanted = torch.autograd.grad(literal, list(student.parameters()), allow_unused=True)
     got = torch.autograd.grad(outcome.loss, list(student.parameters()), allow_unused=True)
@@ -135,6 +135,7 @@ def test_the_mean_walks_the_trajectories() -> None:
     ema = exponential_average(a_config(sdd={"ema_decay": 0.5}), models, engine)
     rollout = tiny_rollout(models, book)
     rollout.restart(STEP)
+    assert ema is not None
     before = rollout.latents.clone()
     with torch.no_grad():
         for parameter in backbone.unet.parameters():

@@ -6,7 +6,7 @@ import pytest
 
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
-from fastunlearn.methods import rank_table
+from fastunlearn.methods.tables import rank_table
 from fastunlearn.sampling.key_steps import KeyStep, key_step_table, scale_start, uniform_table
 
 # (starts, updates) -> (restarts, sampler steps spent on restarts, free advances), counted on the released trainer.

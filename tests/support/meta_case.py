@@ -24,12 +24,12 @@ from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.gradients.projection import Surgery
 from fastunlearn.meta.image_sets import MetaSets, QueryBatch
 from fastunlearn.meta.objective import MetaObjective
-from fastunlearn.methods import build_method
+from fastunlearn.methods.tables import build_method
 from fastunlearn.models.backbone import set_trainable
 from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import LatentPool, PoolSource, RetainBatch
-from fastunlearn.sampling.rollout import BatchLayout
 from fastunlearn.schema.meta import meta_weights
 from fastunlearn.training.setup import Run
 from fastunlearn.utils.distributed import World
@@ -165,7 +165,7 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
             (window,) = rollout.windows(step, None)
             outcome = method.loss(models, window)
             assert outcome.loss is not None
-            u, pair = gradients(outcome.loss, trained), outcome.pair
+            u, pair = gradients(outcome.loss, trained), outcome.guided
         if case.surgery:
             (kept,) = retain.batches(step, timestep)
             r = gradients(error(models, unet, kept), trained)

@@ -12,7 +12,8 @@ from fastunlearn.config import Concept, PromptsConfig
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.models.backbone import Backbone, PromptEmbeds
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
-from fastunlearn.sampling.rollout import BatchLayout, Rollout
+from fastunlearn.sampling.batch import BatchLayout
+from fastunlearn.sampling.rollout import Rollout
 
 TEXT_WIDTH, POOLED_WIDTH, TOKENS = 16, 8, 5
 

@@ -13,11 +13,12 @@ from tiny import tiny_backbone, tiny_rollout
 from fastunlearn.config import Config
 from fastunlearn.engines import optimizers
 from fastunlearn.gradients.projection import Surgery
-from fastunlearn.methods import build_method
+from fastunlearn.methods.tables import build_method
 from fastunlearn.models.backbone import set_trainable, trained_tensors
 from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.retain import LatentPool, PoolSource
-from fastunlearn.sampling.rollout import BatchLayout, Rollout
+from fastunlearn.sampling.rollout import Rollout
 from fastunlearn.sampling.static_sampler import EmptySampler
 from fastunlearn.training.setup import Run, shard, weights_dtype
 from fastunlearn.training.trainer import one_update

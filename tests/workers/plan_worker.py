@@ -29,16 +29,16 @@ from tiny_run import tiny_run, update_all
 from torch import Tensor
 
 from fastunlearn.config import Config
+from fastunlearn.config.run_prompts import retain_prompts
 from fastunlearn.engines.zero import Engine
 from fastunlearn.gradients.projection import Surgery
-from fastunlearn.methods import build_method, rank_table
+from fastunlearn.methods.tables import build_method, rank_table
 from fastunlearn.models.backbone import set_trainable, trainable_names, trained_tensors
 from fastunlearn.planning.activations import LiveBytes
-from fastunlearn.prompts.preserved import retain_prompts
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
+from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import LatentPool, anchor_prompts, build_source, generate_pool, retain_loss
-from fastunlearn.sampling.rollout import BatchLayout
 from fastunlearn.training.setup import Run, build_sampler, exponential_average, shard, weights_dtype
 from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
@@ -232,14 +232,13 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
     )
-    pool = None if method.trajectories else generate_pool(cfg, models, book, anchor_prompts(book))
+    pool = None if method.spec.samples != "anchors" else generate_pool(cfg, models, book, anchor_prompts(book))
     table = rank_table(cfg, world.rank, world.world_size)
     run = Run(cfg, world, method, table, models, build_sampler(cfg, models, book, layout, pool), engine)
     if cfg.retains:
         run.retain = build_source(cfg, models, book, world, pool if cfg.retain_source == "anchors" else None)
         run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
-    if method.uses_ema:
-        run.ema = exponential_average(cfg, models, engine)
+    run.ema = exponential_average(cfg, models, engine)
     update_all(run)
     return asdict(models.evaluations)
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
+from fastunlearn.config.run_prompts import refuse_erased
 from fastunlearn.errors import UserError
 from fastunlearn.minicanvas.vocabulary import (
     EVALUATION_TEMPLATE,
@@ -22,7 +23,6 @@ from fastunlearn.minicanvas.vocabulary import (
     TEMPLATES,
     article,
 )
-from fastunlearn.prompts.preserved import refuse_erased
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FP64 = 8  # bytes
 MATRICES = 6  # of (D, D) in fp64 that RECE holds at a time
 
 

@@ -1,0 +1,191 @@
+"""The fields of a whole run, and what follows from them at once. No rules: ``config.py`` adds those.
+
+A method or an engine that has settings brings its section along: the class that it declares becomes a field of its
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, create_model, field_validator
+from pydantic_core import PydanticCustomError
+
+from fastunlearn.prompts.vocabulary import GENERIC, MINICANVAS, ConceptVocabulary
+from fastunlearn.registry import METHODS, Registry
+from fastunlearn.schema.fields import ConfigModel, PathStr, StrippedStr
+from fastunlearn.schema.meta import MetaConfig, is_active
+from fastunlearn.schema.sections import (
+    CheckpointConfig,
+    Concept,
+    EvaluationConfig,
+    ExportConfig,
+    FusedConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PromptsConfig,
+    ReportConfig,
+    RetainConfig,
+    SamplerConfig,
+    SurgeryConfig,
+    TeacherConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+
+META_STEPS = 100  # of the meta term alone, after an edit in closed form (arXiv 2410.12777)
+
+
+def known_in(registry: Registry) -> Callable[[str], str]:
+    """A validator that refuses what the registry does not have, as pydantic refuses a literal."""
+
+    def check(name: str) -> str:
+        if name not in registry.entries:
+            *first, last = [repr(known) for known in registry.entries]
+            expected = f"{', '.join(first)} or {last}" if first else last
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        return name
+
+    return check
+
+
+class FixedSections(ConfigModel):
+    """The fields that every run has."""
+
+    method: Annotated[str, AfterValidator(known_in(METHODS))] = "kscu"
+    """The erasure method."""
+    engine: Literal["zero", "fused"] = "zero"
+    """zero: DeepSpeed, on any number of GPUs; fused: one GPU, layers projected and stepped as their gradients come."""
+    concepts: list[Concept] = Field(default_factory=list)
+    """What to erase: strings, or tables {name, anchor, kind}."""
+    keep: list[StrippedStr] = Field(default_factory=list)
+    """Concepts that must survive; they are drawn and measured. None given on MiniCanvas: all that are not erased."""
+    output_dir: PathStr = "outputs/run"
+    """Folder that receives everything that the run leaves."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of trajectories, augmentation and pictures."""
+    overwrite_output_dir: bool = False
+    """Replace the results of an earlier run in output_dir."""
+    resume_from_checkpoint: PathStr | None = None
+    """"latest", or a checkpoint folder to continue from."""
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    surgery: SurgeryConfig = SurgeryConfig()
+    retain: RetainConfig = RetainConfig()
+    meta: MetaConfig = MetaConfig()
+    zero: ZeroConfig = ZeroConfig()
+    fused: FusedConfig = FusedConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+
+    @field_validator("concepts", mode="before")
+    @classmethod
+    def _accept_plain_names(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [{"name": item} if isinstance(item, str) else item for item in value]
+
+    @property
+    def method_spec(self) -> Any:
+        """The facts of the method: a ``methods.base.MethodSpec``."""
+        return METHODS[self.method].spec
+
+    @property
+    def vocabulary(self) -> ConceptVocabulary:
+        """What the names of concepts mean to this model."""
+        return MINICANVAS if self.uses_minicanvas else GENERIC
+
+    def kind_of(self, concept: Concept) -> str:
+        """The given kind, or the one that the name suggests: style, object, nudity or instance."""
+        return concept.kind if concept.kind != "auto" else self.vocabulary.kind_of(concept.name)
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the method edits the weights in one step, before any training."""
+        return self.method_spec.closed_form
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are updates at all, and so an engine, an optimizer and checkpoints."""
+        return not self.closed_form or self.has_meta
+
+    @property
+    def max_train_steps(self) -> int:
+        """``train.max_train_steps`` with the default of method and concepts filled in."""
+        if self.train.max_train_steps is not None:
+            return self.train.max_train_steps
+        return META_STEPS if self.closed_form and self.has_meta else self.method_spec.default_steps(self)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the frozen original of what is trained is kept: not where its targets are made before training, nor
+        where the targets are the student's own."""
+        asked = self.method_spec.asks_teacher or self.retains or (self.has_meta and not self.meta.ascends)
+        return self.teacher.storage != "cached" and asked
+
+    @property
+    def retains(self) -> bool:
+        """Whether there is a retain gradient, and so a retain set: where surgery is on, which for some methods it
+        always is."""
+        idle = self.surgery.projection == "none" and self.surgery.rho == 0.0
+        return (self.surgery.enabled or self.method_spec.always_retains) and not idle
+
+    @property
+    def has_meta(self) -> bool:
+        """Whether updates have a meta term that has any influence."""
+        return is_active(self.meta)
+
+    @property
+    def attack_learning_rate(self) -> float:
+        """Of the meta term's simulated attack: ``meta.inner_learning_rate``, or else that of the training."""
+        return self.meta.inner_learning_rate or self.train.learning_rate
+
+    @property
+    def retain_source(self) -> str:
+        """``retain.source`` with auto filled in."""
+        return self.method_spec.retain_source if self.retain.source == "auto" else self.retain.source
+
+    @property
+    def retain_timesteps(self) -> str:
+        """``retain.timesteps`` with auto filled in."""
+        return self.method_spec.retain_timesteps if self.retain.timesteps == "auto" else self.retain.timesteps
+
+    @property
+    def zero_stage(self) -> int:
+        """What is sharded; 0 under the fused engine, and where nothing is trained."""
+        return self.zero.stage if self.engine == "zero" and self.trains else 0
+
+    @property
+    def bf16_weights(self) -> bool:
+        """Whether the U-Net is held in bf16. ZeRO-0 has no fp32 masters: there it stays fp32, under autocast."""
+        return self.model.mixed_precision == "bf16" and (self.zero_stage > 0 or self.engine == "fused")
+
+    @property
+    def uses_minicanvas(self) -> bool:
+        """Whether the embedded model is edited."""
+        return self.model.pretrained_model_name_or_path == "minicanvas"
+
+
+def sections_of(*registries: Registry) -> dict[str, Any]:
+    """(type, default) of each section that an entry of the registries brings along, by its name."""
+    specs = [(name, entry.spec) for registry in registries for name, entry in registry.items()]
+    return {name: (spec.Settings, spec.Settings()) for name, spec in specs if spec.Settings is not None}
+
+
+if TYPE_CHECKING:
+
+    class RunConfig(FixedSections):
+        """All fields of a run."""
+
+        def __getattr__(self, name: str) -> Any:
+            """A section that a method or an engine brings along."""
+
+else:
+    RunConfig = create_model("RunConfig", __base__=FixedSections, __module__=__name__, **sections_of(METHODS))

@@ -1,0 +1,66 @@
+"""The types that fields share, and every vocabulary as one ``Literal``: whoever lists one reads it from here."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+)
+
+__all__ = [
+    "AttentionBackend",
+    "Beta",
+    "ConceptKind",
+    "ConfigModel",
+    "Fraction",
+    "GradientDtype",
+    "KernelBackend",
+    "MixedPrecision",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "Offload",
+    "PathStr",
+    "PositiveFloat",
+    "PositiveInt",
+    "PredictionType",
+    "SamplerSteps",
+    "Scope",
+    "StrippedStr",
+    "WeightDtype",
+]
+
+PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
+StrippedStr = Annotated[str, StringConstraints(strip_whitespace=True)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+SamplerSteps = Annotated[int, Field(ge=2, le=1000)]
+
+ConceptKind: TypeAlias = Literal["style", "object", "nudity", "instance"]
+Scope: TypeAlias = Literal["attn2", "attn2_kv", "noxattn", "selfattn", "full"]
+PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
+MixedPrecision: TypeAlias = Literal["no", "bf16"]
+WeightDtype: TypeAlias = Literal["fp16", "bf16", "fp32"]
+GradientDtype: TypeAlias = Literal["fp32", "bf16", "int8"]
+Offload: TypeAlias = Literal["none", "cpu"]
+KernelBackend: TypeAlias = Literal["auto", "reference", "triton"]
+AttentionBackend: TypeAlias = Literal[
+    "auto", "eager", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "xformers", "flash3"
+]
+
+
+class ConfigModel(BaseModel):
+    """Base of every section: unknown fields, wrong types, NaN and later assignment are all refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
