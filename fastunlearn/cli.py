@@ -173,7 +173,7 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer images, wider intervals")
     parser.add_argument("--full", action="store_true", help="also the relearning test (see fastunlearn relearn)")
     args = parser.parse_args(argv)
-    from fastunlearn.training.preflight import check_results
+    from fastunlearn.utils.run_folder import check_results
 
     check_results(Path(args.model))  # before torch is loaded
     from fastunlearn.commands.evaluate import run as run_evaluation

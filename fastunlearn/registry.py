@@ -56,3 +56,14 @@ METHODS = Registry(
         "rece": "fastunlearn.methods.rece:RECE",
     },
 )
+ENGINES = Registry(
+    "engine", {"zero": "fastunlearn.engines.zero.spec:SPEC", "fused": "fastunlearn.engines.fused.spec:SPEC"}
+)
+OPTIMIZERS = Registry(
+    "optimizer.name",
+    {
+        "adamw": "fastunlearn.engines.optimizers.adamw:SPEC",
+        "adamw8bit": "fastunlearn.engines.optimizers.adamw8bit:SPEC",
+        "paged_adamw8bit": "fastunlearn.engines.optimizers.paged_adamw8bit:SPEC",
+    },
+)

@@ -19,8 +19,9 @@ from diffusers import DDIMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fastunlearn.config import Config
-from fastunlearn.models.backbone import Backbone, PromptEmbeds, build_backbone, load_pipeline
+from fastunlearn.models.backbone import Backbone, PromptEmbeds, build_backbone
 from fastunlearn.models.formats.architectures import ARCHITECTURES, Architecture
+from fastunlearn.models.loading import load_pipeline
 from fastunlearn.planning.plan import CLIP_TOKENS, Model, read_model
 from fastunlearn.training import setup as assembly
 

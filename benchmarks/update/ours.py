@@ -10,9 +10,9 @@ import torch
 
 from fastunlearn.config import Config, resolved_steps
 from fastunlearn.denoisers.predictors import Evaluations
-from fastunlearn.engines.fused import FusedEngine
+from fastunlearn.engines.fused.engine import FusedEngine
+from fastunlearn.meta.memory import pool_sizes
 from fastunlearn.methods.tables import build_method
-from fastunlearn.planning.meta_rows import pool_sizes
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.training.setup import prepare
@@ -31,15 +31,16 @@ class Ours:
 
     def __init__(self, cfg: Config, row: Row, device: torch.device) -> None:
         # The fused engine needs no process group, and so no DeepSpeed.
-        world = World(0, 1, device) if cfg.engine == "fused" else init_distributed()
+        world = init_distributed() if cfg.engine_spec.needs_process_group(cfg) else World(0, 1, device)
         with loading(cfg, device):
             self.run = prepare(cfg, world)
-        if self.run.surgery is not None and row["surgery"] == "loop":
-            self.run.surgery.project = surgery_loop(self.run.surgery)  # type: ignore[method-assign]
+        engine: Any = self.run.engine
+        if row["surgery"] == "loop":
+            engine.transforms.apply = surgery_loop(engine.transforms)
         if self.run.meta is not None:
             term = DeepCopyMeta(self.run) if row["meta"] == "copy" else self.run.meta
-            self._term = term.window
-            self.run.meta.window = self._meta_window  # type: ignore[assignment]
+            self._term = term.capture
+            self.run.meta.capture = self._meta_window  # type: ignore[assignment]
         self.models = self.run.models
         self.of_meta = Evaluations()
 
@@ -63,19 +64,19 @@ class Ours:
         clock.watch(run.rollout, "restart", "restart")
         clock.watch(run.rollout, "advance", "rollout")
         clock.watch(run.engine, "backward", "backward")
-        clock.watch(run.engine, "step", "optimizer")
-        clock.watch(run.engine, "skip_step", "optimizer")
+        clock.watch(run.engine, "apply", "optimizer")
         if run.meta is not None:
             clock.watch(self, "_term", "meta")
         if isinstance(run.engine, FusedEngine):
             clock.watch(run.engine, "_complete", "step_in_backward")
-        elif run.surgery is not None:
-            clock.watch(run.engine, "take_gradient", "surgery")
-            clock.watch(run.engine, "gradient", "surgery")
-            clock.watch(run.surgery, "keep", "surgery")
-            clock.watch(run.surgery, "project", "surgery")
-        if run.surgery is not None:
-            clock.watch(run.surgery, "is_finite", "surgery")
+        elif run.cfg.retains:
+            engine: Any = run.engine
+            clock.watch(engine._shards, "take", "surgery")
+            clock.watch(engine._shards, "read", "surgery")
+            clock.watch(engine.transforms, "store", "surgery")
+            clock.watch(engine.transforms, "apply", "surgery")
+        if run.cfg.retains:
+            clock.watch(run.engine.guard, "allows", "surgery")  # type: ignore[attr-defined]
 
     def _meta_window(self, *arguments: Any) -> dict[str, torch.Tensor]:
         """The meta term, its evaluations counted."""

@@ -28,8 +28,9 @@ if __name__ == "__main__":
     prepare_environment(cpu_threads=1)
 
 from fastunlearn.config import Config  # noqa: E402
-from fastunlearn.planning.plan import GIB, make_plan, read_model  # noqa: E402
+from fastunlearn.planning.plan import make_plan, read_model  # noqa: E402
 from fastunlearn.planning.unet_calls import count_evaluations  # noqa: E402
+from fastunlearn.utils.text import GIB  # noqa: E402
 from markdown_table import markdown_table  # noqa: E402
 
 COLUMNS = {

@@ -12,12 +12,12 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.models.formats.architectures import ARCHITECTURES
+from fastunlearn.registry import OPTIMIZERS
 
 PACKAGES = (
     "fastunlearn", "torch", "diffusers", "transformers", "safetensors", "deepspeed", "bitsandbytes", "triton",
@@ -152,9 +152,7 @@ def attention(torch: Any) -> dict[str, str]:
 
 def optimizers(gpu: bool) -> dict[str, str]:
     """Each choice of ``optimizer.name``: "yes", or why not."""
-    eight_bit = "yes" if find_spec("bitsandbytes") else "no: bitsandbytes is not installed"
-    paged = eight_bit if gpu or eight_bit != "yes" else "no: needs an NVIDIA GPU"
-    return {"adamw": "yes", "adamw8bit": eight_bit, "paged_adamw8bit": paged}
+    return {name: spec.availability(gpu) for name, spec in OPTIMIZERS.items()}
 
 
 def host_memory() -> tuple[float | None, float | None]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastunlearn.evaluation.scores import FIGURES, clear_difference
-from fastunlearn.training.preflight import check_results
 from fastunlearn.utils.files import atomic_write_text
+from fastunlearn.utils.run_folder import check_results
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config

@@ -14,8 +14,9 @@ import torch
 
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.planning.advice import smallest_change
-from fastunlearn.planning.plan import ALLOWANCE, GIB, Plan, make_plan, read_model
-from fastunlearn.planning.states import ALWAYS, Row
+from fastunlearn.planning.plan import ALLOWANCE, Plan, make_plan, read_model
+from fastunlearn.utils.memory_rows import ALWAYS, Row
+from fastunlearn.utils.text import GIB, size
 
 PHASE_WORDS = {
     "attack": "simulated attack",
@@ -75,7 +76,7 @@ def as_text(plan: Plan, limit: int | None, better: Plan | None) -> str:
 def _how(plan: Plan) -> str:
     cfg = plan.cfg
     return (
-        f"{'fused engine' if cfg.engine == 'fused' else f'ZeRO-{cfg.zero.stage}'}, "
+        f"{cfg.engine_spec.title(cfg)}, "
         f"{plan.world} rank{'s' if plan.world > 1 else ''}, "
         f"{'bf16' if cfg.model.mixed_precision == 'bf16' else 'fp32'}, batch {cfg.train.train_batch_size}"
         + (f", retain batch {cfg.retain.batch_size}" if cfg.retains else "")
@@ -125,10 +126,3 @@ def as_data(plan: Plan, limit: int | None, better: Plan | None) -> dict:
         "fits_with": None if better is None else list(better.changes),
         "unet_evaluations": asdict(plan.evaluations) | {"total": plan.evaluations.total},
     }
-
-
-def size(count: int) -> str:
-    """1.23 GiB, 12.3 MiB, or a dash for nothing."""
-    if count == 0:
-        return "-"
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.2f} MiB"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.relearning.settings import ATTACKS, DATA, DEFAULT_STEPS, Settings, parse_seeds, parse_steps
-from fastunlearn.training.preflight import check_results
 from fastunlearn.utils.files import atomic_write_text
+from fastunlearn.utils.run_folder import check_results
 
 DEFAULTS = Settings()
 

@@ -16,7 +16,6 @@ from fastunlearn.schema.sections import (
     Concept,
     EvaluationConfig,
     ExportConfig,
-    FusedConfig,
     ModelConfig,
     OptimizerConfig,
     PromptsConfig,
@@ -26,7 +25,6 @@ from fastunlearn.schema.sections import (
     SurgeryConfig,
     TeacherConfig,
     TrainConfig,
-    ZeroConfig,
 )
 
 __all__ = [
@@ -35,7 +33,6 @@ __all__ = [
     "Config",
     "EvaluationConfig",
     "ExportConfig",
-    "FusedConfig",
     "MetaConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -46,7 +43,6 @@ __all__ = [
     "SurgeryConfig",
     "TeacherConfig",
     "TrainConfig",
-    "ZeroConfig",
     "concept_kind",
     "config_from_arguments",
     "first_student_update",

@@ -6,22 +6,19 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, create_model, field_validator
-from pydantic_core import PydanticCustomError
 
 from fastunlearn.prompts.vocabulary import GENERIC, MINICANVAS, ConceptVocabulary
-from fastunlearn.registry import METHODS, Registry
-from fastunlearn.schema.fields import ConfigModel, PathStr, StrippedStr
+from fastunlearn.registry import ENGINES, METHODS, OPTIMIZERS, Registry
+from fastunlearn.schema.fields import ConfigModel, PathStr, StrippedStr, known_in
 from fastunlearn.schema.meta import MetaConfig, is_active
 from fastunlearn.schema.sections import (
     CheckpointConfig,
     Concept,
     EvaluationConfig,
     ExportConfig,
-    FusedConfig,
     ModelConfig,
     OptimizerConfig,
     PromptsConfig,
@@ -31,23 +28,9 @@ from fastunlearn.schema.sections import (
     SurgeryConfig,
     TeacherConfig,
     TrainConfig,
-    ZeroConfig,
 )
 
 META_STEPS = 100  # of the meta term alone, after an edit in closed form (arXiv 2410.12777)
-
-
-def known_in(registry: Registry) -> Callable[[str], str]:
-    """A validator that refuses what the registry does not have, as pydantic refuses a literal."""
-
-    def check(name: str) -> str:
-        if name not in registry.entries:
-            *first, last = [repr(known) for known in registry.entries]
-            expected = f"{', '.join(first)} or {last}" if first else last
-            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
-        return name
-
-    return check
 
 
 class FixedSections(ConfigModel):
@@ -55,7 +38,7 @@ class FixedSections(ConfigModel):
 
     method: Annotated[str, AfterValidator(known_in(METHODS))] = "kscu"
     """The erasure method."""
-    engine: Literal["zero", "fused"] = "zero"
+    engine: Annotated[str, AfterValidator(known_in(ENGINES))] = "zero"
     """zero: DeepSpeed, on any number of GPUs; fused: one GPU, layers projected and stepped as their gradients come."""
     concepts: list[Concept] = Field(default_factory=list)
     """What to erase: strings, or tables {name, anchor, kind}."""
@@ -77,8 +60,6 @@ class FixedSections(ConfigModel):
     surgery: SurgeryConfig = SurgeryConfig()
     retain: RetainConfig = RetainConfig()
     meta: MetaConfig = MetaConfig()
-    zero: ZeroConfig = ZeroConfig()
-    fused: FusedConfig = FusedConfig()
     teacher: TeacherConfig = TeacherConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     report: ReportConfig = ReportConfig()
@@ -96,6 +77,16 @@ class FixedSections(ConfigModel):
     def method_spec(self) -> Any:
         """The facts of the method: a ``methods.base.MethodSpec``."""
         return METHODS[self.method].spec
+
+    @property
+    def engine_spec(self) -> Any:
+        """The facts of the engine: an ``engines.base.EngineSpec``."""
+        return ENGINES[self.engine]
+
+    @property
+    def optimizer_spec(self) -> Any:
+        """The facts of the optimizer: an ``engines.optimizers.base.OptimizerSpec``."""
+        return OPTIMIZERS[self.optimizer.name]
 
     @property
     def vocabulary(self) -> ConceptVocabulary:
@@ -160,12 +151,12 @@ class FixedSections(ConfigModel):
     @property
     def zero_stage(self) -> int:
         """What is sharded; 0 under the fused engine, and where nothing is trained."""
-        return self.zero.stage if self.engine == "zero" and self.trains else 0
+        return self.engine_spec.stage(self) if self.trains else 0
 
     @property
     def bf16_weights(self) -> bool:
         """Whether the U-Net is held in bf16. ZeRO-0 has no fp32 masters: there it stays fp32, under autocast."""
-        return self.model.mixed_precision == "bf16" and (self.zero_stage > 0 or self.engine == "fused")
+        return self.model.mixed_precision == "bf16" and self.engine_spec.holds_bf16(self)
 
     @property
     def uses_minicanvas(self) -> bool:
@@ -175,7 +166,7 @@ class FixedSections(ConfigModel):
 
 def sections_of(*registries: Registry) -> dict[str, Any]:
     """(type, default) of each section that an entry of the registries brings along, by its name."""
-    specs = [(name, entry.spec) for registry in registries for name, entry in registry.items()]
+    specs = [(name, getattr(entry, "spec", entry)) for registry in registries for name, entry in registry.items()]
     return {name: (spec.Settings, spec.Settings()) for name, spec in specs if spec.Settings is not None}
 
 
@@ -188,4 +179,4 @@ if TYPE_CHECKING:
             """A section that a method or an engine brings along."""
 
 else:
-    RunConfig = create_model("RunConfig", __base__=FixedSections, __module__=__name__, **sections_of(METHODS))
+    RunConfig = create_model("RunConfig", __base__=FixedSections, __module__=__name__, **sections_of(METHODS, ENGINES))

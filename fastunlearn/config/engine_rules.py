@@ -1,7 +1,5 @@
-"""Rules about what trains: the engine, its optimizer, and how the teacher is stored.
-
-What this is: refusals of combinations, each with the remedy. What this is not: the other rules (``config_rules.py``).
-"""
+"""Refusals of what an engine, the teacher's storage and the levers of speed cannot do together. What one engine or one
+optimizer cannot do stands in its own file."""
 
 from __future__ import annotations
 
@@ -15,10 +13,7 @@ def check_engine(cfg: RunConfig) -> None:
     Raises:
         UserError: the first rule that is broken.
     """
-    if cfg.engine == "fused":
-        _check_fused(cfg)
-    else:
-        _check_zero(cfg)
+    cfg.engine_spec.refuse(cfg)
     _check_speed(cfg)
     if cfg.train.spread_concepts and cfg.zero_stage == 3:
         raise UserError(
@@ -40,8 +35,7 @@ def check_ranks(cfg: RunConfig, world_size: int) -> None:
     Raises:
         UserError: the fused engine with several.
     """
-    if cfg.engine == "fused" and world_size > 1:
-        raise UserError(f"num_gpus: {world_size} ranks, and engine 'fused' has one; use 1, or engine 'zero'")
+    cfg.engine_spec.refuse_ranks(cfg, world_size)
     if cfg.has_meta and cfg.meta.order == "second" and world_size > 1:
         raise UserError(
             f"num_gpus: {world_size} ranks, and meta.order 'second' does not see the attack of the others; use 1, or "
@@ -107,60 +101,4 @@ def _check_cached(cfg: RunConfig) -> None:
         raise UserError(
             "teacher.storage: 'cached' leaves no frozen model for retain.target 'teacher'; set retain.target to "
             "'noise', or use 'int8'"
-        )
-
-
-def _check_fused(cfg: RunConfig) -> None:
-    if cfg.train.gradient_accumulation_steps > 1:
-        raise UserError(
-            f"train.gradient_accumulation_steps: {cfg.train.gradient_accumulation_steps}, but engine 'fused' uses "
-            "every gradient as it comes; use 1 and a larger train.train_batch_size, or engine 'zero'"
-        )
-    if cfg.retains and cfg.surgery.granularity != "tensor":
-        raise UserError(
-            f"surgery.granularity: {cfg.surgery.granularity!r} needs all gradients at once, which engine 'fused' never "
-            "has; use 'tensor', or engine 'zero'"
-        )
-    if cfg.retains and cfg.surgery.projection == "released" and cfg.train.max_grad_norm > 0:
-        raise UserError(
-            "surgery.projection: 'released' clips before it projects, by a norm that engine 'fused' does not have yet; "
-            "set train.max_grad_norm to 0, or use engine 'zero'"
-        )
-    if cfg.optimizer.name == "paged_adamw8bit":
-        raise UserError(
-            "optimizer.name: 'paged_adamw8bit' is for engine 'zero'; with 'fused' use 'adamw8bit' and "
-            "fused.offload_optimizer 'cpu'"
-        )
-    if cfg.zero.stage > 1 or cfg.zero.offload_optimizer != "none" or cfg.zero.grad_accum_dtype != "auto":
-        raise UserError("zero: its settings do not apply to engine 'fused'; drop them, or use engine 'zero'")
-
-
-def _check_zero(cfg: RunConfig) -> None:
-    if cfg.fused.offload_optimizer != "none":
-        raise UserError(
-            f"fused.offload_optimizer: {cfg.fused.offload_optimizer!r} is for engine 'fused'; with 'zero' set "
-            "zero.offload_optimizer"
-        )
-    _check_optimizer(cfg)
-
-
-def _check_optimizer(cfg: RunConfig) -> None:
-    if cfg.zero.grad_accum_dtype == "fp32" and cfg.model.mixed_precision == "bf16" and cfg.zero.stage == 1:
-        raise UserError(
-            "zero.grad_accum_dtype: 'fp32' with model.mixed_precision 'bf16' at zero.stage 1 would keep whole fp32 "
-            "gradients on every rank; use 'auto', or zero.stage 2 or 3"
-        )
-    if cfg.zero.offload_optimizer == "none":
-        return
-    if cfg.zero.stage == 0:
-        raise UserError("zero.offload_optimizer: 'cpu' needs sharded state; set zero.stage to 1, 2 or 3, or use 'none'")
-    if cfg.optimizer.name == "paged_adamw8bit":
-        raise UserError(
-            "zero.offload_optimizer: 'cpu' and optimizer.name 'paged_adamw8bit' both move the state to host memory; "
-            "use 'none' with the paged optimizer, or optimizer.name 'adamw'"
-        )
-    if cfg.optimizer.name == "adamw8bit":
-        raise UserError(
-            "zero.offload_optimizer: 'cpu' would step 8-bit state on the CPU, where bitsandbytes has no fast path; "
-            "use optimizer.name 'adamw', or 'none' with 'paged_adamw8bit'"
         )

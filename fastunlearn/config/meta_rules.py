@@ -21,11 +21,6 @@ def check_meta(cfg: RunConfig) -> None:
             "meta.enabled: true at zero.stage 3, where no rank has the weights that the simulated attack changes; use "
             "zero.stage 2, or engine 'fused'"
         )
-    if cfg.engine == "fused" and cfg.train.max_grad_norm > 0:
-        raise UserError(
-            f"train.max_grad_norm: {cfg.train.max_grad_norm} with the meta term under engine 'fused', which would clip "
-            "two gradients by the norm of one; use 0, or engine 'zero'"
-        )
     if meta.inner_optimizer == "sgd" and cfg.bf16_weights:
         raise UserError(
             "meta.inner_optimizer: 'sgd' on bf16 weights, where most of its steps would be rounded away; use 'adamw', "

@@ -1,8 +1,8 @@
 """A running mean of the student's weights, which can be called like the U-Net: SDD's moving teacher.
 
-What this is: a copy of the trained tensors in fp32, moved a little towards the student after every optimizer step, and
+A copy of the trained tensors in fp32, moved a little towards the student after every optimizer step, and
 put in place for the duration of a call.
-What this is not: the frozen teacher (``teacher.py``), or for ZeRO-3, where no rank has whole weights to copy.
+It is not for ZeRO-3, where no rank has whole weights to copy.
 
     mean <- d mean + (1 - d) weights        d the decay
 With a warm-up d is at most (1 + n) / (10 + n) in update n = 1, 2, ...: early weights are then forgotten sooner.
@@ -45,7 +45,7 @@ class Ema:
             self.mean[name].mul_(decay).add_(parameter.detach().float(), alpha=1.0 - decay)
         self._called = self._in_dtype_of_the_model()
 
-    def full_weights(self) -> dict[str, Tensor]:
+    def export(self) -> dict[str, Tensor]:
         """The mean in fp32 on the host."""
         return {name: mean.cpu().clone().contiguous() for name, mean in self.mean.items()}
 

@@ -1,8 +1,7 @@
 """The three ways in which a run calls the U-Net, and the count of what each costs.
 
-What this is: training calls (recorded for backward), rollout calls (the student, no gradient) and frozen calls (the
+Training calls (recorded for backward), rollout calls (the student, no gradient) and frozen calls (the
 teacher), each batching several conditions into one call.
-What this is not: a loss, or a sampler.
 
 Counts are single-sample U-Net evaluations: a guided pair of a batch of 4 is 8. They do not depend on the machine.
 """
@@ -37,18 +36,34 @@ class Evaluations:
 class Predictors:
     """Student and teacher of one run. Every method returns one fp32 prediction (B, C, H, W) per condition given."""
 
-    frozen_keys: PromptKeys | None = None
-    """Keys and values of the prompts for calls of the frozen model, if they are kept."""
-    own_keys: PromptKeys | None = None
-    """The same for calls of the student without a gradient, where it does not train them."""
-
-    def __init__(self, backbone: Backbone, student: Predictor, sampler: Predictor, teacher: Predictor) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        student: Predictor,
+        weights: Predictor,
+        teacher: Predictor,
+        sampler: Predictor | None = None,
+        frozen_keys: PromptKeys | None = None,
+        own_keys: PromptKeys | None = None,
+    ) -> None:
+        """
+        Args:
+            student: for calls that are recorded.
+            weights: the student's for calls without a gradient.
+            teacher: the frozen model.
+            sampler: what walks the trajectories; None: the student.
+            frozen_keys: keys and values of the prompts for calls of the frozen model, if they are kept.
+            own_keys: the same for calls of the student without a gradient, where it does not train them.
+        """
         self.backbone = backbone
         self.evaluations = Evaluations()
-        self._student = student
-        self._weights = sampler
-        self.sampler = sampler
-        self.teacher = teacher
+        self._student, self._weights, self.teacher = student, weights, teacher
+        self.sampler = sampler or weights
+        self.frozen_keys, self.own_keys = frozen_keys, own_keys
+
+    def retire_teacher(self) -> None:
+        """All targets have been made: from now on the frozen model is gone."""
+        self.teacher = no_teacher
 
     def state_dict(self) -> dict:
         """The count so far."""
@@ -104,3 +119,8 @@ class Predictors:
         with nullcontext() if keys is None else keys.lent(embeds.rows):
             prediction = self.backbone.predict(unet, batch, timestep, embeds)
         return prediction.chunk(len(conditions))
+
+
+def no_teacher(*_: object, **__: object) -> tuple[Tensor, ...]:
+    """In the place of a teacher where all targets were made before training."""
+    raise RuntimeError("there is no frozen model any more: teacher.storage is 'cached'")

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.engines.optimizers import is_small
+from fastunlearn.config import Config
+from fastunlearn.models.parameter_names import is_small
+from fastunlearn.utils.memory_rows import FP32, Row, Sizes, quantized_nbytes
 from fastunlearn_kernels import Quantized, blockwise_dequantize, blockwise_quantize
 
 FP8 = torch.float8_e4m3fn
@@ -54,11 +56,6 @@ class Teacher:
         finally:
             for loan in self._swaps:
                 loan.active = False
-
-
-def no_teacher(*_: object, **__: object) -> tuple[Tensor, ...]:
-    """In the place of a teacher where all targets were made before training."""
-    raise RuntimeError("there is no frozen model any more: teacher.storage is 'cached'")
 
 
 class QuantizedTensor:
@@ -115,3 +112,21 @@ def install_swaps(unet: nn.Module, names: Sequence[str], storage: str) -> list[W
         owner, _, own_name = name.rpartition(".")
         owned.setdefault(owner, {})[own_name] = QuantizedTensor(unet.get_parameter(name), storage)
     return [WeightSwap(unet.get_submodule(owner), stored) for owner, stored in owned.items()]
+
+
+def teacher_rows(cfg: Config, sizes: Sizes, compute: int) -> list[Row]:
+    """The originals of what is trained: as they were, or in 8 bits; then a layer of them is brought back at a time."""
+    storage = cfg.teacher.storage
+    if not cfg.needs_teacher:
+        return []
+    if storage == "exact":
+        return [Row("teacher: originals of what is trained", sum(sizes.trained) * compute)]
+    small = sum(n for bits, numels in sizes.groups for n in numels if bits == 32)
+    matrices = [n for bits, numels in sizes.groups for n in numels if bits == 8]
+    # fp8 has a scale for each row, which is next to nothing.
+    stored = small * compute + (sum(map(quantized_nbytes, matrices)) if storage == "int8" else sum(matrices))
+    largest = max(matrices, default=0) * (compute if storage == "int8" else FP32 + compute)
+    return [
+        Row(f"teacher: originals of what is trained ({storage})", stored),
+        Row("teacher: the tensor that is brought back", largest, phases=("backward",)),
+    ]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastunlearn.models.backbone import Pipeline, PromptEmbeds, ddim_scheduler, encode_prompts
+from fastunlearn.models.backbone import PromptEmbeds, ddim_scheduler, encode_prompts
+from fastunlearn.models.loading import Pipeline
 
 
 @torch.no_grad()

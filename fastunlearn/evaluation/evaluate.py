@@ -27,9 +27,9 @@ from fastunlearn.evaluation.drawing import generate
 from fastunlearn.evaluation.grid import EvaluationGrid, build_grid, known_concepts
 from fastunlearn.evaluation.scores import Label, score
 from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
-from fastunlearn.models.backbone import Pipeline, load_pipeline, resolve_model
-from fastunlearn.training.preflight import check_results
+from fastunlearn.models.loading import Pipeline, load_pipeline, resolve_model
 from fastunlearn.utils.files import atomic_write_text, cache_folder
+from fastunlearn.utils.run_folder import check_results
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config

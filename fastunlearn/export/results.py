@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastunlearn.config import Config
-from fastunlearn.engines.fused import unrounded
+from fastunlearn.engines.base import ExportedWeights
 from fastunlearn.evaluation import evaluate_pair, why_not_judged
+from fastunlearn.export.surgery_map import draw_surgery_map
 from fastunlearn.export.weights import (
     before_after,
     choose_validation_rows,
@@ -29,17 +29,15 @@ from fastunlearn.export.weights import (
     write_delta,
     write_unet,
 )
-from fastunlearn.gradients.heatmap import LOG_NAME as SURGERY_LOG_NAME
-from fastunlearn.gradients.heatmap import draw as draw_surgery
-from fastunlearn.models.backbone import compute_in, load_pipeline, stored_dtype
-from fastunlearn.training.checkpoint import list_checkpoints
-from fastunlearn.training.preflight import RUN_FILES
+from fastunlearn.models.backbone import compute_in
+from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.memory import peak_memory_bytes
+from fastunlearn.utils.run_folder import LATER_FILES, RUN_FILES, SURGERY_LOG, list_checkpoints
 
 PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "triton", "xformers")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-OLD_RESULTS = (*RUN_FILES, "evaluation.json", "relearn.json", "logs", SURGERY_LOG_NAME)
+OLD_RESULTS = (*RUN_FILES, *LATER_FILES)
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,13 @@ def start_output(cfg: Config, *, resumed: bool) -> None:
     atomic_write_text(folder / "config.toml", cfg.resolved().to_toml())
 
 
-def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigures) -> None:
-    """Write everything that remains of a run. ``weights``: the trained tensors, fp32, on the host."""
+def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -> None:
+    """Write everything that remains of a run."""
     cfg = cfg.resolved()  # the card and the delta name the kept concepts also where they were left to the default
     folder = Path(cfg.output_dir)
     stored = stored_dtype(cfg.model)
     base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
-    # Else the weights are fp32 masters.
-    if cfg.bf16_weights and (cfg.engine == "fused" or cfg.method_spec.average(cfg) is not None):
-        weights = unrounded(base.unet.state_dict(), weights)
+    weights = exported.restored(base.unet.state_dict())
     dtype = DTYPES.get(cfg.export.dtype) or stored
     write_unet(base.unet, folder / "unet", dtype, state_dict={**base.unet.state_dict(), **weights})
     delta = {name: tensor.to(dtype) for name, tensor in weights.items()}
@@ -95,7 +91,7 @@ def write_results(cfg: Config, weights: Mapping[str, Tensor], figures: RunFigure
         batch_size=cfg.evaluation.batch_size,
         progress=True,
     )
-    draw_surgery(folder / SURGERY_LOG_NAME, folder / "samples" / "surgery.png")
+    draw_surgery_map(folder / SURGERY_LOG, folder / "samples" / "surgery.png")
     metrics = collect_metrics(cfg, figures)
     del base
     if cfg.evaluation.mode == "auto" and why_not_judged(cfg) is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastunlearn.evaluation.drawing import generate
 from fastunlearn.evaluation.grid import Erased, known_concepts
 from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES, article
-from fastunlearn.models.backbone import Pipeline
+from fastunlearn.models.loading import Pipeline
 from fastunlearn.utils.files import atomic_file
 
 if TYPE_CHECKING:

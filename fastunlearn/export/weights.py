@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fastunlearn.errors import UserError
 from fastunlearn.export.card import write_card
 from fastunlearn.export.samples import before_after, before_after_grid, choose_validation_rows
-from fastunlearn.models.backbone import first_line
 from fastunlearn.utils.files import atomic_file, atomic_folder
+from fastunlearn.utils.text import first_line
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastunlearn.config import Config
 from fastunlearn.denoisers.lora import low_rank
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.engines.optimizers import fused_optimizer
+from fastunlearn.engines.fused.moments import fused_optimizer
 from fastunlearn.sampling.retain import RetainBatch, noise_loss
 from fastunlearn.schema.sections import OptimizerConfig
 from fastunlearn.utils.distributed import World, mean_over_ranks
@@ -129,7 +129,7 @@ class InnerLoop:
         if self.cfg.meta.inner_optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=rate)
         if self.cfg.bf16_weights:
-            return fused_optimizer(parameters, OptimizerConfig(name="adamw8bit"), rate, seed)
+            return fused_optimizer(parameters, OptimizerConfig(), 8, rate, seed)
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, foreach=False)
 
     def _mean(self, gradient: Tensor) -> Tensor:

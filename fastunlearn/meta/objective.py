@@ -1,8 +1,8 @@
 """The meta term of an update: what a simulated attack would find, as a gradient on top of the method's own.
 
-What this is: Meta-Unlearning's objective (arXiv 2410.12777), in first order by default: the gradients of the losses at
+Meta-Unlearning's objective (arXiv 2410.12777), in first order by default: the gradients of the losses at
 the attacked weights are taken for gradients at the weights themselves.
-What this is not: the attack (``attack.py``) or the method's own loss (``methods/``).
+The attack is in ``inner_loop.py``.
 
 Legend: w the weights, w' the weights after the simulated attack; L_f, L_r, L_u the noise loss on forbidden, related and
 unrelated pictures, the same pictures, noise and timesteps before and after:
@@ -23,9 +23,7 @@ from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.engines.fused import FusedEngine
-from fastunlearn.engines.zero import Engine
-from fastunlearn.gradients.projection import ADDITION, Surgery
+from fastunlearn.engines.base import Engine
 from fastunlearn.meta.image_sets import MetaSets, QueryBatch
 from fastunlearn.meta.inner_loop import InnerLoop, all_trainable
 from fastunlearn.meta.second_order import attacked_prediction
@@ -33,27 +31,15 @@ from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import RetainBatch
 from fastunlearn.schema.meta import meta_weights
 from fastunlearn.utils.distributed import World
-from fastunlearn_kernels import Quantized, weighted_noise_loss
-
-
-class Addition(Surgery):
-    """Adds a gradient that was put aside, and clips the sum: surgery's pass with nothing to project."""
-
-    def retained(self, place: torch.device) -> list[Tensor] | Quantized | None:
-        """What is put aside; in an update without a meta term nothing is, and the pass only clips."""
-        return self.kept.at(place) if self.kept.there else None
+from fastunlearn_kernels import weighted_noise_loss
 
 
 class MetaObjective:
     """The term of one run."""
 
-    def __init__(
-        self, cfg: Config, models: Predictors, sets: MetaSets, engine: Engine | FusedEngine, world: World
-    ) -> None:
+    def __init__(self, cfg: Config, models: Predictors, sets: MetaSets, engine: Engine, world: World) -> None:
         self.cfg, self.models, self.sets, self.engine = cfg, models, sets, engine
         self.attack = InnerLoop(cfg, engine.sampler, models, world)
-        how = ADDITION.model_copy(update={"retain_dtype": cfg.meta.gradient_dtype})
-        self.addition = Addition(how, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero_stage > 0)
         w, device = meta_weights(cfg.meta), world.device
         self._before = torch.tensor([0.0, w.before_related, w.before_unrelated], device=device)
         self._after = torch.tensor([w.after_forbidden, w.after_related, w.after_unrelated], device=device)
@@ -64,15 +50,15 @@ class MetaObjective:
         """Whether this update has the term."""
         return step.update % self.cfg.meta.every == 0
 
-    def window(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
-        """Make this update's gradient of the term and put it aside; returns the losses for the log. Collective."""
+    def capture(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
+        """Make this update's gradient of the term and store it; returns the losses for the log. Collective."""
         judged = self.sets.query_batch(step, timestep)
         weights = self._before.tolist()
         phases: list[Callable[..., dict[str, Tensor]]] = [partial(self._attacked, step, judged)]
         if any(weights):
             phases.append(partial(self._unharmed, judged.without_forbidden()))
         found: dict[str, Tensor] = {}
-        with self.engine.capture_gradient(self.addition, "meta"):
+        with self.engine.capture_gradient("meta"):
             for number, phase in enumerate(phases, start=1):
                 found |= phase(last=number == len(phases))
         return found

@@ -168,7 +168,7 @@ def _refuse_training(cfg: Config) -> None:
             value, default = getattr(values, field), type(values).model_fields[field].default
             if value != default and f"{section}.{field}" not in STILL_READ:
                 raise UserError(f"{section}.{field}: {value!r} {why}")
-    if cfg.engine != "zero":
+    if cfg.engine != type(cfg).model_fields["engine"].default:
         raise UserError(f"engine: {cfg.engine!r} {why}")
     if cfg.resume_from_checkpoint is not None:
         raise UserError(

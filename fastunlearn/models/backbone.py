@@ -20,27 +20,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from fastunlearn.models.loading import Pipeline, first_line, load_pipeline, load_unet, resolve_model, stored_dtype
-
-__all__ = [
-    "SCOPES",
-    "Backbone",
-    "Pipeline",
-    "Predictor",
-    "PromptEmbeds",
-    "build_backbone",
-    "compute_in",
-    "ddim_scheduler",
-    "encode_prompts",
-    "first_line",
-    "load_pipeline",
-    "load_unet",
-    "resolve_model",
-    "set_trainable",
-    "stored_dtype",
-    "trainable_names",
-    "trained_tensors",
-]
+from fastunlearn.models.loading import Pipeline
 
 Predictor: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
@@ -211,47 +191,3 @@ def compute_in(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
 
     unet.register_forward_pre_hook(before, with_kwargs=True)
     unet.register_forward_hook(after, with_kwargs=True)
-
-
-SCOPES = ("attn2", "attn2_kv", "noxattn", "selfattn", "full")
-
-
-def trainable_names(unet: nn.Module, scope: str) -> list[str]:
-    """Names of the parameters that a scope trains, in module order.
-
-    "attn2": Linear layers of the cross-attentions. "attn2_kv": only their K and V. "noxattn": every Linear and Conv
-    outside the cross-attentions. "selfattn": Linear layers of the self-attentions. "full": every parameter.
-
-    Raises:
-        ValueError: unknown scope.
-    """
-    if scope not in SCOPES:
-        raise ValueError(f"unknown scope {scope!r}, expected one of {', '.join(SCOPES)}")
-    if scope == "full":
-        return [name for name, _ in unet.named_parameters()]
-    names = []
-    for module_name, module in unet.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and _in_scope(module_name, scope):
-            names += [f"{module_name}.{name}" for name, _ in module.named_parameters(recurse=False)]
-    return names
-
-
-def _in_scope(module_name: str, scope: str) -> bool:
-    parts = module_name.split(".")
-    if scope == "noxattn":
-        return "attn2" not in parts
-    if scope == "selfattn":
-        return "attn1" in parts
-    return "attn2" in parts and (scope == "attn2" or parts[-1] in ("to_k", "to_v"))
-
-
-def set_trainable(unet: nn.Module, names: Sequence[str]) -> None:
-    """Let exactly these parameters require a gradient."""
-    wanted = set(names)
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(name in wanted)
-
-
-def trained_tensors(unet: nn.Module) -> dict[str, Tensor]:
-    """The parameters that require a gradient, as they are now: a later cast of ``unet`` gives it other memory."""
-    return {name: parameter.detach() for name, parameter in unet.named_parameters() if parameter.requires_grad}

@@ -41,6 +41,7 @@ from fastunlearn.models.formats.headers import (
 )
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.training.preflight import check_noise, check_vae
+from fastunlearn.utils.text import first_line
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 CLASSES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
@@ -228,9 +229,3 @@ def stored_dtype(model: ModelConfig) -> torch.dtype:
     entries = [entry for file in unet_files(place, model.variant) for entry in read_header(file)[0].values()]
     counts = Counter(entry.dtype for entry in entries)
     return STORED.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error, for one-line messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

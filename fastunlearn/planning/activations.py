@@ -1,10 +1,9 @@
 """How much memory the activations of the U-Net take, found without computing them.
 
-What this is: the U-Net is built from its configuration as fake tensors, which have shapes and storages but no contents;
+The U-Net is built from its configuration as fake tensors, which have shapes and storages but no contents;
 one forward and backward pass runs on them while every storage that is born or dies is counted. Passes of two and three
 samples tell what of it grows with the batch; one sample is a case of its own, which some operations need not copy.
-What this is not: the memory of weights, gradients and optimizer (``states.py``), or what a GPU's libraries take
-for themselves: convolution workspaces and the allocator's fragments are not seen here.
+Convolution workspaces and the allocator's fragments on a GPU are not seen here.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from fastunlearn.models.backbone import set_trainable, trainable_names
+from fastunlearn.models.parameter_names import set_trainable, trainable_names
 
 FEW = 3  # samples, up to which a pass is run as it is
 NORMS = (functional.group_norm, functional.layer_norm)

@@ -1,8 +1,7 @@
 """Which change of the configuration makes a run fit into its GPU.
 
-What this is: a fixed list of changes, from the one that costs least to the one that costs most, tried alone and then
-together until the plan fits.
-What this is not: tuning. A smaller scope or batch changes what is learnt, and the list says nothing about that.
+A fixed list of changes, from the one that costs least to the one that costs most, tried alone and then together until
+the plan fits. A smaller scope or batch changes what is learnt; the list says nothing about that.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from pydantic import ValidationError
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.config.loader import merge
 from fastunlearn.errors import UserError
-from fastunlearn.models.backbone import SCOPES
+from fastunlearn.models.parameter_names import SCOPES
 from fastunlearn.planning.plan import Model, Plan, make_plan, unet_sizes
-
-RANKS = (2, 4, 8)
+from fastunlearn.registry import ENGINES
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,10 @@ def _changes(plan: Plan, model: Model) -> Iterator[Change]:
     cfg = plan.cfg
     yield from _set(cfg.retains and cfg.surgery.retain_dtype != "int8", "surgery.retain_dtype", "int8")
     yield from _set(not cfg.model.gradient_checkpointing, "model.gradient_checkpointing", True)
-    plain = cfg.optimizer.name == "adamw" and cfg.zero.offload_optimizer == "none"
-    yield from _set(plain, "optimizer.name", "adamw8bit")
+    smaller = cfg.optimizer_spec.smaller if cfg.engine_spec.offload(cfg) else None
+    yield from _set(smaller is not None, "optimizer.name", smaller)
     yield from _set(cfg.model.mixed_precision == "no", "model.mixed_precision", "bf16")
-    yield from _fused(cfg, plan.world)
+    yield from _other_engines(cfg, plan.world)
     yield from _set(cfg.zero_stage < 3 and cfg.teacher.storage == "exact", "teacher.storage", "int8")
     yield from _offload(cfg)
     yield from _batches(cfg)
@@ -101,22 +99,17 @@ def _set(wanted: bool, name: str, value: Any) -> Iterator[Change]:
         yield Change(((name, value),))
 
 
-def _fused(cfg: Config, world: int) -> Iterator[Change]:
-    """The other engine, where it takes the configuration as it is (``apply`` finds out)."""
-    if cfg.engine == "zero" and world == 1:
-        fields: list[tuple[str, Any]] = [("engine", "fused")]
-        fields += [("zero.stage", 1)] if cfg.zero.stage > 1 else []
-        fields += [("optimizer.name", "adamw8bit")] if cfg.optimizer.name != "adamw8bit" else []
-        yield Change(tuple(fields))
+def _other_engines(cfg: Config, world: int) -> Iterator[Change]:
+    """Another engine, where it takes the configuration as it is (``apply`` finds out)."""
+    for name, spec in ENGINES.items():
+        fields = spec.instead(cfg, world) if name != cfg.engine else ()
+        if fields:
+            yield Change(tuple(fields))
 
 
 def _offload(cfg: Config) -> Iterator[Change]:
-    if cfg.engine == "fused":
-        yield from _set(cfg.fused.offload_optimizer == "none", "fused.offload_optimizer", "cpu")
-    elif cfg.zero.offload_optimizer == "none":
-        fields: list[tuple[str, Any]] = [("zero.offload_optimizer", "cpu")]
-        fields += [("zero.stage", 1)] if cfg.zero.stage == 0 else []
-        fields += [("optimizer.name", "adamw")] if cfg.optimizer.name != "adamw" else []
+    fields = cfg.engine_spec.offload(cfg)
+    if fields:
         yield Change(tuple(fields))
 
 
@@ -139,9 +132,5 @@ def _scopes(cfg: Config, model: Model) -> Iterator[Change]:
 
 
 def _ranks(cfg: Config, world: int) -> Iterator[Change]:
-    if cfg.engine == "fused":
-        return
-    for stage in (2, 3):
-        for ranks in RANKS:
-            if ranks >= world and (ranks > world or stage > cfg.zero.stage) and ranks > 1:
-                yield Change((("zero.stage", max(stage, cfg.zero.stage)),), 0 if ranks == world else ranks)
+    for stage, ranks in cfg.engine_spec.more_ranks(cfg, world):
+        yield Change((("zero.stage", stage),), 0 if ranks == world else ranks)

@@ -1,14 +1,12 @@
-"""What an edit in closed form holds, and the running mean of SDD: the rows of the base methods.
+"""What an edit in closed form holds beside what its method reports, and the average of the weights.
 
-What this is: arithmetic that follows ``concept_edit.py``, ``closed_form.py`` and ``ema.py``.
-What this is not: the text encoders, which are on the device only while the prompts are embedded; the pipeline's size on
-the host says how large all of it is.
+The text encoders are not among the rows: they are on the device only while the prompts are embedded.
 """
 
 from __future__ import annotations
 
 from fastunlearn.config import Config
-from fastunlearn.planning.states import FP32, Row, Sizes
+from fastunlearn.utils.memory_rows import FP32, Row, Sizes
 
 
 def edit_rows(cfg: Config, sizes: Sizes, prompts: int, tokens: int, width: int) -> list[Row]:

@@ -1,10 +1,9 @@
 """What a run will need of memory, before any weights are loaded.
 
-What this is: the table of the rank that needs most, for one configuration. The U-Net is built from ``unet/config.json``
-without weights.
-What this is not: advice (``advice.py``) or the command (``report.py``). Nor is it a measurement:
-``states.py`` and ``activations.py`` say what they follow. On a GPU the CUDA context, convolution workspaces
-and the allocator's fragments come on top (``ALLOWANCE``).
+The table of the rank that needs most, for one configuration: the sum of the rows that engine, teacher, method and meta
+term report, and of activations as ``activations.py`` measures them. The U-Net is built from ``unet/config.json``
+without weights. On a GPU the CUDA context, convolution workspaces and the allocator's fragments come on top
+(``ALLOWANCE``).
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from fastunlearn.acceleration.text_kv_cache import cross_attentions
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.config.run_prompts import meta_texts, preserve_prompts, retain_prompts
 from fastunlearn.denoisers.predictors import Evaluations
-from fastunlearn.engines.optimizers import is_small, layer_of, parameter_groups
+from fastunlearn.engines.optimizers.groups import parameter_groups
 from fastunlearn.errors import UserError
 from fastunlearn.meta.image_sets import set_captions
+from fastunlearn.meta.memory import attack_rows, pool_sizes
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.backbone import trainable_names
 from fastunlearn.models.formats.headers import COMPONENTS, FIELD, check_kind, check_safetensors, is_hub_id, variant_of
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.loading import hub_file, stored_dtype
+from fastunlearn.models.parameter_names import is_small, layer_of, trainable_names
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.edits import edit_rows, mean_rows
-from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
-from fastunlearn.planning.states import Row, Sizes, gradients_of_one_pass, peak, totals, worst_rank
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.prompts.variants import build_prompt_table
 from fastunlearn.sampling.retain import folder_captions
 from fastunlearn.schema.meta import meta_weights, set_weights
+from fastunlearn.utils.memory_rows import Row, Sizes, peak, totals
+from fastunlearn.utils.text import GIB
 
-GIB = 2**30
 CLIP_TOKENS = 77
 # What a GPU's driver and libraries take for themselves; a rule of thumb, not measured here.
 ALLOWANCE = GIB
@@ -158,9 +157,10 @@ def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = 
         prompts = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
         rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.config["cross_attention_dim"])
         return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
+    gradients = cfg.engine_spec.gradients_of_one_pass(cfg, sizes, world)
     rows = [
-        *worst_rank(cfg, sizes, world), *mean_rows(cfg, sizes), *attack_rows(cfg, sizes),
-        *_latents_and_text(cfg, model), *activation_rows(cfg, model, scope, gradients_of_one_pass(cfg, sizes, world)),
+        *cfg.engine_spec.memory_rows(cfg, sizes, world), *mean_rows(cfg, sizes), *attack_rows(cfg, sizes),
+        *_latents_and_text(cfg, model), *activation_rows(cfg, model, scope, gradients),
     ]  # fmt: skip
     rows = [row for row in rows if row.device or row.host]
     return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from fastunlearn.config import Config, first_student_update
 from fastunlearn.denoisers.predictors import Evaluations
+from fastunlearn.meta.memory import add_meta, pool_sizes
 from fastunlearn.methods.base import Method, UNetCalls
 from fastunlearn.methods.tables import build_method, rank_table
-from fastunlearn.planning.meta_rows import add_meta, pool_sizes
 from fastunlearn.sampling.key_steps import KeyStep
 
 

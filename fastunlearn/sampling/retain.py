@@ -27,7 +27,8 @@ from fastunlearn.config import Config
 from fastunlearn.config.run_prompts import refuse_erased
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
-from fastunlearn.models.backbone import Pipeline, PromptEmbeds
+from fastunlearn.models.backbone import PromptEmbeds
+from fastunlearn.models.loading import Pipeline
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import (
@@ -16,6 +17,9 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
 )
+from pydantic_core import PydanticCustomError
+
+from fastunlearn.registry import Registry
 
 __all__ = [
     "AttentionBackend",
@@ -37,6 +41,7 @@ __all__ = [
     "Scope",
     "StrippedStr",
     "WeightDtype",
+    "known_in",
 ]
 
 PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -64,3 +69,16 @@ class ConfigModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def known_in(registry: Registry) -> Callable[[str], str]:
+    """A validator that refuses what the registry does not have, as pydantic refuses a literal."""
+
+    def check(name: str) -> str:
+        if name not in registry.entries:
+            *first, last = [repr(known) for known in registry.entries]
+            expected = f"{', '.join(first)} or {last}" if first else last
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+        return name
+
+    return check

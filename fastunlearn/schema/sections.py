@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from fastunlearn.registry import OPTIMIZERS
 from fastunlearn.schema.fields import (
     AttentionBackend,
     Beta,
@@ -21,7 +22,6 @@ from fastunlearn.schema.fields import (
     MixedPrecision,
     NonNegativeFloat,
     NonNegativeInt,
-    Offload,
     PathStr,
     PositiveFloat,
     PositiveInt,
@@ -30,6 +30,7 @@ from fastunlearn.schema.fields import (
     Scope,
     StrippedStr,
     WeightDtype,
+    known_in,
 )
 
 
@@ -133,7 +134,7 @@ class TrainConfig(ConfigModel):
 class OptimizerConfig(ConfigModel):
     """The optimizer that DeepSpeed steps."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    name: Annotated[str, AfterValidator(known_in(OPTIMIZERS))] = "adamw"
     """torch AdamW, or bitsandbytes' AdamW with 8-bit state, optionally paged to host memory."""
     adam_beta1: Beta = 0.9
     """Decay of the first moment."""
@@ -204,28 +205,6 @@ class RetainConfig(ConfigModel):
     """Classifier-free guidance of the generated pictures."""
     num_inference_steps: SamplerSteps = 25
     """Sampler steps of the generated pictures."""
-
-
-class ZeroConfig(ConfigModel):
-    """How DeepSpeed shards the training state."""
-
-    stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload_optimizer: Offload = "none"
-    """Keep the optimizer state in host memory; needs stage 1 or more and optimizer.name "adamw"."""
-    reduce_bucket_size: PositiveInt = 500_000_000
-    """Elements that are reduced at a time."""
-    grad_accum_dtype: Literal["auto", "fp32"] = "auto"
-    """In which type gradients are accumulated; auto: that of the computation. fp32 with bf16 needs stage 2 or 3."""
-    overlap_comm: bool = False
-    """Reduce gradients while the backward pass still runs; needs a second bucket."""
-
-
-class FusedConfig(ConfigModel):
-    """The fused engine: one GPU, no sharding, no whole gradient."""
-
-    offload_optimizer: Offload = "none"
-    """Keep the optimizer's moments in host memory and bring them layer by layer."""
 
 
 class TeacherConfig(ConfigModel):

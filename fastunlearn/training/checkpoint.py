@@ -13,7 +13,6 @@ A checkpoint is written beside its final name and renamed once every rank is don
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,8 +24,8 @@ import torch
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.utils.distributed import World, barrier
+from fastunlearn.utils.run_folder import list_checkpoints
 
-NAME = re.compile(r"checkpoint-(\d+)$")
 # What may differ between a run and its continuation without changing the weights that come out.
 FREE_FIELDS = (
     "output_dir",
@@ -47,12 +46,6 @@ class Position:
     seconds: float
     rollout_seconds: float
     evaluations: dict[str, int]
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.search(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def find_checkpoint(cfg: Config) -> Path | None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from fastunlearn.commands.plan import size
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.planning.advice import smallest_change
 from fastunlearn.planning.plan import ALLOWANCE, Plan, make_plan, read_model
+from fastunlearn.utils.text import size
 
 PLAN_ERROR = 0.1  # how far a plan may be off; only beyond that is the end certain
 

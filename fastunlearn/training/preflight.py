@@ -9,10 +9,9 @@ answers. The files of models are read in ``model_files.py`` and ``single_file.py
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,9 @@ from fastunlearn.models.formats.headers import (
     vae_folder,
 )
 from fastunlearn.models.formats.single_file import is_vae, read_single_file
+from fastunlearn.utils.run_folder import list_checkpoints, run_traces
 
-# What a run writes into output_dir; any of these says that a run was started there.
-RUN_FILES = ("config.toml", "unet", "delta.safetensors", "metrics.json", "train_log.jsonl", "samples", "README.md")
 KERNELS_VARIABLE, KERNEL_CHOICES = "FASTUNLEARN_KERNELS", ("auto", "reference", "triton")
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Rough share of the U-Net's parameters per scope (SDXL; SD 1.4 differs by a few points), to estimate disk space.
 SCOPE_SHARES = {"attn2": 0.22, "attn2_kv": 0.14, "noxattn": 0.8, "selfattn": 0.3, "full": 1.0}
 STATE_BYTES = 12  # a checkpoint holds an fp32 master weight and two fp32 moments per trained parameter
@@ -208,7 +205,7 @@ def check_output_dir(cfg: Config) -> None:
     if cfg.resume_from_checkpoint is not None:
         _check_resume(cfg.resume_from_checkpoint, folder)
     elif not cfg.overwrite_output_dir:
-        found = next(_run_traces(folder), None)
+        found = next(run_traces(folder), None)
         if found is not None:
             raise UserError(
                 f"output_dir: {cfg.output_dir!r} already holds a run ({found.name}); choose another folder, "
@@ -216,32 +213,8 @@ def check_output_dir(cfg: Config) -> None:
             )
 
 
-def check_results(folder: Path) -> None:
-    """Refuse a folder in which no run has finished.
-
-    Raises:
-        UserError: names what is missing.
-    """
-    for needed in ("config.toml", "unet/config.json"):
-        if not (folder / needed).is_file():
-            raise UserError(
-                f"--model: {str(folder)!r} has no {needed}; expected the output_dir of a finished `fastunlearn train`"
-            )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The ``checkpoint-N`` folders of a run, oldest first."""
-    found = [(int(match[1]), entry) for entry in folder.glob("*") if (match := CHECKPOINT.fullmatch(entry.name))]
-    return [entry for _, entry in sorted(found) if entry.is_dir()]
-
-
-def _run_traces(folder: Path) -> Iterator[Path]:
-    yield from (folder / name for name in RUN_FILES if (folder / name).exists())
-    yield from checkpoints(folder)
-
-
 def _check_resume(wanted: str, folder: Path) -> None:
-    known = [entry.name for entry in checkpoints(folder)]
+    known = [entry.name for entry in list_checkpoints(folder)]
     listing = f"; known: {', '.join(known)}" if known else ""
     if wanted == "latest":
         if not known:

@@ -1,7 +1,6 @@
 """What a run says while it goes: progress bar, train_log.jsonl, TensorBoard curves, and the stop when a loss diverges.
 
-What this is: the only place where training figures leave the device, once per ``logging_steps`` updates.
-What this is not: the evaluation (``scoring``) or the final files (``results.py``).
+The only place where training figures leave the device, once per ``logging_steps`` updates.
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastunlearn.config import Config
+from fastunlearn.engines.base import Applied
 from fastunlearn.errors import UserError
-from fastunlearn.gradients.heatmap import LOG_NAME as SURGERY_LOG_NAME
-from fastunlearn.gradients.heatmap import BlockCosines
-from fastunlearn.gradients.projection import Figures, Surgery
+from fastunlearn.gradients.stats import BlockCosines, SurgeryStats
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.utils.distributed import World, mean_over_ranks
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.memory import peak_memory_bytes
+from fastunlearn.utils.run_folder import SURGERY_LOG, TRAIN_LOG
 
-LOG_NAME = "train_log.jsonl"
 CURVES = (
     "loss", "retain_loss", "discriminator_loss", "unlearn_grad_norm", "retain_grad_norm", "cosine", "projected_share",
     "lr", "seconds",
@@ -36,11 +36,11 @@ CURVES = (
 
 @dataclass
 class Update:
-    """What one update measured, on the device: losses of its micro-batches, and the surgery's evidence."""
+    """What one update measured, on the device: losses of its micro-batches, and what became of its gradient."""
 
     losses: list[Tensor] = field(default_factory=list)
     retain_losses: list[Tensor] = field(default_factory=list)
-    surgery: Figures | None = None
+    applied: Applied = field(default_factory=partial(Applied, stepped=True))
     figures: dict[str, Tensor] = field(default_factory=dict)
     """The method's own."""
 
@@ -48,13 +48,16 @@ class Update:
 class Recorder:
     """Collects one entry per update on the device and writes them in batches."""
 
-    def __init__(self, cfg: Config, world: World, total: int, start: int, surgery: Surgery | None = None) -> None:
+    def __init__(
+        self, cfg: Config, world: World, total: int, start: int, segments: Sequence[str] | None = None
+    ) -> None:
+        """``segments``: what the rows of the projection's table stand for."""
         self._world = world
         self._every = cfg.train.logging_steps
         self._pending: list[tuple[dict[str, Any], Update, Any]] = []
-        self._path = Path(cfg.output_dir) / LOG_NAME
-        self._map = None if surgery is None else BlockCosines(surgery)
-        self._map_path = Path(cfg.output_dir) / SURGERY_LOG_NAME
+        self._path = Path(cfg.output_dir) / TRAIN_LOG
+        self._map = None if segments is None else BlockCosines(segments, cfg.surgery.granularity)
+        self._map_path = Path(cfg.output_dir) / SURGERY_LOG
         self._clock = time.perf_counter()
         self._writer = None
         if not world.is_main:
@@ -100,15 +103,19 @@ class Recorder:
         entries = []
         for (entry, update, norm), loss, retain_loss in zip(pending, losses, retained, strict=True):
             unlearn_norm = None if norm is None else float(norm)
-            figures = _surgery_figures(update.surgery) | ({"retain_loss": retain_loss} if update.surgery else {})
+            projection = update.applied.projection
+            figures = _surgery_figures(projection) | ({"retain_loss": retain_loss} if projection else {})
+            if projection or not update.applied.stepped:
+                figures["skipped"] = not update.applied.stepped
             figures |= {name: float(value) for name, value in update.figures.items()}
             entries.append(entry | {"loss": loss, "unlearn_grad_norm": unlearn_norm} | figures)
         if self._world.is_main:
             self._append(self._path, entries)
             self._show(entries)
             if self._map is not None:
-                shown = [(entry["update"], update.surgery) for entry, update, _ in pending if update.surgery]
-                self._append(self._map_path, [{"update": n, "cosine": self._map.of(figures)} for n, figures in shown])
+                shown = [(entry["update"], update.applied.projection) for entry, update, _ in pending]
+                rows = [{"update": n, "cosine": self._map.of(stats)} for n, stats in shown if stats is not None]
+                self._append(self._map_path, rows)
         _refuse_divergence(entries)
         self._clock = time.perf_counter()
 
@@ -144,7 +151,7 @@ class Recorder:
                         self._writer.add_scalar(f"train/{name}", entry[name], entry["update"])
 
 
-def _surgery_figures(figures: Figures | None) -> dict[str, Any]:
+def _surgery_figures(figures: SurgeryStats | None) -> dict[str, Any]:
     """A run without surgery has no retain gradient."""
     if figures is None:
         return {"retain_grad_norm": None, "cosine": None, "projected_share": None}
@@ -152,14 +159,13 @@ def _surgery_figures(figures: Figures | None) -> dict[str, Any]:
         "retain_grad_norm": float(figures.retain_grad_norm),
         "cosine": float(figures.cosine),
         "projected_share": float(figures.conflicting_share),
-        "skipped": bool(figures.plan.found_inf),
     }
 
 
 def _refuse_divergence(entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         if entry.get("skipped"):
-            continue  # the surgery counts these and stops the run itself
+            continue  # the engine's guard counts these and stops the run itself
         if not math.isfinite(entry["loss"]) or not math.isfinite(entry["unlearn_grad_norm"] or 0.0):
             raise UserError(
                 f"the loss is not finite at update {entry['update']}: lower train.learning_rate or set "

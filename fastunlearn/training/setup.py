@@ -1,14 +1,13 @@
-"""How a run is put together: model, engine, teacher, windows, retain samples, surgery.
+"""How a run is put together: model, engine, teacher, samplers, retain samples, meta term.
 
-What this is: the order in which the parts come to be, and in which what is no longer needed goes.
-What this is not: the algorithm (``trainer.py``), or any of the parts.
+The order in which the parts come to be, and in which what is no longer needed goes. The algorithm is ``trainer.py``.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,25 +21,17 @@ from fastunlearn.config import Config, resolved_scope
 from fastunlearn.config.run_prompts import meta_texts, retain_prompts
 from fastunlearn.denoisers.ema import Ema
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
-from fastunlearn.denoisers.teacher import Teacher, no_teacher
+from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.denoisers.teacher_check import check_teacher, target_errors
-from fastunlearn.engines.fused import FusedEngine
-from fastunlearn.engines.zero import Engine
-from fastunlearn.gradients.projection import Surgery
+from fastunlearn.engines.base import Engine, ExportedWeights
 from fastunlearn.meta.image_sets import MetaSets, draw_sets, encode_sets
 from fastunlearn.meta.objective import MetaObjective
 from fastunlearn.methods.base import Method
 from fastunlearn.methods.parts.concept_edit import put_in_place
 from fastunlearn.methods.tables import build_method, rank_table
-from fastunlearn.models.backbone import (
-    Backbone,
-    build_backbone,
-    load_pipeline,
-    set_trainable,
-    stored_dtype,
-    trainable_names,
-    trained_tensors,
-)
+from fastunlearn.models.backbone import Backbone, build_backbone
+from fastunlearn.models.loading import load_pipeline, stored_dtype
+from fastunlearn.models.parameter_names import set_trainable, trainable_names, trained_tensors
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.anchor_sampler import AnchorSampler
 from fastunlearn.sampling.batch import BatchLayout
@@ -71,8 +62,7 @@ class Run:
     table: list[KeyStep]
     models: Predictors
     rollout: Rollout | StaticSampler
-    engine: Engine | FusedEngine
-    surgery: Surgery | None = None
+    engine: Engine
     retain: RetainSource | None = None
     meta: MetaObjective | None = None
     ema: Ema | None = None
@@ -81,25 +71,22 @@ class Run:
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
 
     @property
-    def gradient_edits(self) -> list[Surgery]:
-        """What is done to an update's gradient before its step, in this order. The last one clips."""
-        addition = None if self.meta is None else self.meta.addition
-        return [edit for edit in (self.surgery, addition) if edit is not None]
-
-    @property
     def parts(self) -> dict[str, Part]:
         """What else carries state from one update to the next."""
         found: dict[str, Part | None] = {
             "models": self.models, "rollout": self.rollout, "method": self.method,
-            "surgery": self.surgery, "retain": self.retain, "ema": self.ema,
+            "surgery": self.engine, "retain": self.retain, "ema": self.ema,
             "attack": None if self.meta is None else self.meta.attack,
         }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """What the run has changed, in fp32 on the host. Collective: every rank must call it."""
-        trained = self.engine.full_weights() if self.ema is None else self.ema.full_weights()
-        return {**self.edited, **trained}
+    def export_weights(self) -> ExportedWeights:
+        """What the run has changed. Collective: every rank must call it."""
+        if self.ema is not None:
+            trained = ExportedWeights(self.ema.export(), rounded=self.cfg.bf16_weights)
+        else:
+            trained = self.engine.export_weights()
+        return replace(trained, edited=self.edited)
 
 
 def prepare(cfg: Config, world: World) -> Run:
@@ -119,9 +106,8 @@ def prepare(cfg: Config, world: World) -> Run:
     originals = trained_tensors(pipeline.unet) | edited
     backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
     del pipeline  # with it go the text encoders and the VAE
-    models, engine = shard(cfg, backbone, originals, world, edited)
+    models, engine, ema = shard(cfg, backbone, originals, world, edited)
     del originals
-    ema = exponential_average(cfg, models, engine)
     if cfg.teacher.storage in ("int8", "fp8"):
         accepted = check_teacher(cfg.teacher, target_errors(models, book, cfg.seed))
         if world.is_main:
@@ -137,13 +123,11 @@ def prepare(cfg: Config, world: World) -> Run:
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
         run.retain = build_source(cfg, models, book, world, pictures)
-        limit = 0.0 if cfg.has_meta else cfg.train.max_grad_norm
-        run.surgery = Surgery(cfg.surgery, limit, list(engine.named), world, cfg.zero_stage > 0)
     if cfg.has_meta:
         sets = MetaSets(cfg, models, book, world, draw_sets(cfg, models, book, meta_folders))
         run.meta = MetaObjective(cfg, models, sets, engine, world)
     if targets is not None:
-        models.teacher = no_teacher  # from the first update on, the student is no longer the original
+        models.retire_teacher()  # from the first update on, the student is no longer the original
     if resume is not None:
         _resume(run, resume)
     return run
@@ -176,8 +160,8 @@ def shard(
     originals: Mapping[str, Tensor],
     world: World,
     edited: Mapping[str, Tensor] | None = None,
-) -> tuple[Predictors, Engine | FusedEngine]:
-    """The student under its engine, and its frozen original.
+) -> tuple[Predictors, Engine, Ema | None]:
+    """The student under its engine, its frozen original, and the average of its weights where the method has one.
 
     ``originals``: the tensors before any cast from which the training starts, the trained ones and those of an edit in
     closed form; ``edited``: these alone. The teacher is made before the student gets them.
@@ -194,37 +178,30 @@ def shard(
     if cfg.needs_teacher:
         teacher = Teacher(unet, list(originals), whole_copy=cfg.zero_stage == 3, storage=cfg.teacher.storage)
     put_in_place(unet, edited or {})
-    engine: Engine | FusedEngine
-    if cfg.engine == "fused":
-        engine = FusedEngine(unet, cfg, world)
-    else:
-        engine = Engine(unet, cfg, world, originals if cfg.bf16_weights else None)
+    engine: Engine = cfg.engine_spec.build(unet, cfg, world, originals)
     if cfg.model.channels_last:
         apply_channels_last(unet)
     if cfg.model.compile == "regional":
         compile_blocks(unet)
     if world.is_main:
         count = sum(originals[name].numel() for name in engine.named)
-        sharding = "fused engine" if cfg.engine == "fused" else f"ZeRO-{cfg.zero.stage}"
-        how = f"{attention}; kernels: {describe(world.device)}; {sharding}"
+        how = f"{attention}; kernels: {describe(world.device)}; {cfg.engine_spec.title(cfg)}"
         print(f"{cfg.method}: {len(engine.named)} tensors, {count:,} parameters trained; {how}")
-    sampler = GraphedSampler(engine.sampler) if cfg.model.cuda_graphs else engine.sampler
+    weights = GraphedSampler(engine.sampler) if cfg.model.cuda_graphs else engine.sampler
+    ema = exponential_average(cfg, engine)
+    own_keys = keys if originals.keys().isdisjoint(trainable_names(unet, "attn2_kv")) else None
     # As long as nothing is trained, the student is its own teacher.
-    models = Predictors(backbone, engine, sampler, teacher or engine.sampler)
-    models.frozen_keys = keys
-    models.own_keys = keys if originals.keys().isdisjoint(trainable_names(unet, "attn2_kv")) else None
-    return models, engine
+    models = Predictors(backbone, engine, weights, teacher or engine.sampler, ema, keys, own_keys)
+    return models, engine, ema
 
 
-def exponential_average(cfg: Config, models: Predictors, engine: Engine | FusedEngine) -> Ema | None:
-    """The average of the student's weights, which from now on walks the trajectories, where the method has one."""
+def exponential_average(cfg: Config, engine: Engine) -> Ema | None:
+    """The average of the student's weights, which walks the trajectories, where the method has one."""
     settings = cfg.method_spec.average(cfg)
     if settings is None:
         return None
     decay, warmup = settings
-    ema = Ema(engine.sampler, engine.named, decay, warmup=warmup)
-    models.sampler = ema
-    return ema
+    return Ema(engine.sampler, engine.named, decay, warmup=warmup)
 
 
 def build_sampler(

@@ -1,8 +1,7 @@
 """The training loop, readable top to bottom: the algorithm of the paper, one update after the other.
 
-What this is: what happens in a run, and in one update.
-What this is not: how a run is put together (``assembly.py``), the mathematics of a method (``methods/``), sharding
-(``zero.py``), or the files that remain (``results.py``).
+How a run is put together is in ``setup.py``, the mathematics of a method in ``methods/``, what an engine makes of a
+loss in ``engines/``, the files that remain in ``export/results.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Evaluations
+from fastunlearn.engines.base import ExportedWeights
 from fastunlearn.export.results import RunFigures, start_output, write_results
-from fastunlearn.gradients.projection import Figures
 from fastunlearn.methods.base import no_loss
 from fastunlearn.sampling.batch import GuidedPrediction
 from fastunlearn.sampling.key_steps import KeyStep
@@ -35,7 +34,7 @@ def train(cfg: Config, world: World) -> None:
     if world.is_main:
         start_output(cfg, resumed=run.position.update > 0)
     update_loop(run)
-    weights, done = run.full_weights(), run.position
+    weights, done = run.export_weights(), run.position
     evaluations = all_reduce_counts(asdict(run.models.evaluations), world)
     del run
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
@@ -50,17 +49,17 @@ def edit_only(cfg: Config, world: World) -> None:
     if not world.is_main:
         return
     start_output(cfg, resumed=False)
-    weights, seconds = edit(cfg, world)
-    print(f"{cfg.method}: {len(weights)} tensors edited in closed form in {seconds:.1f} s")
+    edited, seconds = edit(cfg, world)
+    print(f"{cfg.method}: {len(edited)} tensors edited in closed form in {seconds:.1f} s")
     figures = RunFigures(
         0, {"total": seconds, "rollout": 0.0, "train": seconds}, asdict(Evaluations()), world.world_size, world.device
     )
-    write_results(cfg, weights, figures)
+    write_results(cfg, ExportedWeights({}, edited), figures)
 
 
 def update_loop(run: Run) -> None:
     """All updates that are left. ``run.position`` says in the end what they took."""
-    recorder = Recorder(run.cfg, run.world, len(run.table), run.position.update, run.surgery)
+    recorder = Recorder(run.cfg, run.world, len(run.table), run.position.update, run.engine.projected_segments)
     every = run.cfg.checkpoint.checkpointing_steps
     started, before = time.perf_counter(), run.position
     rollout_seconds = before.rollout_seconds
@@ -83,67 +82,41 @@ def update_loop(run: Run) -> None:
 def one_update(run: Run, step: KeyStep) -> Update:
     """One optimizer update at one key step; then the trajectories move on with the predictions that it made anyway.
 
-    With a meta term, its gradient at the attacked weights comes first, when there is nothing else to hold, and waits.
-    With surgery: the gradient of what is kept, out of the engine's hands; then that of what is erased, from which
-    everything that points against it is taken.
+    First the gradients that wait: that of the meta term, at the attacked weights, and that of what must be kept. Then
+    that of what is erased, which the engine transforms with them, refuses where it is not finite, and applies.
     """
-    windows = list(run.rollout.windows(step, run.method.augmentation(step)))
-    update, trains = Update(), all(window.trains for window in windows)
-    if run.meta is not None and trains and run.meta.is_due(step):
-        update.figures |= run.meta.window(step, run.rollout.timesteps[step.index])
-    if run.surgery is not None and trains:
-        update.retain_losses = retain_window(run, step)
-    pairs: list[GuidedPrediction] = []
-    for number, window in enumerate(windows, start=1):
-        outcome = run.method.loss(run.models, window)
-        if outcome.loss is not None:
-            run.engine.backward(outcome.loss, last=number == len(windows))
-            update.losses.append(outcome.loss.detach())
-        if outcome.guided is not None:
-            pairs.append(outcome.guided)
-    if not windows:  # after an edit in closed form: the update is what has been put aside
+    batches = list(run.rollout.windows(step, run.method.augmentation(step)))
+    update, trains = Update(), all(batch.trains for batch in batches)
+    if trains and run.meta is not None and run.meta.is_due(step):
+        update.figures |= run.meta.capture(step, run.rollout.timesteps[step.index])
+    if trains and run.retain is not None:
+        update.retain_losses = capture_retain_gradient(run, step)
+    predictions: list[GuidedPrediction] = []
+    for number, batch in enumerate(batches, start=1):
+        output = run.method.loss(run.models, batch)
+        if output.loss is not None:
+            run.engine.backward(output.loss, last=number == len(batches))
+            update.losses.append(output.loss.detach())
+        if output.guided is not None:
+            predictions.append(output.guided)
+    if not batches:  # after an edit in closed form: the update is what has been stored
         run.engine.backward(no_loss(run.engine.named.values()), last=True)
     if trains:
-        update.surgery = apply_gradient(run)
+        update.applied = run.engine.apply()
+        if update.applied.stepped and run.ema is not None:
+            run.ema.update()
     update.figures |= run.method.finish()
     if step.continues:
-        run.rollout.advance(step, pairs)
+        run.rollout.advance(step, predictions)
     return update
 
 
-def apply_gradient(run: Run) -> Figures | None:
-    """Project, add the meta term, clip and step; what of it there is. The fused engine has done all that, and is asked
-    what it saw. Returns the surgery's evidence."""
-    engine, edits = run.engine, run.gradient_edits
-    if not edits:
-        engine.step()
-        follow(run)
-        return None
-    if engine.steps_in_backward:
-        seen = [engine.figures() for _ in edits]
-    else:
-        second_moments = engine.second_moments() if run.cfg.surgery.metric == "optimizer" else None
-        seen = [edit.project(engine.gradient(), second_moments, run.cfg.optimizer.adam_epsilon) for edit in edits]
-    if all([edit.is_finite(figures) for edit, figures in zip(edits, seen, strict=True)]):
-        engine.step(seen[-1].plan.norm)
-        follow(run)
-    else:
-        engine.skip_step()
-    return seen[0] if run.surgery is not None else None
-
-
-def follow(run: Run) -> None:
-    """After an optimizer step: the running mean of the weights moves on, where there is one."""
-    if run.ema is not None:
-        run.ema.update()
-
-
-def retain_window(run: Run, step: KeyStep) -> list[Tensor]:
-    """The gradient of what must be kept, put aside as this rank's shard of it."""
-    assert run.surgery is not None and run.retain is not None
+def capture_retain_gradient(run: Run, step: KeyStep) -> list[Tensor]:
+    """The gradient of what must be kept, stored as this rank's shard of it; its losses."""
+    assert run.retain is not None
     losses = []
     batches = run.retain.batches(step, run.rollout.timesteps[step.index])
-    with run.engine.capture_gradient(run.surgery, "retain"):
+    with run.engine.capture_gradient("retain"):
         for number, batch in enumerate(batches, start=1):
             loss = retain_loss(run.models, batch, run.cfg.retain.target)
             run.engine.backward(loss, last=number == len(batches))

@@ -111,9 +111,7 @@ def _launch(x0: Tensor, noise: Tensor | None, timesteps: Tensor, table: Tensor, 
 
 
 @torch.library.custom_op("fastunlearn::add_noise", mutates_args=())
-def add_noise_op(
-    x0: Tensor, noise: Tensor | None, timesteps: Tensor, table: Tensor, seed_B: Tensor | None
-) -> Tensor:
+def add_noise_op(x0: Tensor, noise: Tensor | None, timesteps: Tensor, table: Tensor, seed_B: Tensor | None) -> Tensor:
     """x_t; `timesteps` holds 1 or B integers, `table` has the dtype of the computation. On a GPU one launch."""
     tensors = (x0, noise, timesteps, table, seed_B)
     return (_launch if x0.numel() and backend.runs_triton(tensors) else add_noise_reference)(*tensors)

@@ -83,9 +83,9 @@ def compile_all(
     """
     if backend.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, nothing can be compiled in this process; unset it and start again")
-    jobs = [
-        (spec.name, i, target, False) for spec in specs for i in range(len(spec.kernels)) for target in TARGETS
-    ] + [(spec.name, i, COUNTED, True) for spec in specs for i in _first_of_each(spec)]
+    jobs = [(spec.name, i, target, False) for spec in specs for i in range(len(spec.kernels)) for target in TARGETS] + [
+        (spec.name, i, COUNTED, True) for spec in specs for i in _first_of_each(spec)
+    ]
     rows = []
     # Fresh interpreters: a forked child of a process with threads, or with a CUDA context, is not safe.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:

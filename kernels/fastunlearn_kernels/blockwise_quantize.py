@@ -299,9 +299,9 @@ QUANTIZE_SPEC = OpSpec(
     eager=eager_linear,
     cases=quantize_cases(),
     compare=check_linear_codes,
-    bytes_moved=lambda inputs: nbytes(inputs["tensors"])
-    + sum(t.numel() for t in inputs["tensors"])
-    + 4 * _blocks(inputs["tensors"]),
+    bytes_moved=lambda inputs: (
+        nbytes(inputs["tensors"]) + sum(t.numel() for t in inputs["tensors"]) + 4 * _blocks(inputs["tensors"])
+    ),
     launches=1,
     kernels=(*[_quantizer(dtype, False) for dtype in SHORT], _quantizer(torch.bfloat16, True)),
     bench=bench_list,
@@ -312,8 +312,10 @@ DEQUANTIZE_SPEC = OpSpec(
     run=_run_dequantize,
     eager=_eager_dequantize,
     cases=dequantize_cases(),
-    bytes_moved=lambda inputs: nbytes(inputs["codes"], inputs["absmax"])
-    + sum(t.numel() for t in inputs["codes"]) * inputs["like"].element_size(),
+    bytes_moved=lambda inputs: (
+        nbytes(inputs["codes"], inputs["absmax"])
+        + sum(t.numel() for t in inputs["codes"]) * inputs["like"].element_size()
+    ),
     launches=1,
     kernels=tuple(
         _aot(short, blockwise_dequantize_chunk_kernel, {"out_ptr": f"*{short}"}, {"tensors": "i32"})

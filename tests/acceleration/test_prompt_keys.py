@@ -13,7 +13,7 @@ from tiny_run import tiny_run, update_all
 from fastunlearn.acceleration.text_kv_cache import PromptKeys, cross_attentions
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.planning.plan import make_plan, read_model
 from fastunlearn.training.setup import Run
 from fastunlearn.utils.distributed import World
@@ -39,10 +39,10 @@ def the_run(scope: str, cached: bool, **model: Any) -> Run:
 @pytest.mark.parametrize("scope", ["attn2", "noxattn", "full"])
 def test_training_ends_with_the_same_weights(scope: str) -> None:
     plain, cached = (the_run(scope, choice) for choice in (False, True))
-    start = flat(plain.engine.full_weights())
+    start = flat(plain.engine.export_weights().trained)
     for run in (plain, cached):
         update_all(run)
-    expected, found = (flat(run.engine.full_weights()) for run in (plain, cached))
+    expected, found = (flat(run.engine.export_weights().trained) for run in (plain, cached))
     assert (found - expected).norm() < 1e-4 * (expected - start).norm()
     assert (expected - start).norm() > 0
 

@@ -27,7 +27,7 @@ from fastunlearn.acceleration.compilation import apply_channels_last, compile_bl
 from fastunlearn.config import Config
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.errors import UserError
-from fastunlearn.models.backbone import set_trainable, trainable_names
+from fastunlearn.models.parameter_names import set_trainable, trainable_names
 
 WORKER = WORKERS / "speed_worker.py"
 # So that three updates move each scope visibly.

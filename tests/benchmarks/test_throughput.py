@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from one_projection import Surgery
 from torch import nn
 
 from fastunlearn.config import SurgeryConfig
-from fastunlearn.engines.zero_shards import Piece
 from fastunlearn.errors import UserError
-from fastunlearn.gradients.projection import Surgery
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.gradients.shard import GradientShard
 from fastunlearn.models.formats.architectures import ARCHITECTURES
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.planning.activations import build_unet
-from fastunlearn.utils.distributed import World
 from update import report, sweep, worker
 from update.baselines.named import BASELINES, build
 from update.baselines.surgery_loop import surgery_loop
@@ -292,10 +291,11 @@ def test_the_published_loop_does_what_surgery_does() -> None:
     gradients = [[torch.randn(6, generator=draw) for _ in names] for _ in range(2)]
     found = []
     for loop in (False, True):
-        surgery = Surgery(SurgeryConfig(rho=0.5), 0.0, names, World(0, 1, CPU), False)
-        unlearn, retain = ([Piece(n, g.clone()) for n, g in zip(names, of)] for of in gradients)
+        surgery = Surgery(SurgeryConfig(rho=0.5), names)
+        unlearn, retain = ([GradientShard(n, g.clone()) for n, g in zip(names, of)] for of in gradients)
         surgery.keep(retain)
-        figures = (surgery_loop(surgery) if loop else surgery.project)(unlearn, None, 1e-8)
+        transforms = surgery.transforms
+        (figures,) = (surgery_loop(transforms) if loop else transforms.apply)(unlearn, None, 1e-8)
         found.append((torch.stack([piece.tensor for piece in unlearn]), figures.plan.norm, figures.conflicting_share))
     (ours, norm, conflicts), (published, norm_published, conflicts_published) = found
     assert 0 < conflicts == conflicts_published < 1

@@ -10,7 +10,7 @@ import pytest
 
 from fastunlearn.config import Config, concept_kind, load_config, resolved_keep, resolved_scope, resolved_steps
 from fastunlearn.config import loader as config_text
-from fastunlearn.engines.zero_config import deepspeed_config
+from fastunlearn.engines.zero.deepspeed_config import deepspeed_config
 from fastunlearn.errors import UserError
 from fastunlearn.methods.kscu import first_key_step
 

@@ -14,14 +14,14 @@ from fastunlearn.config import Config, TeacherConfig
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import QuantizedTensor, Teacher
 from fastunlearn.denoisers.teacher_check import TargetError, check_teacher, target_errors
-from fastunlearn.engines import optimizers
 from fastunlearn.errors import UserError
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models import parameter_names
+from fastunlearn.models.parameter_names import trainable_names
 
 
 @pytest.fixture(autouse=True)
 def _small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "SMALL_TENSOR_NUMEL", 100)
+    monkeypatch.setattr(parameter_names, "SMALL_TENSOR_NUMEL", 100)
 
 
 def inputs() -> tuple[tuple, dict[str, Any]]:

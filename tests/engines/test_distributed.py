@@ -21,7 +21,7 @@ from torch import Tensor
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.backbone import set_trainable, trainable_names
+from fastunlearn.models.parameter_names import set_trainable, trainable_names
 from fastunlearn.sampling.batch import BatchLayout, GuidedPrediction
 
 BF16 = [case for case in CASES if case.precision == "bf16"]

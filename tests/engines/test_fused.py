@@ -22,14 +22,15 @@ from tiny import flat, tiny_unet
 from tiny_run import tiny_run, update_all
 
 from fastunlearn.config import Config
-from fastunlearn.engines.fused import FusedEngine, unrounded
-from fastunlearn.engines.optimizers import HostMoments, layer_of
+from fastunlearn.engines.base import ExportedWeights
+from fastunlearn.engines.fused.engine import FusedEngine
+from fastunlearn.engines.fused.memory import fused_rows
+from fastunlearn.engines.fused.moments import HostMoments
 from fastunlearn.errors import UserError
-from fastunlearn.models.backbone import trainable_names
-from fastunlearn.planning.fused_states import fused_rows
+from fastunlearn.models.parameter_names import layer_of, trainable_names
 from fastunlearn.planning.plan import Model, unet_sizes
 from fastunlearn.training.setup import Run
-from fastunlearn.training.trainer import one_update, retain_window
+from fastunlearn.training.trainer import capture_retain_gradient, one_update
 from fastunlearn.utils.distributed import World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -55,7 +56,7 @@ def fused_run(case: Case, **sections: dict[str, Any]) -> Run:
 
 def error(run: Run, expected: tuple[torch.Tensor, torch.Tensor]) -> float:
     start, wanted = expected
-    return float((flat(run.engine.full_weights()) - wanted).norm() / (wanted - start).norm())
+    return float((flat(run.engine.export_weights().trained) - wanted).norm() / (wanted - start).norm())
 
 
 EXTRAS: list[dict[str, object]] = [
@@ -86,10 +87,10 @@ def test_a_retain_gradient_in_fewer_bits_stays_within_its_bound(dtype: str) -> N
 def test_without_surgery_it_is_plain_adamw() -> None:
     run = fused_run(the_case(), surgery={"enabled": False})
     plain = fused_run(the_case(extra=(("strength", 0.0),)))
-    plain.surgery = run.surgery = None
+    plain.retain = run.retain = None
     for each in (run, plain):
         update_all(each)
-    assert torch.equal(flat(run.engine.full_weights()), flat(plain.engine.full_weights()))
+    assert torch.equal(flat(run.engine.export_weights().trained), flat(plain.engine.export_weights().trained))
     assert float(run.engine.grad_norm) > 0  # type: ignore[arg-type]
 
 
@@ -97,7 +98,7 @@ def test_moments_on_the_host_change_nothing() -> None:
     kept, offloaded = (fused_run(the_case(), fused={"offload_optimizer": place}) for place in ("none", "cpu"))
     for run in (kept, offloaded):
         update_all(run)
-    assert torch.equal(flat(kept.engine.full_weights()), flat(offloaded.engine.full_weights()))
+    assert torch.equal(flat(kept.engine.export_weights().trained), flat(offloaded.engine.export_weights().trained))
 
 
 def test_clipping_goes_by_the_norm_of_the_update_before() -> None:
@@ -111,10 +112,11 @@ def test_clipping_goes_by_the_norm_of_the_update_before() -> None:
         with torch.no_grad():
             for name, parameter in run.engine.named.items():
                 parameter.copy_(dict(tiny_unet().named_parameters())[name])
-        for layer in run.engine._layers:  # type: ignore[union-attr]
+        assert isinstance(run.engine, FusedEngine)
+        for layer in run.engine._layers:
             layer.optimizer.state.clear()
         one_update(run, run.table[1])
-        weights = flat(run.engine.full_weights())
+        weights = flat(run.engine.export_weights().trained)
         start = flat({name: p for name, p in tiny_unet().named_parameters() if name in run.engine.named})
         moved.append(weights - start)
     norm = float(free.engine.grad_norm)  # type: ignore[arg-type]
@@ -164,19 +166,19 @@ def test_nothing_of_it_outlives_the_run() -> None:
 
 def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     run = fused_run(the_case(updates=2, extra=(("max_skipped_updates", 2),)))
-    before = flat(run.engine.full_weights())
+    before = flat(run.engine.export_weights().trained)
     loss = run.method.loss
     monkeypatch.setattr(run.method, "loss", lambda *args: spoiled(loss(*args)))
     run.rollout.restart(run.table[0])
     one_update(run, run.table[0])
-    assert torch.equal(flat(run.engine.full_weights()), before)
-    assert run.surgery is not None and run.surgery.skipped == 1
+    assert torch.equal(flat(run.engine.export_weights().trained), before)
+    assert run.engine.skipped_updates == 1
     with pytest.raises(UserError, match="max_skipped_updates"):
         one_update(run, run.table[1])
 
 
 def spoiled(outcome: Any) -> Any:
-    return type(outcome)(outcome.loss * torch.tensor(float("nan")), outcome.pair)
+    return type(outcome)(outcome.loss * torch.tensor(float("nan")), outcome.guided)
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +186,12 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_counts(monkeypatch: py
     name = "conv_out.bias"
     parameter = run.engine.named[name]
     hooks = parameter.register_hook(lambda g: g * float("inf"))
-    before = run.engine.full_weights()
+    before = run.engine.export_weights().trained
     update_all(run)
     hooks.remove()
-    assert run.surgery is not None and run.surgery.skipped == 1
-    assert all(weight.isfinite().all() for weight in run.engine.full_weights().values())
-    assert torch.equal(run.engine.full_weights()[name], before[name])
+    assert run.engine.skipped_updates == 1
+    assert all(weight.isfinite().all() for weight in run.engine.export_weights().trained.values())
+    assert torch.equal(run.engine.export_weights().trained[name], before[name])
 
 
 def test_a_run_goes_on_bit_for_bit_from_its_checkpoint(tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_a_run_goes_on_bit_for_bit_from_its_checkpoint(tmp_path: Path) -> None:
     assert again.engine.learning_rate == half.engine.learning_rate
     for step in again.table[2:]:
         one_update(again, step)
-    assert torch.equal(flat(again.engine.full_weights()), flat(whole.engine.full_weights()))
+    assert torch.equal(flat(again.engine.export_weights().trained), flat(whole.engine.export_weights().trained))
 
 
 def test_stochastic_rounding_keeps_updates_that_are_too_small_for_bf16() -> None:
@@ -230,10 +232,10 @@ def test_stochastic_rounding_keeps_updates_that_are_too_small_for_bf16() -> None
 
 
 def moved(run: Run) -> torch.Tensor:
-    run.surgery = None
-    start = flat(run.engine.full_weights())
+    run.retain = None
+    start = flat(run.engine.export_weights().trained)
     update_all(run)
-    return flat(run.engine.full_weights()) - start
+    return flat(run.engine.export_weights().trained) - start
 
 
 def along(move: torch.Tensor, exact: torch.Tensor) -> float:
@@ -244,7 +246,8 @@ def along(move: torch.Tensor, exact: torch.Tensor) -> float:
 def test_what_bf16_changed_is_added_to_the_original() -> None:
     original = torch.tensor([1.001, -3.0003, 0.1234])
     rounded = original.bfloat16().float()
-    result = unrounded({"w": original}, {"w": rounded + torch.tensor([0.0, 0.25, 0.0])})["w"]
+    trained = {"w": rounded + torch.tensor([0.0, 0.25, 0.0])}
+    result = ExportedWeights(trained, rounded=True).restored({"w": original})["w"]
     assert torch.equal(result, original + torch.tensor([0.0, 0.25, 0.0]))
 
 
@@ -290,8 +293,8 @@ def test_the_planner_knows_what_the_engine_holds(sections: dict[str, Any]) -> No
     engine, step = run.engine, run.table[0]
     assert isinstance(engine, FusedEngine)
     run.rollout.restart(step)
-    retain_window(run, step)
-    kept = [thing for layer in engine._layers for thing in held_by(layer.kept._kept)]
+    capture_retain_gradient(run, step)
+    kept = [thing for layer in engine._layers for thing in held_by(layer.kept._stored)]
     found = {"retain gradient (": storage_bytes(kept)}
     found["U-Net weights"] = storage_bytes(list(run.models.backbone.unet.parameters()))
     update_all(run)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_projection import ALONE, Surgery
 from PIL import Image
 from surgery_worker import RETAINED, the_book, the_pool
 from tiny import tiny_backbone, tiny_rollout
@@ -15,9 +16,9 @@ from fastunlearn.config import Config, SurgeryConfig
 from fastunlearn.config.run_prompts import retain_prompts
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
-from fastunlearn.engines.zero_shards import Piece
 from fastunlearn.errors import UserError
-from fastunlearn.gradients.projection import Surgery, block_of
+from fastunlearn.gradients.shard import GradientShard
+from fastunlearn.models.parameter_names import block_of
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import (
@@ -28,9 +29,7 @@ from fastunlearn.sampling.retain import (
     generate_pool,
     retain_loss,
 )
-from fastunlearn.utils.distributed import World
 
-ALONE = World(0, 1, torch.device("cpu"))
 STEP = KeyStep(update=0, concept=0, index=3, restart=True, continues=True)
 
 
@@ -41,12 +40,12 @@ def a_config(**fields: object) -> Config:
 
 def a_surgery(**fields: object) -> Surgery:
     cfg = SurgeryConfig.model_validate({"enabled": True} | fields)
-    return Surgery(cfg, 0.0, ["down_blocks.1.attentions.0.a", "up_blocks.0.attentions.1.b"], ALONE, sharded=False)
+    return Surgery(cfg, ["down_blocks.1.attentions.0.a", "up_blocks.0.attentions.1.b"])
 
 
-def pieces(*tensors: torch.Tensor) -> list[Piece]:
+def pieces(*tensors: torch.Tensor) -> list[GradientShard]:
     names = ["down_blocks.1.attentions.0.a", "up_blocks.0.attentions.1.b"]
-    return [Piece(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+    return [GradientShard(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
 
 
 def models() -> Predictors:
@@ -62,7 +61,7 @@ def test_what_points_against_the_kept_gradient_is_gone(dtype: str, place: str) -
     unlearn = [-0.5 * retain[0] + torch.randn(1000), 0.5 * retain[1] + torch.randn(300)]
     before = [u.clone() for u in unlearn]
     surgery.keep(pieces(*[r.clone() for r in retain]))
-    figures = surgery.project(pieces(*unlearn), None, 1e-8)
+    figures = surgery.project(pieces(*unlearn))
     assert abs(float(unlearn[0] @ retain[0])) < 2e-2 * float(retain[0] @ retain[0])
     assert torch.equal(unlearn[1], before[1])
     assert float(figures.conflicting_share) == 0.5
@@ -75,14 +74,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_refused
     for number, (retain, unlearn) in enumerate([(bad, good), (good, good), (good, bad)]):
         kept = [u.clone() for u in unlearn]
         surgery.keep(pieces(*[r.clone() for r in retain]))
-        figures = surgery.project(pieces(*kept), None, 1e-8)
+        figures = surgery.project(pieces(*kept))
         assert surgery.is_finite(figures) == (number == 1)
         untouched = [torch.equal(a, b) or bool(b.isnan().any()) for a, b in zip(kept, unlearn, strict=True)]
         assert number == 1 or all(untouched)
-    assert surgery.skipped == 2
+    assert surgery.guard.skipped == 2
     surgery.keep(pieces(*bad))
     with pytest.raises(UserError, match="2 updates in a row"):
-        surgery.is_finite(surgery.project(pieces(*[g.clone() for g in good]), None, 1e-8))
+        surgery.is_finite(surgery.project(pieces(*[g.clone() for g in good])))
 
 
 def test_a_running_mean_is_saved_and_continued() -> None:
@@ -97,7 +96,7 @@ def test_a_running_mean_is_saved_and_continued() -> None:
     for surgery in (whole, resumed):
         unlearn = [torch.ones(500), torch.ones(20)]
         surgery.keep(pieces(*[r.clone() for r in third]))
-        surgery.project(pieces(*unlearn), None, 1e-8)
+        surgery.project(pieces(*unlearn))
         results.append(unlearn)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -106,12 +105,12 @@ def test_a_running_mean_begins_anew_after_a_retain_gradient_that_is_not_finite()
     surgery, fresh = a_surgery(retain_ema=0.9, rho=1.0), a_surgery(retain_ema=0.9, rho=1.0)
     bad, good = [torch.tensor([float("inf")] * 8), torch.randn(8)], [torch.randn(8), torch.randn(8)]
     surgery.keep(pieces(*bad))
-    assert not surgery.is_finite(surgery.project(pieces(torch.ones(8), torch.ones(8)), None, 1e-8))
+    assert not surgery.is_finite(surgery.project(pieces(torch.ones(8), torch.ones(8))))
     results = []
     for one in (surgery, fresh):
         unlearn = [torch.ones(8), torch.ones(8)]
         one.keep(pieces(*[r.clone() for r in good]))
-        assert one.is_finite(one.project(pieces(*unlearn), None, 1e-8))
+        assert one.is_finite(one.project(pieces(*unlearn)))
         results.append(unlearn)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.backbone import set_trainable
+from fastunlearn.models.parameter_names import set_trainable
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.retain import PoolSource
 

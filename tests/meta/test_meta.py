@@ -18,17 +18,18 @@ from tiny_run import update_all
 
 from fastunlearn.config import load_config
 from fastunlearn.config.run_prompts import meta_prompts
+from fastunlearn.engines.fused.engine import FusedEngine
 from fastunlearn.errors import UserError
 from fastunlearn.meta.image_sets import QueryBatch, set_captions
 from fastunlearn.meta.inner_loop import all_trainable
+from fastunlearn.meta.memory import attack_rows, pool_sizes
 from fastunlearn.meta.second_order import attacked_prediction
-from fastunlearn.planning.meta_rows import attack_rows, pool_sizes
-from fastunlearn.planning.states import Sizes
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.sampling.retain import RetainBatch
 from fastunlearn.schema.meta import MetaConfig, meta_weights
 from fastunlearn.training.setup import Run
 from fastunlearn.utils.distributed import World
+from fastunlearn.utils.memory_rows import Sizes
 
 WORLD = World(0, 1, torch.device("cpu"))
 FUSED = Case("fused", engine="fused", meta=ASCENT)
@@ -58,14 +59,14 @@ def test_the_fused_engine_does_the_same(surgery: bool, method: str, weights: dic
     case = replace(FUSED, surgery=surgery, method=method, rho=1.5, meta=(*ASCENT, *weights.items()))
     run = build_run(case, WORLD)
     update_all(run)
-    assert distance(run.engine.full_weights(), case) <= case.tolerance
+    assert distance(run.engine.export_weights().trained, case) <= case.tolerance
 
 
 def test_a_term_that_waits_in_8_bits_stays_within_its_bound() -> None:
     case = replace(FUSED, meta=(*ASCENT, ("gradient_dtype", "int8")))
     run = build_run(case, WORLD)
     update_all(run)
-    assert 1e-5 < distance(run.engine.full_weights(), case) <= 2e-2
+    assert 1e-5 < distance(run.engine.export_weights().trained, case) <= 2e-2
 
 
 def test_every_part_of_the_term_shows_in_the_reference() -> None:
@@ -131,7 +132,7 @@ def test_with_all_weights_zero_it_is_the_method_alone_bit_for_bit() -> None:
     for run in runs:
         update_all(run)
     assert runs[0].meta is None
-    assert torch.equal(*(flat(run.engine.full_weights()) for run in runs))
+    assert torch.equal(*(flat(run.engine.export_weights().trained) for run in runs))
 
 
 def test_weights_that_only_the_attack_sees_add_nothing_at_rate_zero() -> None:
@@ -141,7 +142,7 @@ def test_weights_that_only_the_attack_sees_add_nothing_at_rate_zero() -> None:
     for each in (run, plain):
         update_all(each)
     assert run.meta is not None
-    assert torch.equal(flat(run.engine.full_weights()), flat(plain.engine.full_weights()))
+    assert torch.equal(flat(run.engine.export_weights().trained), flat(plain.engine.export_weights().trained))
 
 
 def test_pictures_are_the_same_on_any_number_of_ranks() -> None:
@@ -220,9 +221,10 @@ def test_second_order_reaches_the_engine() -> None:
     """The gradient that the engine is handed is the exact one."""
     run = build_run(replace(FUSED, meta=(*ASCENT, ("order", "second"), ("inner_learning_rate", 0.5))), WORLD)
     assert run.meta is not None
-    run.meta.window(run.table[0], 500)
+    run.meta.capture(run.table[0], 500)
     kept = {name: torch.zeros(0) for name in run.engine.named}
-    for layer in run.engine._layers:  # type: ignore[union-attr]
+    assert isinstance(run.engine, FusedEngine)
+    for layer in run.engine._layers:
         for parameter, tensor in zip(layer.parameters, layer.meta._dequantized(torch.float32), strict=True):
             kept[next(name for name, p in run.engine.named.items() if p is parameter)] = tensor.view(parameter.shape)
     judged, batches = run.meta.sets.query_batch(run.table[0], 500), run.meta.sets.attack_batches(run.table[0])

@@ -21,7 +21,7 @@ from fastunlearn.methods.parts.concept_edit import Text, collect_tokens, edited_
 from fastunlearn.methods.tables import build_method
 from fastunlearn.methods.uce import UCE
 from fastunlearn.minicanvas import pipeline_path
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models.parameter_names import trainable_names
 
 WIDTH, OUTPUTS = 7, (5, 4, 9)
 CPU = torch.device("cpu")

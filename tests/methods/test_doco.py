@@ -19,7 +19,7 @@ from fastunlearn.errors import UserError
 from fastunlearn.methods.doco import DoCo, predicted_x0
 from fastunlearn.methods.parts.discriminator import Discriminator, DiscriminatorTrainer, bce_to
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptPair, PromptTable
 from fastunlearn.sampling.anchor_sampler import AnchorSampler
 from fastunlearn.sampling.batch import BatchLayout, UnlearnBatch

@@ -14,7 +14,7 @@ from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.batch import BatchLayout, GuidedPrediction
 from fastunlearn.sampling.key_steps import KeyStep

@@ -129,10 +129,9 @@ def test_a_saved_mean_goes_on_where_it_was() -> None:
 def test_the_mean_walks_the_trajectories() -> None:
     book = tiny_book()
     backbone = tiny_backbone(book)
-    models = Predictors(backbone, backbone.unet, backbone.unet, tiny_unet(seed=1))
-
     engine: Any = SimpleNamespace(sampler=backbone.unet, named=dict(backbone.unet.named_parameters()))
-    ema = exponential_average(a_config(sdd={"ema_decay": 0.5}), models, engine)
+    ema = exponential_average(a_config(sdd={"ema_decay": 0.5}), engine)
+    models = Predictors(backbone, backbone.unet, backbone.unet, tiny_unet(seed=1), ema)
     rollout = tiny_rollout(models, book)
     rollout.restart(STEP)
     assert ema is not None

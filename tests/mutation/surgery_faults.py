@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastunlearn.engines.zero.engine import ZeroEngine
 from fastunlearn.errors import UserError
 from fastunlearn.training.setup import Run
 from fastunlearn.training.trainer import one_update
@@ -45,14 +46,15 @@ FAULTS = [
 
 def suffer(fault: Fault, run: Run, folder: Path) -> None:
     """Train with the fault and write this rank's weights after each update, its count and its error."""
-    assert run.surgery is not None
+    assert isinstance(run.engine, ZeroEngine)
+    transforms = run.engine.transforms
     now: dict[str, Any] = {"window": "retain", "broken": False}
 
     def spoiled(gradient: Tensor) -> Tensor:
         hit = now["broken"] and now["window"] == fault.window and run.world.rank == run.world.world_size - 1
         return torch.full_like(gradient, float("nan")) if hit else gradient
 
-    keep, project = run.surgery.keep, run.surgery.project
+    keep, project = transforms.store, transforms.apply
 
     def kept(*arguments: Any) -> None:
         keep(*arguments)
@@ -62,9 +64,9 @@ def suffer(fault: Fault, run: Run, folder: Path) -> None:
         now["window"] = "retain"
         return project(*arguments)
 
-    run.surgery.keep, run.surgery.project = kept, projected  # type: ignore[method-assign, assignment]
+    transforms.store, transforms.apply = kept, projected  # type: ignore[method-assign, assignment]
     run.engine.named[TENSOR].register_hook(spoiled)
-    weights, message = {"start": run.engine.full_weights()}, ""
+    weights, message = {"start": run.engine.export_weights().trained}, ""
     for number, step in enumerate(run.table):
         if step.restart:
             run.rollout.restart(step)
@@ -73,10 +75,10 @@ def suffer(fault: Fault, run: Run, folder: Path) -> None:
             one_update(run, step)
         except UserError as error:
             message = str(error)
-        weights[f"after {number}"] = run.engine.full_weights()
+        weights[f"after {number}"] = run.engine.export_weights().trained
     if fault.stage < 3:
         weights["own"] = {name: p.detach().clone() for name, p in run.engine.named.items()}
     everything = {f"{when}: {name}": tensor for when, some in weights.items() for name, tensor in some.items()}
     save_file(everything, folder / f"{fault.name}-rank-{run.world.rank}.safetensors")
-    report = {"message": message, "skipped": run.surgery.skipped}
+    report = {"message": message, "skipped": run.engine.skipped_updates}
     (folder / f"{fault.name}-rank-{run.world.rank}.json").write_text(json.dumps(report))

@@ -26,8 +26,8 @@ class Mutation:
     case: str
 
 
-SHARDS, ZERO = "fastunlearn.engines.zero_shards", "fastunlearn.engines.zero"
-SURGERY = "fastunlearn.gradients.projection"
+SHARDS, ZERO = "fastunlearn.engines.zero.shards", "fastunlearn.engines.zero.engine"
+TRANSFORMS, STATS = "fastunlearn.gradients.transforms", "fastunlearn.gradients.stats"
 MUTATIONS = (
     Mutation("stage 0 keeps the retain gradient in place", SHARDS, "parameter.grad = None\n", "pass\n", "stage0-k1"),
     Mutation(
@@ -63,9 +63,9 @@ MUTATIONS = (
         "a partition's first parameter is not cut at its border",
         SHARDS, "min(parameter.numel() - skipped, left)", "min(parameter.numel(), left)", "stage1-k1-offload",
     ),
-    Mutation("each rank projects by its own dots", SURGERY, "if self.sharded:", "if False:", "stage2-k1"),
-    Mutation("all tensors share a coefficient", SURGERY, 'if granularity == "tensor":', "if False:", "stage1-k1"),
-    Mutation("no clipping", SURGERY, "self.max_grad_norm or None)", "None)", "stage1-k1"),
+    Mutation("each rank projects by its own dots", TRANSFORMS, "if self.sharded:", "if False:", "stage2-k1"),
+    Mutation("all tensors share a coefficient", STATS, 'if granularity == "tensor":', "if False:", "stage1-k1"),
+    Mutation("no clipping", TRANSFORMS, "limit = self.clip.limit if", "limit = None if", "stage1-k1"),
     Mutation(
         "every micro-batch counts as the last", ZERO,
         "set_gradient_accumulation_boundary(last)", "set_gradient_accumulation_boundary(True)", "stage1-k2",
@@ -99,7 +99,7 @@ def applied(mutation: Mutation) -> Iterator[None]:
     broken = types.ModuleType(f"broken_{mutation.module.rpartition('.')[2]}")
     sys.modules[broken.__name__] = broken  # dataclasses look their module up
     exec(compile(source.replace(mutation.old, mutation.new), str(real.__file__), "exec"), broken.__dict__)
-    users = (("fastunlearn.training.setup", "Engine"), ("tiny_run", "Surgery"), (ZERO, "GradientShards"))
+    users = ((ZERO, "ZeroEngine"), (ZERO, "build_transforms"), (ZERO, "GradientShards"), (TRANSFORMS, "segment_names"))
     places = [(importlib.import_module(module), name) for module, name in users]
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name in places:

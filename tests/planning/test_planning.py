@@ -21,14 +21,17 @@ from tiny_run import SMALL_TENSOR_NUMEL
 
 from fastunlearn import cli
 from fastunlearn.config import Config
-from fastunlearn.engines import optimizers
+from fastunlearn.engines.optimizers.groups import parameter_groups
+from fastunlearn.engines.zero.memory import ZeroMemory
 from fastunlearn.minicanvas import pipeline_path
-from fastunlearn.models.backbone import set_trainable, trainable_names
+from fastunlearn.models import parameter_names
+from fastunlearn.models.parameter_names import set_trainable, trainable_names
 from fastunlearn.planning.activations import Shape, example_inputs, measure
 from fastunlearn.planning.advice import _changes, apply, smallest_change
-from fastunlearn.planning.plan import ALLOWANCE, GIB, Model, Plan, make_plan, read_model, unet_sizes
-from fastunlearn.planning.states import Row, Sizes, StateMemory
+from fastunlearn.planning.plan import ALLOWANCE, Model, Plan, make_plan, read_model, unet_sizes
 from fastunlearn.planning.unet_calls import count_evaluations
+from fastunlearn.utils.memory_rows import Row, Sizes
+from fastunlearn.utils.text import GIB
 
 WORKER = WORKERS / "plan_worker.py"
 OTHER_WORLDS = ("stage1-bf16-kept-fp32", "stage2-bf16", "stage3-bf16-offload")
@@ -55,8 +58,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tiny_sizes() -> Sizes:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizers, "SMALL_TENSOR_NUMEL", SMALL_TENSOR_NUMEL)
-        groups = optimizers.parameter_groups(tiny_unet().named_parameters())
+        patch.setattr(parameter_names, "SMALL_TENSOR_NUMEL", SMALL_TENSOR_NUMEL)
+        groups = parameter_groups(tiny_unet().named_parameters())
     assert SCOPE == "full"  # nothing is frozen
     return Sizes(tuple((group["bits"], tuple(p.numel() for p in group["params"])) for group in groups), ())
 
@@ -91,7 +94,7 @@ def test_and_so_on_one_and_on_four_ranks(world: int, tmp_path: Path, tiny_sizes:
 
 def hold_against_plan(name: str, world: int, folder: Path, tiny_sizes: Sizes) -> None:
     for rank in range(world):
-        plan = planned(StateMemory(state_config(name), tiny_sizes, world, rank).rows())
+        plan = planned(ZeroMemory(state_config(name), tiny_sizes, world, rank).rows())
         held = json.loads((folder / f"{name}-{rank}.json").read_text())
         for what, size in held.items():
             bound = STATE_BYTES + (PEAK_SHARE * size if what.endswith("_peak") else 0)

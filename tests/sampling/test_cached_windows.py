@@ -12,7 +12,7 @@ from tiny import flat, tiny_unet
 from tiny_run import tiny_run, update_all
 
 from fastunlearn.config import Config
-from fastunlearn.denoisers.teacher import no_teacher
+from fastunlearn.denoisers.predictors import no_teacher
 from fastunlearn.errors import UserError
 from fastunlearn.planning.unet_calls import count_evaluations
 from fastunlearn.sampling.cached_sampler import CachedSampler, sample_targets
@@ -47,9 +47,9 @@ def cached_run(cfg: Config) -> Run:
 def test_it_trains_without_a_teacher_and_counts_what_it_evaluates(method: str) -> None:
     cfg = config(method=method)
     run = cached_run(cfg)
-    before = flat(run.engine.full_weights())
+    before = flat(run.engine.export_weights().trained)
     update_all(run)
-    assert float((flat(run.engine.full_weights()) - before).norm()) > 0
+    assert float((flat(run.engine.export_weights().trained) - before).norm()) > 0
     assert asdict(run.models.evaluations) == asdict(count_evaluations(cfg, 1))
 
 
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
     for seed in (1, 1, 2):
         run = cached_run(config(seed=seed))
         update_all(run)
-        weights.append(flat(run.engine.full_weights()))
+        weights.append(flat(run.engine.export_weights().trained))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 

@@ -21,11 +21,10 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
-from fastunlearn.gradients.projection import Surgery
 from fastunlearn.meta.image_sets import MetaSets, QueryBatch
 from fastunlearn.meta.objective import MetaObjective
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.backbone import set_trainable
+from fastunlearn.models.parameter_names import set_trainable
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
@@ -125,8 +124,6 @@ def the_sets() -> dict[str, LatentPool]:
 def build_run(case: Case, world: World) -> Run:
     cfg = config_of(case, world.world_size)
     run = tiny_run(cfg, world, the_book(), trained_names(tiny_unet()), the_pool() if case.surgery else None)
-    if run.surgery is not None:
-        run.surgery = Surgery(cfg.surgery, 0.0, list(run.engine.named), world, cfg.zero_stage > 0)
     if cfg.has_meta:
         sets = MetaSets(cfg, run.models, the_book(), world, the_sets())
         run.meta = MetaObjective(cfg, run.models, sets, run.engine, world)

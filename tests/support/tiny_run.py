@@ -11,10 +11,9 @@ import torch
 from tiny import tiny_backbone, tiny_rollout
 
 from fastunlearn.config import Config
-from fastunlearn.engines import optimizers
-from fastunlearn.gradients.projection import Surgery
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.backbone import set_trainable, trained_tensors
+from fastunlearn.models import parameter_names
+from fastunlearn.models.parameter_names import set_trainable, trained_tensors
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.retain import LatentPool, PoolSource
@@ -29,13 +28,13 @@ SMALL_TENSOR_NUMEL = 100  # so that matrices and biases are in groups of their o
 
 def tiny_run(cfg: Config, world: World, book: PromptTable, names: Sequence[str], pool: LatentPool | None = None) -> Run:
     """A run that trains the tensors ``names``; with surgery where there is a ``pool`` of pictures to keep."""
-    optimizers.SMALL_TENSOR_NUMEL = SMALL_TENSOR_NUMEL
+    parameter_names.SMALL_TENSOR_NUMEL = SMALL_TENSOR_NUMEL
     backbone = tiny_backbone(book)
     set_trainable(backbone.unet, names)
     originals = trained_tensors(backbone.unet)
     backbone.unet.to(weights_dtype(cfg))
     backbone.embeds = backbone.embeds.to(torch.device("cpu"), weights_dtype(cfg))
-    models, engine = shard(cfg, backbone, originals, world)
+    models, engine, ema = shard(cfg, backbone, originals, world)
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
     )
@@ -45,10 +44,9 @@ def tiny_run(cfg: Config, world: World, book: PromptTable, names: Sequence[str],
     else:
         rollout = tiny_rollout(models, book, layout, steps=cfg.sampler.num_inference_steps)
     method = build_method(cfg)
-    run = Run(cfg, world, method, method.table(), models, rollout, engine)
+    run = Run(cfg, world, method, method.table(), models, rollout, engine, ema=ema)
     if pool is not None:
         run.retain = PoolSource(cfg, models, book, layout, pool)
-        run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
     return run
 
 

@@ -15,6 +15,7 @@ from fastunlearn import cli
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.training import preflight
+from fastunlearn.utils.run_folder import list_checkpoints
 from fastunlearn_kernels import backend
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -226,7 +227,7 @@ def test_resume_needs_a_checkpoint(tmp_path: Path) -> None:
     for step in (100, 20, 9):
         (output / f"checkpoint-{step}").mkdir(parents=True)
     preflight.check_output_dir(latest)
-    assert [path.name for path in preflight.checkpoints(output)] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
     for given in ("checkpoint-20", str(output / "checkpoint-20")):
         preflight.check_output_dir(config("minicanvas", output, "--resume_from_checkpoint", given))
     other = config("minicanvas", output, "--resume_from_checkpoint", str(output / "checkpoint-21"))

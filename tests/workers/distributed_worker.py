@@ -24,8 +24,8 @@ from tiny import tiny_book, tiny_unet
 from tiny_run import tiny_run, update_all
 
 from fastunlearn.config import Config
-from fastunlearn.engines import optimizers
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.engines.optimizers import groups
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.training.setup import Run
 from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
@@ -48,7 +48,7 @@ class Case:
     overlap: bool = False
     offload: str = "none"
     checkpointing: bool = False
-    group_limit: int = optimizers.MAX_GROUP_NUMEL
+    group_limit: int = groups.MAX_GROUP_NUMEL
 
 
 CASES = [
@@ -87,7 +87,7 @@ def config_of(case: Case) -> Config:
 
 
 def build_run(case: Case, world: World) -> Run:
-    optimizers.MAX_GROUP_NUMEL = case.group_limit
+    groups.MAX_GROUP_NUMEL = case.group_limit
     return tiny_run(config_of(case), world, tiny_book(), trainable_names(tiny_unet(), "attn2"))
 
 
@@ -95,15 +95,15 @@ def main(folder: Path) -> None:
     world = init_distributed()
     for case in CASES:
         run = build_run(case, world)
-        weights = {"-start": run.engine.full_weights()} if case.precision == "bf16" else {}
+        weights = {"-start": run.engine.export_weights().trained} if case.precision == "bf16" else {}
         update_all(run)
         assert run.engine.grad_norm is not None
-        weights[""] = run.engine.full_weights()
+        weights[""] = run.engine.export_weights().trained
         if case.precision == "bf16":
             run.engine.save(folder / case.name)
             run = build_run(case, world)
             run.engine.load(folder / case.name)
-            weights["-loaded"] = run.engine.full_weights()
+            weights["-loaded"] = run.engine.export_weights().trained
         for what, tensors in weights.items() if world.is_main else ():
             save_file(tensors, folder / f"{case.name}{what}.safetensors")
     disconnect()

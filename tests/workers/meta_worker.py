@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     for case in CASES:
         run = build_run(case, world)
         update_all(run)
-        weights = run.engine.full_weights()
+        weights = run.engine.export_weights().trained
         if world.is_main:
             save_file(weights, folder / f"{case.name}.safetensors")
     disconnect()

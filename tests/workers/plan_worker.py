@@ -30,16 +30,15 @@ from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.config.run_prompts import retain_prompts
-from fastunlearn.engines.zero import Engine
-from fastunlearn.gradients.projection import Surgery
+from fastunlearn.engines.zero.engine import ZeroEngine
 from fastunlearn.methods.tables import build_method, rank_table
-from fastunlearn.models.backbone import set_trainable, trainable_names, trained_tensors
+from fastunlearn.models.parameter_names import set_trainable, trainable_names, trained_tensors
 from fastunlearn.planning.activations import LiveBytes
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import LatentPool, anchor_prompts, build_source, generate_pool, retain_loss
-from fastunlearn.training.setup import Run, build_sampler, exponential_average, shard, weights_dtype
+from fastunlearn.training.setup import Run, build_sampler, shard, weights_dtype
 from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
 WORLD = 2
@@ -143,34 +142,39 @@ def held(cfg: Config, world: World) -> dict[str, int]:
     step = run.table[0]
     run.rollout.restart(step)
     _unlearn(run, step)
-    run.engine.step()  # which makes the optimizer's state
+    _step(run)  # which makes the optimizer's state
     found = {"keep_peak": _retain(run, step)}
-    assert run.surgery is not None
-    kept: Any = run.surgery.kept._kept
+    kept: Any = _engine(run).transforms.stored["retain"]._stored
     found["kept"] = storage_bytes([*kept.codes, *kept.absmax] if hasattr(kept, "codes") else kept or [])
     _unlearn(run, step)
     found |= _states(run)
     if cfg.optimizer.name == "adamw":
         with LiveBytes(_all_tensors()) as live:
-            run.engine.step()
+            _step(run)
         found["update_peak"] = live.peak
     return found
 
 
 def _retain(run: Run, step: KeyStep) -> int:
     """The retain window; returns the peak of what is allocated while its gradient is put aside."""
-    assert run.retain is not None and run.surgery is not None
+    assert run.retain is not None
     batches = run.retain.batches(step, run.rollout.timesteps[step.index])
     for number, batch in enumerate(batches, start=1):
         run.engine.backward(retain_loss(run.models, batch, "noise"), last=number == len(batches))
     with LiveBytes(_all_tensors()) as live:
-        run.surgery.keep(_engine(run).take_gradient())
+        _engine(run).transforms.store("retain", _engine(run)._shards.take())
     return live.peak
 
 
-def _engine(run: Run) -> Engine:
-    assert isinstance(run.engine, Engine)
+def _engine(run: Run) -> ZeroEngine:
+    assert isinstance(run.engine, ZeroEngine)
     return run.engine
+
+
+def _step(run: Run) -> None:
+    """DeepSpeed's own, without transforms."""
+    _engine(run).engine.set_gradient_accumulation_boundary(True)
+    _engine(run).engine.step()
 
 
 def _all_tensors() -> list[Tensor]:
@@ -211,7 +215,7 @@ def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 
 def _gradients(run: Run, optimizer: Any, stage: int, flats: list[Tensor]) -> Iterator[Tensor]:
-    yield from (piece.tensor for piece in _engine(run).gradient())
+    yield from (piece.tensor for piece in _engine(run)._shards.read())
     if stage == 3:
         yield optimizer.grad_partitions_flat_buffer
     if run.cfg.zero.offload_optimizer == "cpu":
@@ -227,18 +231,16 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     set_trainable(backbone.unet, trainable_names(backbone.unet, "attn2"))
     originals = trained_tensors(backbone.unet)
     assert weights_dtype(cfg) == torch.float32
-    models, engine = shard(cfg, backbone, originals, world)
+    models, engine, ema = shard(cfg, backbone, originals, world)
     method = build_method(cfg)
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
     )
     pool = None if method.spec.samples != "anchors" else generate_pool(cfg, models, book, anchor_prompts(book))
     table = rank_table(cfg, world.rank, world.world_size)
-    run = Run(cfg, world, method, table, models, build_sampler(cfg, models, book, layout, pool), engine)
+    run = Run(cfg, world, method, table, models, build_sampler(cfg, models, book, layout, pool), engine, ema=ema)
     if cfg.retains:
         run.retain = build_source(cfg, models, book, world, pool if cfg.retain_source == "anchors" else None)
-        run.surgery = Surgery(cfg.surgery, cfg.train.max_grad_norm, list(engine.named), world, cfg.zero.stage > 0)
-    run.ema = exponential_average(cfg, models, engine)
     update_all(run)
     return asdict(models.evaluations)
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from fastunlearn.acceleration.compilation import apply_channels_last, compile_blocks
 from fastunlearn.config import Config
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.utils.distributed import disconnect, init_distributed
 
 BACKEND = "aot_eager"
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
             run = tiny_run(config_of(stage), world, tiny_book(), trainable_names(tiny_unet(), scope))
             pull(run.engine.sampler, levers)
             update_all(run)
-            weights = run.engine.full_weights()
+            weights = run.engine.export_weights().trained
             if world.is_main:
                 save_file(weights, folder / f"{stage}-{scope}-{levers}.safetensors")
     disconnect()

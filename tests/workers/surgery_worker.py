@@ -32,7 +32,7 @@ from tiny import tiny_book, tiny_unet
 from tiny_run import tiny_run, update_all
 
 from fastunlearn.config import Config
-from fastunlearn.models.backbone import trainable_names
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.retain import LatentPool
 from fastunlearn.training.setup import Run
@@ -182,7 +182,7 @@ def build_run(case: Case, world: World) -> Run:
 def train_case(case: Case, world: World) -> dict[str, torch.Tensor]:
     run = build_run(case, world)
     update_all(run)
-    return run.engine.full_weights()
+    return run.engine.export_weights().trained
 
 
 def mutated_case(name: str) -> Case:
@@ -202,9 +202,9 @@ def main(folder: Path, what: list[str]) -> None:
     chosen = [case for case in cases() if "cases" in what or case.name in what]
     for case in chosen + (cases_for_other_worlds() if "few" in what else []):
         run = build_run(case, world)
-        start = run.engine.full_weights()
+        start = run.engine.export_weights().trained
         update_all(run)
-        weights = run.engine.full_weights()
+        weights = run.engine.export_weights().trained
         if world.is_main:
             save_file(start, folder / f"{case.name}-start.safetensors")
             save_file(weights, folder / f"{case.name}.safetensors")

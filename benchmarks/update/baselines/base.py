@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastunlearn.acceleration.attention import install_attention
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
-from fastunlearn.models.backbone import Backbone, PromptEmbeds, set_trainable, trainable_names
+from fastunlearn.models.backbone import Backbone, PromptEmbeds
+from fastunlearn.models.parameter_names import set_trainable, trainable_names
 from fastunlearn.sampling.key_steps import KeyStep
 from update.instruments.clock import Clock
 from update.models import backbone_of

@@ -13,20 +13,21 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from fastunlearn.engines.zero_shards import Piece
+from fastunlearn.gradients.shard import GradientShard
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import RetainBatch, noise_loss
 from fastunlearn.schema.meta import SETS, meta_weights
 
 
 class DeepCopyMeta:
-    """Replaces ``MetaObjective.window`` of a run at ZeRO stage 0 on one rank, with ``forbidden_loss`` "ascent"
+    """Replaces ``MetaObjective.capture`` of a run at ZeRO stage 0 on one rank, with ``forbidden_loss`` "ascent"
     and an attack on all weights by AdamW."""
 
     def __init__(self, run: Any) -> None:
         self.run, self.meta = run, run.meta
+        self.store: Any = getattr(getattr(run.engine, "transforms", None), "store", None)
 
-    def window(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
+    def capture(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
         """Copy, attack the copy, add up; the sum is put aside as the run's own term does."""
         run, meta = self.run, self.meta
         weights = meta_weights(run.cfg.meta)
@@ -46,7 +47,7 @@ class DeepCopyMeta:
             found[f"meta_{name}_loss"] = self._add(total, copy, batch, after[name])
             if before[name]:
                 self._add(total, run.engine.sampler, batch, before[name])
-        meta.addition.keep([Piece(name, gradient.reshape(-1)) for name, gradient in total.items()])
+        self.store("meta", [GradientShard(name, gradient.reshape(-1)) for name, gradient in total.items()])
         return found
 
     def _attack(self, copy: nn.Module, step: KeyStep) -> None:

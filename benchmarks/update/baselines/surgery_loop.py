@@ -12,25 +12,29 @@ from typing import Any
 
 import torch
 
-from fastunlearn.gradients.projection import Figures, Surgery
+from fastunlearn.gradients.shard import GradientShard
+from fastunlearn.gradients.stats import SurgeryStats
+from fastunlearn.gradients.transforms import GradientTransforms, Project
 from fastunlearn_kernels import Plan
 
 
-def surgery_loop(surgery: Surgery) -> Callable[..., Figures]:
-    """What stands in for ``surgery.project``."""
+def surgery_loop(transforms: GradientTransforms) -> Callable[..., list[SurgeryStats]]:
+    """What stands in for ``transforms.apply`` of a run whose one pass is the projection."""
+    (projection,) = transforms.passes
+    assert isinstance(projection, Project)
 
-    def project(pieces: list[Any], *_: Any) -> Figures:
-        table = torch.zeros(len(pieces), 3, dtype=torch.float64)
-        kept: Any = surgery.kept._kept
-        for i, (piece, retain) in enumerate(zip(pieces, kept, strict=True)):
-            u, r = piece.tensor, retain.to(piece.tensor.dtype)
+    def apply(shards: list[GradientShard], *_: Any) -> list[SurgeryStats]:
+        table = torch.zeros(len(shards), 3, dtype=torch.float64)
+        stored: Any = transforms.stored["retain"]._stored
+        for i, (shard, retain) in enumerate(zip(shards, stored, strict=True)):
+            u, r = shard.tensor, retain.to(shard.tensor.dtype)
             dot = torch.dot(u, r)
             if dot < 0:
                 u.sub_(r * (dot / torch.dot(r, r)))
-            u.add_(r, alpha=surgery.cfg.rho)
+            u.add_(r, alpha=projection.cfg.rho)
             table[i] = torch.stack([torch.dot(u, u), dot, torch.dot(r, r)])
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece.tensor) for piece in pieces]))
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(shard.tensor) for shard in shards]))
         one, zero = torch.ones(()), torch.zeros(())
-        return Figures(table, Plan(zero.expand(len(pieces)), one, zero, norm))
+        return [SurgeryStats(table, Plan(zero.expand(len(shards)), one, zero, norm))]
 
-    return project
+    return apply

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastunlearn.models.backbone import set_trainable, trainable_names
+from fastunlearn.models.parameter_names import set_trainable, trainable_names
 from fastunlearn.planning.activations import Shape, build_unet, example_inputs
 
 MATMUL = {"cuda": 8192, "cpu": 1024}

@@ -26,7 +26,9 @@ from fastunlearn.denoisers.lora import low_rank
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.evaluation.attacks.textual_inversion import learned_words
 from fastunlearn.evaluation.relearning.settings import Settings
-from fastunlearn.models.backbone import Backbone, Pipeline, PromptEmbeds, set_trainable, trainable_names
+from fastunlearn.models.backbone import Backbone, PromptEmbeds
+from fastunlearn.models.loading import Pipeline
+from fastunlearn.models.parameter_names import set_trainable, trainable_names
 from fastunlearn.prompts.variants import UNCONDITIONAL
 from fastunlearn.sampling.retain import LatentPool, RetainBatch, retain_loss
 

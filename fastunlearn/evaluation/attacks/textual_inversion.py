@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.models.backbone import Pipeline, PromptEmbeds
+from fastunlearn.models.backbone import PromptEmbeds
+from fastunlearn.models.loading import Pipeline
 
 SLOTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 

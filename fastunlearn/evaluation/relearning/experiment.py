@@ -38,7 +38,8 @@ from fastunlearn.evaluation.relearning.settings import Settings
 from fastunlearn.evaluation.relearning.task import Task, check
 from fastunlearn.evaluation.scores import Label
 from fastunlearn.minicanvas.judge import Judge
-from fastunlearn.models.backbone import Backbone, Pipeline, build_backbone, load_pipeline, load_unet, resolve_model
+from fastunlearn.models.backbone import Backbone, build_backbone
+from fastunlearn.models.loading import Pipeline, load_pipeline, load_unet, resolve_model
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.retain import LatentPool, encode_images
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from fastunlearn.config import Config
 from fastunlearn.config.run_prompts import preserve_prompts
 from fastunlearn.methods.parts.closed_form import Tokens, edit_weights
-from fastunlearn.models.backbone import Pipeline, PromptEmbeds, encode_prompts, trainable_names
+from fastunlearn.models.backbone import PromptEmbeds, encode_prompts
+from fastunlearn.models.loading import Pipeline
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptPair, PromptTable, build_prompt_table
 
 SCOPE = "attn2_kv"

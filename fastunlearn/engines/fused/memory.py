@@ -1,52 +1,41 @@
-"""How many bytes the fused engine holds: weights, teacher, moments, the kept gradient, and one layer of gradients.
-
-What this is: arithmetic on the sizes of the U-Net's tensors, following ``fused.py``, ``teacher.py`` and
-``kept_gradient.py``. What this is not: activations, or the ZeRO engine (``states.py``).
-"""
+"""How many bytes the fused engine holds: weights, teacher, moments, the stored gradient, and one layer of gradients."""
 
 from __future__ import annotations
 
 from fastunlearn.config import Config
-from fastunlearn.planning.states import BLOCK, FP32, Row, Sizes, teacher_bytes
-
-
-def blocks(numel: int) -> int:
-    """Groups of 256 elements that share a scale."""
-    return -(-numel // BLOCK)
-
-
-def moment_bytes(cfg: Config, bits: int, numel: int) -> int:
-    """Both of AdamW's moments of one tensor."""
-    if cfg.optimizer.name == "adamw" or bits == 32:
-        return 2 * FP32 * numel
-    return 2 * numel + 2 * FP32 * blocks(numel)
+from fastunlearn.denoisers.teacher import teacher_rows
+from fastunlearn.engines.fused.moments import moment_bytes
+from fastunlearn.utils.memory_rows import FP32, Row, Sizes, quantized_nbytes
 
 
 def kept_bytes(cfg: Config, compute: int, numel: int) -> int:
     """The retain gradient of one tensor."""
     surgery = cfg.surgery
     if surgery.retain_dtype in ("auto", "int8"):
-        return blocks(numel) * (BLOCK + FP32)
+        return quantized_nbytes(numel)
     return numel * {"fp32": FP32, "bf16": 2}.get(surgery.retain_dtype, compute)
 
 
 def fused_rows(cfg: Config, sizes: Sizes) -> list[Row]:
     """The table but for activations."""
     compute = 2 if cfg.bf16_weights else FP32
-    tensors = [(bits, n) for bits, numels in sizes.groups for n in numels]
-    moments = sum(moment_bytes(cfg, bits, n) for bits, n in tensors)
-    offload = cfg.fused.offload_optimizer == "cpu"
+    tensors = [(group, n) for group, numels in sizes.groups for n in numels]
+    bits = cfg.optimizer_spec.fused_bits
+    moments = sum(moment_bytes(n, bits) for _, n in tensors)
+    offload = cfg.fused.offload_optimizer != "none"
     # Small tensors wait for the last of them, beside the layer at hand.
-    small = sum(n for bits, n in tensors if bits == 32)
+    small = sum(n for group, n in tensors if group == 32)
     layer = max((sum(numels) for numels in sizes.layers), default=0)
     rows = [
         Row(f"U-Net weights ({'bf16' if compute == 2 else 'fp32'})", sizes.total * compute),
-        *teacher_bytes(cfg, sizes, compute),
+        *teacher_rows(cfg, sizes, compute),
         Row(f"optimizer state ({cfg.optimizer.name})", 0 if offload else moments, moments if offload else 0),
         Row("gradients: the largest layer, and small tensors", (layer + small) * compute, phases=("backward",)),
     ]
     if offload:
-        fetched = max((sum(moment_bytes(cfg, 8, n) for n in numels) for numels in sizes.layers), default=0)
+        fetched = max(
+            (sum(moment_bytes(n, cfg.optimizer_spec.fused_bits) for n in numels) for numels in sizes.layers), default=0
+        )
         rows.append(Row("optimizer state of the layer at hand", fetched, phases=("backward",)))
     if cfg.retains:
         rows += _kept(cfg, sizes, compute, [n for _, n in tensors])

@@ -1,15 +1,8 @@
 """How many bytes of weights, gradients and optimizer state one rank holds, at each ZeRO stage.
 
-What this is: arithmetic on the sizes of the U-Net's tensors, following what DeepSpeed 0.19, bitsandbytes and our own
-``teacher.py``, ``gradient_shards.py`` and ``surgery.py`` allocate, padding included.
-What this is not: activations (``activations.py``). Nothing here allocates anything or imports DeepSpeed.
-
-A meta term begins an update with a phase of its own, in which no gradient of the engine is alive ("attack").
-
-An update goes through phases, and its memory is that of the largest. A row of the table says in which phases it exists:
-    backward    forward and backward pass of a window       reduce    the gradient's mean over ranks
-    keep        the retain gradient is put aside            project   surgery reads both gradients
-    update      the optimizer's step
+Arithmetic on the sizes of the U-Net's tensors, following what DeepSpeed 0.19 and our own ``shards.py`` and
+``gradients/buffer.py`` allocate, padding included; what the optimizer keeps, its own file says. Nothing here allocates
+anything or imports DeepSpeed.
 """
 
 from __future__ import annotations
@@ -18,56 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastunlearn.config import Config
+from fastunlearn.denoisers.teacher import teacher_rows
+from fastunlearn.utils.memory_rows import AFTER_RETAIN, ALWAYS, FP32, PHASES, Row, Sizes, peak, quantized_nbytes
 
-PHASES = ("backward", "reduce", "keep", "project", "update")
-ALWAYS = ("attack", *PHASES)
-# What calls the U-Net, in this order; trajectories move on last, or restart first of all.
-AFTER_META = ("retain", "unlearning", "trajectories")
-AFTER_RETAIN = AFTER_META[1:]
-BLOCK = 256  # elements that share an absmax, in the kept gradient and in bitsandbytes' state
-FP32 = 4
-SMALLEST_IN_8_BIT = 4096  # elements; below, bitsandbytes keeps 32-bit state
-SMALLEST_PAGED = 100_000
 LIVE_PARAMETERS = 10**9  # and gathers at most so many at a time
 PLAIN_REDUCTION = 500_000_000  # elements that stage 0 copies for a reduction
 ALIGNMENT = 2  # elements per rank to which stages 1 and 2 pad a group
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the table, in bytes."""
-
-    name: str
-    device: int = 0
-    host: int = 0
-    phases: tuple[str, ...] = ALWAYS
-    windows: tuple[str, ...] = ()
-    """In which calls of the U-Net of those phases, one of which runs at a time; none given: in all."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Elements of the U-Net's tensors: the trained ones by name group, as ``parameter_groups`` makes them."""
-
-    groups: tuple[tuple[int, tuple[int, ...]], ...]
-    """(bits of 8-bit optimizers' state, elements of each tensor) of every group."""
-    frozen: tuple[int, ...]
-    layers: tuple[tuple[int, ...], ...] = ()
-    """Elements of the tensors that the fused engine steps together, but for the small ones."""
-
-    @property
-    def trained(self) -> tuple[int, ...]:
-        """Elements of each trained tensor."""
-        return tuple(numel for _, numels in self.groups for numel in numels)
-
-    @property
-    def total(self) -> int:
-        """Elements of the whole U-Net."""
-        return sum(self.trained) + sum(self.frozen)
-
-
-@dataclass(frozen=True)
-class Part:
+class Partition:
     """What one rank owns of one tensor that the optimizer steps: at stages 1 to 3 a flat group."""
 
     bits: int
@@ -79,17 +32,17 @@ class Part:
     """Elements of all parameters of which it holds a piece."""
 
 
-def rank_parts(sizes: Sizes, stage: int, world: int, rank: int) -> list[Part]:
+def rank_parts(sizes: Sizes, stage: int, world: int, rank: int) -> list[Partition]:
     """How DeepSpeed cuts the trained tensors."""
     if stage == 0:
-        return [Part(bits, n, (n,), n) for bits, numels in sizes.groups for n in numels]
+        return [Partition(bits, n, (n,), n) for bits, numels in sizes.groups for n in numels]
     if stage < 3:
         return [_flat_part(bits, numels, world, rank) for bits, numels in sizes.groups]
     pieces = [(bits, tuple(-(-n // world) for n in numels)) for bits, numels in sizes.groups]
-    return [Part(bits, sum(own), own, sum(own)) for bits, own in pieces]
+    return [Partition(bits, sum(own), own, sum(own)) for bits, own in pieces]
 
 
-def _flat_part(bits: int, numels: Sequence[int], world: int, rank: int) -> Part:
+def _flat_part(bits: int, numels: Sequence[int], world: int, rank: int) -> Partition:
     length = -(-sum(numels) // (ALIGNMENT * world)) * ALIGNMENT
     begin, pieces, whole, offset = rank * length, [], 0, 0
     for n in numels:
@@ -98,17 +51,17 @@ def _flat_part(bits: int, numels: Sequence[int], world: int, rank: int) -> Part:
             pieces.append(inside)
             whole += n
         offset += n
-    return Part(bits, length, tuple(pieces), whole)
+    return Partition(bits, length, tuple(pieces), whole)
 
 
-class StateMemory:
+class ZeroMemory:
     """The rows of one rank."""
 
     def __init__(self, cfg: Config, sizes: Sizes, world: int, rank: int) -> None:
         self.cfg, self.sizes, self.world = cfg, sizes, world
         self.stage = cfg.zero_stage
         self.parts = rank_parts(sizes, self.stage, world, rank)
-        self.offload = cfg.zero.offload_optimizer == "cpu"
+        self.offload = cfg.zero.offload_optimizer != "none"
         self.compute = 2 if cfg.bf16_weights else FP32
         self.accumulate = FP32 if cfg.zero.grad_accum_dtype == "fp32" else self.compute
         self.owned = sum(part.numel for part in self.parts)
@@ -130,7 +83,7 @@ class StateMemory:
         state, host_state = self._optimizer_state()
         rows = [
             Row(f"U-Net weights ({kind})", weights),
-            *(teacher_bytes(self.cfg, self.sizes, size) if self.stage < 3 else []),
+            *(teacher_rows(self.cfg, self.sizes, size) if self.stage < 3 else []),
             Row("teacher: a whole U-Net (stage 3)", total * size if self.stage == 3 else 0),
             self._placed("fp32 master weights", masters),
             Row(f"optimizer state ({self.cfg.optimizer.name})", state, host_state),
@@ -152,18 +105,10 @@ class StateMemory:
 
     def _optimizer_state(self) -> tuple[int, int]:
         """(on the device, on the host)"""
-        name, flat = self.cfg.optimizer.name, [0, 0]
-        for part in self.parts:
-            n = part.numel
-            if name == "adamw":
-                flat[self.offload] += 2 * n * FP32 + FP32  # and the step
-            else:
-                paged = name == "paged_adamw8bit" and n >= SMALLEST_PAGED  # and never the absmax
-                # At stage 0 the parameters are stepped as they are, and nobody overrides bitsandbytes' own rule.
-                small = n < SMALLEST_IN_8_BIT or (part.bits == 32 and self.stage > 0)
-                flat[paged] += 2 * n * (FP32 if small else 1)
-                flat[0] += 0 if small else 2 * FP32 * -(-n // BLOCK)
-        return flat[0], flat[1]
+        spec = self.cfg.optimizer_spec
+        sizes = [spec.state_bytes(part.numel, part.bits, self.stage > 0) for part in self.parts]
+        device, host = (sum(side) for side in zip(*sizes, strict=True))
+        return (0, device + host) if self.offload else (device, host)
 
     def gradient_bytes(self) -> int:
         """The averaged gradient that this rank holds after a window."""
@@ -217,13 +162,12 @@ class StateMemory:
         return self.stage < 3 and not self.offload
 
     def kept_bytes(self) -> int:
-        """The retain gradient as ``surgery.py`` stores it; 0 without surgery."""
+        """The retain gradient as its buffer stores it; 0 without surgery."""
         if not self.cfg.retains:
             return 0
         surgery = self.cfg.surgery
         if surgery.retain_dtype == "int8":
-            blocks = sum(-(-piece // BLOCK) for part in self.parts for piece in part.pieces)
-            return blocks * (BLOCK + FP32)
+            return sum(quantized_nbytes(piece) for part in self.parts for piece in part.pieces)
         if self._same_tensors:
             return self.gradient_bytes()
         return self.exact * self._stored_size
@@ -263,16 +207,16 @@ class StateMemory:
         if away:
             rows.append(Row("retain gradient, on its way to the host", host=kept, phases=("keep",)))
             rows.append(Row("retain gradient, brought back", kept, phases=("project",)))
-        if surgery.metric == "optimizer" and self.cfg.optimizer.name != "adamw":
-            largest = max(part.numel for part in self.parts)  # its codes as int64, and two fp32 products
-            extra = self.owned * FP32 + largest * (8 + 2 * FP32)
+        dequantized = self.cfg.optimizer_spec.dequantized_bytes
+        if surgery.metric == "optimizer" and dequantized:
+            extra = self.owned * FP32 + max(part.numel for part in self.parts) * dequantized
             rows.append(Row("second moments out of 8 bits", extra, phases=("project",)))
         return rows
 
     def _update(self) -> list[Row]:
         """The optimizer steps one part after the other, and AdamW makes two temporaries as large as the part."""
         largest = max(part.numel for part in self.parts)
-        temporaries = 2 * FP32 * largest if self.cfg.optimizer.name == "adamw" else 0
+        temporaries = self.cfg.optimizer_spec.temporary_bytes * largest
         if self.offload or self.stage == 0:
             return [self._placed("AdamW's temporaries", temporaries, ("update",))]
         if self.compact:
@@ -288,61 +232,17 @@ class StateMemory:
         return Row(name, 0 if self.offload else size, size if self.offload else 0, phases)
 
 
-def teacher_bytes(cfg: Config, sizes: Sizes, compute: int) -> list[Row]:
-    """The originals of what is trained: as they were, or in 8 bits; then a layer of them is brought back at a time."""
-    storage = cfg.teacher.storage
-    if not cfg.needs_teacher:
-        return []
-    if storage == "exact":
-        return [Row("teacher: originals of what is trained", sum(sizes.trained) * compute)]
-    small = sum(n for bits, numels in sizes.groups for n in numels if bits == 32)
-    matrices = [n for bits, numels in sizes.groups for n in numels if bits == 8]
-    blocks = sum(-(-n // BLOCK) for n in matrices)  # fp8 has a scale for each row, which is next to nothing
-    stored = small * compute + (blocks * (BLOCK + FP32) if storage == "int8" else sum(matrices))
-    largest = max(matrices, default=0) * (compute if storage == "int8" else FP32 + compute)
-    return [
-        Row(f"teacher: originals of what is trained ({storage})", stored),
-        Row("teacher: the tensor that is brought back", largest, phases=("backward",)),
-    ]
-
-
 def gradients_of_one_pass(cfg: Config, sizes: Sizes, world: int) -> int:
     """Bytes of gradients that one backward pass makes from nothing and keeps, one weight after the other; 0 where less
     than all of them are kept, or nobody knows which come first."""
     several = cfg.train.gradient_accumulation_steps > 1
     whole = cfg.zero_stage == 0 or (cfg.zero_stage == 1 and not cfg.zero.overlap_comm)
     next_batch = cfg.zero_stage == 2 and world == 1 and several and cfg.zero.offload_optimizer == "none"
-    if cfg.engine == "fused" or not (next_batch or (whole and not several)):
+    if not (next_batch or (whole and not several)):
         return 0
     return sum(sizes.trained) * (2 if cfg.bf16_weights else FP32)
 
 
-def totals(rows: Sequence[Row]) -> dict[str, tuple[int, int]]:
-    """(device, host) bytes in each phase, in the window of it that needs most of the device; without a meta term there
-    is no attack."""
-    attacked = any("attack" in row.phases and row.phases != ALWAYS for row in rows)
-    phases = ALWAYS if attacked else PHASES
-    return {phase: _largest_window([row for row in rows if phase in row.phases]) for phase in phases}
-
-
-def _largest_window(rows: Sequence[Row]) -> tuple[int, int]:
-    found = []
-    for window in {window for row in rows for window in row.windows} or {""}:
-        there = [row for row in rows if not row.windows or window in row.windows]
-        found.append((sum(row.device for row in there), sum(row.host for row in there)))
-    return max(found)
-
-
-def peak(rows: Sequence[Row]) -> tuple[int, int]:
-    """The largest device figure, and the largest host figure, of any phase."""
-    figures = totals(rows).values()
-    return max(device for device, _ in figures), max(host for _, host in figures)
-
-
-def worst_rank(cfg: Config, sizes: Sizes, world: int) -> list[Row]:
+def rows_of_the_largest_rank(cfg: Config, sizes: Sizes, world: int) -> list[Row]:
     """The rows of the rank that needs most."""
-    if cfg.engine == "fused":
-        from fastunlearn.planning.fused_states import fused_rows  # which is written with this module's words
-
-        return fused_rows(cfg, sizes)
-    return max((StateMemory(cfg, sizes, world, rank).rows() for rank in range(world)), key=peak)
+    return max((ZeroMemory(cfg, sizes, world, rank).rows() for rank in range(world)), key=peak)

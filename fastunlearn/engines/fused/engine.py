@@ -1,11 +1,11 @@
 """The fused engine: one GPU, and a gradient that never exists as a whole.
 
-What this is: hooks that take each gradient as the backward pass makes it. In the retain window they put it aside, by
-default in 8 bits; in the unlearning window they project it per tensor, clip it, step AdamW and free it. The largest
-gradient that is ever held is that of one layer, the optimizer's state may be in 8 bits, and bf16 weights are rounded
-stochastically, without fp32 masters: that is how a whole SDXL U-Net fits a small card.
-What this is not: sharding (``zero.py``), or another algorithm. Two things differ from surgery under ZeRO, because a
-tensor is stepped before the next one's gradient is known:
+Hooks take each gradient as the backward pass makes it. In the retain window they store it, by default in 8 bits; in the
+unlearning window they project it per tensor, clip it, step AdamW and free it. The largest gradient that is ever held is
+that of one layer, the optimizer's state may be in 8 bits, and bf16 weights are rounded stochastically, without fp32
+masters: that is how a whole SDXL U-Net fits a small card.
+Two things differ from the same transforms under ZeRO, because a tensor is stepped before the next one's gradient is
+known:
   * clipping goes by the norm of the update before; in the first one, by that of each layer;
   * a gradient that is not finite keeps its own layer from being stepped. All layers stay as they are where already the
     loss is not finite. Either way the update counts as skipped.
@@ -15,41 +15,49 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from fastunlearn.config import Config, SurgeryConfig, student_updates
-from fastunlearn.engines.optimizers import HostMoments, fused_optimizer, layer_of
-from fastunlearn.engines.zero import Kept
+from fastunlearn.config import Config, student_updates
+from fastunlearn.engines.base import Applied, Engine, ExportedWeights
+from fastunlearn.engines.fused.moments import HostMoments, fused_optimizer
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.buffer import GradientBuffer
-from fastunlearn.gradients.projection import ADDITION, Figures, Surgery, coefficients
+from fastunlearn.gradients.guard import FiniteGuard
+from fastunlearn.gradients.shard import GradientKind
+from fastunlearn.gradients.stats import SurgeryStats
+from fastunlearn.gradients.transforms import Add, Clip, Project, clip_scale
+from fastunlearn.models.parameter_names import layer_of
 from fastunlearn.utils.distributed import World
 from fastunlearn_kernels import Plan, Quantized, surgery_apply, surgery_dots
 from fastunlearn_kernels.segments import per_tensor
 
 STATE_FILE = "fused.pt"
-CLIP_EPSILON = 1e-6
+
+
+def retain_dtype(cfg: Config) -> str:
+    """How the retain gradient waits: in 8 bits where nothing else is asked for."""
+    return "int8" if cfg.surgery.retain_dtype == "auto" else cfg.surgery.retain_dtype
 
 
 class Layer:
-    """Parameters that are stepped together, with their optimizer and their kept retain gradient."""
+    """Parameters that are stepped together, with their optimizer and their stored gradients."""
 
     def __init__(self, cfg: Config, number: int, rows: list[int], parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
         self.rows = torch.tensor(rows, device=parameters[0].device)
         """Where its tensors stand in the run's table."""
-        self.optimizer = fused_optimizer(parameters, cfg.optimizer, cfg.train.learning_rate, cfg.seed + (number << 32))
+        bits, seed = cfg.optimizer_spec.fused_bits, cfg.seed + (number << 32)
+        self.optimizer = fused_optimizer(parameters, cfg.optimizer, bits, cfg.train.learning_rate, seed)
         self.moments = HostMoments(self.optimizer) if cfg.fused.offload_optimizer == "cpu" else None
-        dtype = "int8" if cfg.surgery.retain_dtype == "auto" else cfg.surgery.retain_dtype
-        self.kept = GradientBuffer(cfg.surgery.model_copy(update={"retain_dtype": dtype}), stream=number)
-        self.meta = GradientBuffer(SurgeryConfig(retain_dtype=cfg.meta.gradient_dtype), stream=number)
+        surgery = cfg.surgery
+        self.kept = GradientBuffer(retain_dtype(cfg), surgery.retain_device, surgery.retain_ema, stream=number)
+        self.meta = GradientBuffer(cfg.meta.gradient_dtype, stream=number)
         """The meta term's gradient, which is added after the projection."""
         self.missing = len(parameters)
 
@@ -75,19 +83,19 @@ class Layer:
         return (second, [state["absmax2"] for state in states]) if "absmax2" in states[0] else second
 
 
-class FusedEngine:
-    """The student U-Net under the fused engine, with the interface of ``zero.Engine``. Call it like the U-Net."""
-
-    steps_in_backward: Literal[True] = True
+class FusedEngine(Engine):
+    """The student U-Net whose layers are stepped as their gradients come."""
 
     def __init__(self, unet: nn.Module, cfg: Config, world: World) -> None:
         """Hook the parameters of ``unet`` that require a gradient."""
         self.cfg = cfg
-        self.sampler = unet
+        self._unet = unet
         self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self._device = world.device
+        self.project, self.add, self.clip = Project(cfg.surgery), Add(), Clip(cfg.train.max_grad_norm)
+        self.guard = FiniteGuard(cfg.surgery.max_skipped_updates)
         self._layers = self._make_layers()
-        self._keeping: Kept | None = None
+        self._capturing: GradientKind | None = None
         self._table: Tensor | None = None
         self._sums: Tensor | None = None
         """As ``_table``, of the gradient that is stepped; apart from it only with a meta term."""
@@ -103,7 +111,12 @@ class FusedEngine:
 
     def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
         """A recorded forward pass."""
-        return self.sampler(*args, **kwargs)
+        return self._unet(*args, **kwargs)
+
+    @property
+    def sampler(self) -> nn.Module:
+        """The module itself."""
+        return self._unet
 
     @property
     def learning_rate(self) -> float:
@@ -115,9 +128,19 @@ class FusedEngine:
         """Global norm of the last update's gradient, before clipping; None where it was skipped."""
         return None if self._skipped else self._norm
 
+    @property
+    def skipped_updates(self) -> int:
+        """As the guard counted them."""
+        return self.guard.skipped
+
+    @property
+    def projected_segments(self) -> Sequence[str] | None:
+        """Every tensor is projected by itself."""
+        return list(self.named) if self.cfg.retains else None
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Make the gradients; the hooks use them up. ``last``: there is one micro-batch, but for a meta term's."""
-        if not last and self._keeping != "meta":
+        if not last and self._capturing != "meta":
             raise RuntimeError("the fused engine steps in the backward pass, so that a window can have only one")
         self._loss_is_bad = 1.0 - loss.detach().isfinite().float()
         loss.backward()
@@ -126,41 +149,34 @@ class FusedEngine:
                 self._complete(layer)
 
     @contextlib.contextmanager
-    def capture_gradient(self, _: Surgery, what: Kept) -> Iterator[None]:
-        """Inside, gradients are put aside instead of used; those of a meta term are added up."""
-        self._keeping = what
+    def capture_gradient(self, kind: GradientKind) -> Iterator[None]:
+        """Inside, gradients are stored instead of used; those of a meta term are added up."""
+        self._capturing = kind
         try:
             yield
         finally:
-            self._keeping = None
+            self._capturing = None
 
-    def figures(self) -> Figures:
-        """The evidence of the update whose backward pass has just ended."""
-        assert self._table is not None, "figures() before backward()"
-        plan = coefficients(self.cfg.surgery, self._table, self._layers[0].kept.bias_correction, None)
-        plan = plan._replace(found_inf=torch.maximum(plan.found_inf, self._loss_is_bad))
-        if self._sums is not None:
-            added = coefficients(ADDITION, self._sums, 1.0, None)
-            plan = plan._replace(norm=added.norm, found_inf=torch.maximum(plan.found_inf, added.found_inf))
-        return Figures(self._table, plan)
-
-    def step(self, grad_norm: Tensor | None = None) -> None:
-        """The weights have moved; the learning rate follows."""
-        self._norm = self.figures().plan.norm if grad_norm is None else grad_norm
-        self._table, self._sums, self._skipped = None, None, False
+    def apply(self) -> Applied:
+        """The weights have moved in the backward pass; the learning rate follows, unless something was not finite."""
+        seen = self._seen()
+        projection = seen[0] if self.cfg.retains else None
+        self._table, self._sums = None, None
+        self._skipped = not self.guard.allows(seen)
+        if self._skipped:
+            for layer in self._layers:  # no average is continued with what is not finite
+                layer.kept.reset()
+                layer.meta.reset()
+            return Applied(False, projection)
+        self._norm = seen[-1].plan.norm
         self._schedule.optimizer.step()  # a scheduler warns where it is ahead of its optimizer
         self._schedule.step()
+        return Applied(True, projection)
 
-    def skip_step(self) -> None:
-        """Something was not finite: the learning rate stays, and no running mean is continued with it."""
-        self._table, self._sums, self._skipped = None, None, True
-        for layer in self._layers:
-            layer.kept.forget()
-            layer.meta.forget()
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """The trained parameters in fp32 on the host."""
-        return {name: p.detach().float().cpu().clone().contiguous() for name, p in self.named.items()}
+    def export_weights(self) -> ExportedWeights:
+        """As they are; where they are bf16, they were rounded before the first update."""
+        weights = {name: p.detach().float().cpu().clone().contiguous() for name, p in self.named.items()}
+        return ExportedWeights(weights, rounded=self.cfg.bf16_weights)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer state and what else the next update needs."""
@@ -221,9 +237,9 @@ class FusedEngine:
     def _complete(self, layer: Layer) -> None:
         """All gradients of a layer are there."""
         gradients = layer.gradients()
-        if self._keeping == "retain":
-            layer.kept.keep(gradients)
-        elif self._keeping == "meta":
+        if self._capturing == "retain":
+            layer.kept.store(gradients)
+        elif self._capturing == "meta":
             layer.meta.add(gradients)
         else:
             self._update(layer, gradients)
@@ -234,18 +250,18 @@ class FusedEngine:
         cfg = self.cfg
         if layer.moments is not None:
             layer.moments.fetch(self._device)
-        retain = layer.kept.at(self._device) if layer.kept.there else None
+        retain = layer.kept.on(self._device) if layer.kept.is_filled else None
         segments = per_tensor(gradients)
         second = layer.second_moments() if cfg.retains and cfg.surgery.metric == "optimizer" else None
         table = surgery_dots(gradients, retain, segments, second_moment=second, eps=cfg.optimizer.adam_epsilon)
         self._table = self._noted(self._table, layer, table)
         plan = self._plan(layer, table)
-        if layer.meta.there:
+        if layer.meta.is_filled:
             retain, plan = self._added(layer, gradients, retain, plan)
         layer.optimizer.param_groups[0]["lr"] = self.learning_rate
         layer.optimizer.step(retain=retain, plan=plan, segments=segments)
-        layer.kept.release()
-        layer.meta.release()
+        layer.kept.free()
+        layer.meta.free()
         if layer.moments is not None:
             layer.moments.put_back()
 
@@ -253,22 +269,30 @@ class FusedEngine:
         self, layer: Layer, gradients: list[Tensor], retain: list[Tensor] | Quantized | None, plan: Plan
     ) -> tuple[list[Tensor] | Quantized, Plan]:
         """Project now, so that the step can add the meta term's gradient in the place of the retain gradient."""
-        segments, meta = per_tensor(gradients), layer.meta.at(self._device)
+        segments, meta = per_tensor(gradients), layer.meta.on(self._device)
         surgery_apply(gradients, retain, segments, plan)
         table = surgery_dots(gradients, meta, segments)
         self._sums = self._noted(self._sums, layer, table)
-        added = coefficients(ADDITION, table, 1.0, None)
+        added = self.add.plan(table, 1.0, None)
         return meta, added._replace(found_inf=torch.maximum(added.found_inf, plan.found_inf))
 
     def _plan(self, layer: Layer, table: Tensor) -> Plan:
         """Coefficients of the layer's tensors; the scale of the clipping; and no step where the loss is not finite."""
-        limit = self.cfg.train.max_grad_norm
         first = self._norm is None
-        plan = coefficients(self.cfg.surgery, table, layer.kept.bias_correction, limit if limit and first else None)
-        if limit and self._norm is not None:
-            scale = (limit / (self._norm + CLIP_EPSILON)).clamp(max=1.0)
-            plan = plan._replace(scale=plan.scale * scale.to(plan.scale.dtype))
+        plan = self.project.plan(table, layer.kept.bias_correction, self.clip.limit if first else None)
+        if self.clip.limit and self._norm is not None:
+            plan = plan._replace(scale=plan.scale * clip_scale(self._norm, self.clip).to(plan.scale.dtype))
         return plan._replace(found_inf=torch.maximum(plan.found_inf, self._loss_is_bad))
+
+    def _seen(self) -> list[SurgeryStats]:
+        """What the passes of the backward pass that has just ended saw, all layers together."""
+        assert self._table is not None, "apply() before backward()"
+        plan = self.project.plan(self._table, self._layers[0].kept.bias_correction, None)
+        plan = plan._replace(found_inf=torch.maximum(plan.found_inf, self._loss_is_bad))
+        seen = [SurgeryStats(self._table, plan)]
+        if self._sums is not None:
+            seen.append(SurgeryStats(self._sums, self.add.plan(self._sums, 1.0, None)))
+        return seen
 
     def _noted(self, whole: Tensor | None, layer: Layer, table: Tensor) -> Tensor:
         """A layer's rows of inner products, entered in the table of all."""
@@ -282,15 +306,3 @@ def _arrived(engine: weakref.ref[FusedEngine], number: int, _: Tensor) -> None:
     alive = engine()
     if alive is not None:
         alive.arrived(number)
-
-
-def unrounded(originals: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What bf16 training changed, added to the originals, which have more digits than bf16.
-
-    A tensor that training left alone comes out exactly as it was. Shapes and names as in ``weights``; fp32.
-    """
-    found = {}
-    for name, weight in weights.items():
-        original = originals[name].detach().float().cpu()
-        found[name] = original + (weight - original.bfloat16().float())
-    return found

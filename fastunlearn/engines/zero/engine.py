@@ -1,51 +1,34 @@
-"""DeepSpeed: the process group, the engine around the U-Net, gathered weights, and its part of a checkpoint.
+"""The student U-Net under DeepSpeed: gathered weights, gradients transformed as shards, its part of a checkpoint.
 
-What this is: the only file that knows DeepSpeed's internals. The trainer sees an engine that can be called, that steps,
-and that hands out full fp32 weights at any ZeRO stage.
-What this is not: the loop, the loss or the file layout of a checkpoint (``checkpoint.py``).
+With ``shards.py`` the only place that knows DeepSpeed's internals.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any
 
-import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from fastunlearn.config import Config, student_updates
-from fastunlearn.engines.optimizers import (
-    MAX_GROUP_NUMEL,
-    build_optimizer,
-    keep_small_groups_in_32_bit,
-    parameter_groups,
-    split_note,
-)
-from fastunlearn.engines.zero_config import deepspeed_config
-from fastunlearn.engines.zero_shards import GradientShards, Piece
+from fastunlearn.engines.base import Applied, Engine, ExportedWeights
+from fastunlearn.engines.optimizers import groups as grouping
+from fastunlearn.engines.zero.deepspeed_config import deepspeed_config
+from fastunlearn.engines.zero.shards import GradientShards
 from fastunlearn.errors import UserError
+from fastunlearn.gradients.guard import FiniteGuard
+from fastunlearn.gradients.shard import GradientKind
+from fastunlearn.gradients.transforms import build_transforms
 from fastunlearn.utils.distributed import World, library_chatter
 
 CHECKPOINT_TAG = "deepspeed"
 
 
-Kept = Literal["retain", "meta"]
-"""Of what a gradient is that is put aside: of what must be kept, or of the meta term."""
-
-
-class Keeper(Protocol):
-    """What takes over a gradient that is put aside: ``surgery.Surgery``."""
-
-    def keep(self, pieces: list[Piece]) -> None: ...
-
-
-class Engine:
-    """The student U-Net under DeepSpeed. Call it like the U-Net."""
-
-    steps_in_backward: Literal[False] = False
+class ZeroEngine(Engine):
+    """DeepSpeed's engine, with the gradient's transforms and the guard before its step."""
 
     def __init__(
         self, unet: nn.Module, cfg: Config, world: World, originals: Mapping[str, Tensor] | None = None
@@ -57,12 +40,12 @@ class Engine:
         """
         import deepspeed
 
-        self.stage = cfg.zero.stage
+        self.cfg, self.stage = cfg, cfg.zero.stage
         self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-        groups = parameter_groups(self.named.items())
-        if world.is_main and (note := split_note(groups)):
+        groups = grouping.parameter_groups(self.named.items())
+        if world.is_main and (note := grouping.split_note(groups)):
             print(note)
-        optimizer = build_optimizer(groups, cfg.optimizer, cfg.train.learning_rate)
+        optimizer = cfg.optimizer_spec.build(groups, cfg.optimizer, cfg.train.learning_rate)
         schedule = get_scheduler(
             cfg.train.lr_scheduler,
             optimizer=optimizer,
@@ -73,14 +56,15 @@ class Engine:
             self.engine, *_ = deepspeed.initialize(
                 model=unet, optimizer=optimizer, lr_scheduler=schedule, config=self._settings(cfg, world)
             )
-        if cfg.optimizer.name != "adamw" and self.stage > 0:
-            keep_small_groups_in_32_bit(self._flat_groups(), groups)
-        self._shards = GradientShards(
-            self.engine.optimizer, self.stage, cfg.zero.offload_optimizer == "cpu", self.named
-        )
+        if self.stage > 0:
+            cfg.optimizer_spec.after_sharding(self._flat_groups(), groups)
+        offloaded = cfg.zero.offload_optimizer != "none"
+        self._shards = GradientShards(self.engine.optimizer, self.stage, offloaded, self.named, cfg.optimizer_spec)
         if originals is not None:
             self._shards.set_masters(originals)
-        self._grad_norm: Tensor | float | None = None
+        self.transforms = build_transforms(cfg, list(self.named), world)
+        self.guard = FiniteGuard(cfg.surgery.max_skipped_updates)
+        self._grad_norm: Tensor | None = None
 
     def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
         """A recorded forward pass."""
@@ -88,7 +72,7 @@ class Engine:
 
     @property
     def sampler(self) -> nn.Module:
-        """The same weights for calls without a gradient: the module, so that DeepSpeed's counters are left alone."""
+        """The module, so that DeepSpeed's counters are left alone."""
         return self.engine.module
 
     @property
@@ -97,9 +81,19 @@ class Engine:
         return float(self.engine.optimizer.param_groups[0]["lr"])
 
     @property
-    def grad_norm(self) -> Tensor | float | None:
+    def grad_norm(self) -> Tensor | None:
         """Global norm of the last update's gradient, before clipping; None where it was skipped."""
         return self._grad_norm
+
+    @property
+    def skipped_updates(self) -> int:
+        """As the guard counted them."""
+        return self.guard.skipped
+
+    @property
+    def projected_segments(self) -> Sequence[str] | None:
+        """Those of ``surgery.granularity``."""
+        return self.transforms.segments_of(self.cfg.surgery.granularity) if self.cfg.retains else None
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradient of one micro-batch, divided by their number; after the ``last`` of a window every
@@ -108,39 +102,30 @@ class Engine:
         self.engine.backward(loss)
 
     @contextlib.contextmanager
-    def capture_gradient(self, keeper: Keeper, _: Kept) -> Iterator[None]:
-        """Inside, gradients are for later: at the end ``keeper`` takes this rank's shard of them."""
+    def capture_gradient(self, kind: GradientKind) -> Iterator[None]:
+        """Inside, gradients are for later: at the end this rank's shard of them is stored, and the next window starts
+        from nothing."""
         yield
-        keeper.keep(self.take_gradient())
+        self.transforms.store(kind, self._shards.take())
 
-    def take_gradient(self) -> list[Piece]:
-        """This rank's part of the window's gradient, out of the engine's hands: the next window starts from nothing."""
-        return self._shards.take()
-
-    def gradient(self) -> list[Piece]:
-        """This rank's part of the window's gradient, to be edited in place before ``step``."""
-        return self._shards.read()
-
-    def second_moments(self) -> list[Tensor] | None:
-        """AdamW's second moment for each piece of ``gradient``; None before the first update."""
-        return self._shards.second_moments()
-
-    def step(self, grad_norm: Tensor | None = None) -> None:
-        """Update the weights with the window's gradient. ``grad_norm``: its norm, where surgery has measured it."""
-        if grad_norm is None and self.stage == 0:
-            gradients = [p.grad for p in self.named.values() if p.grad is not None]
-            grad_norm = torch.nn.utils.get_total_norm(gradients)
+    def apply(self) -> Applied:
+        """Transform this rank's shard of the gradient in place, then let DeepSpeed step with it."""
+        weighted = self.cfg.retains and self.cfg.surgery.metric == "optimizer"
+        second_moments = self._shards.second_moments() if weighted else None
+        seen = self.transforms.apply(self._shards.read(), second_moments, self.cfg.optimizer.adam_epsilon)
+        projection = seen[0] if self.cfg.retains else None
+        self._grad_norm = None
+        if not self.guard.allows(seen):
+            self.transforms.reset_broken(seen)
+            self._shards.take()  # weights, optimizer and learning rate stay as they are
+            return Applied(False, projection)
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        self._grad_norm = self.engine.get_global_grad_norm() if grad_norm is None else grad_norm
+        self._grad_norm = seen[-1].plan.norm
+        return Applied(True, projection)
 
-    def skip_step(self) -> None:
-        """Drop the window's gradient and leave the weights, the optimizer and the learning rate as they are."""
-        self._shards.take()
-        self._grad_norm = None
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """The trained parameters in fp32 on the host, from the master weights. Collective: every rank must call it."""
+    def export_weights(self) -> ExportedWeights:
+        """From the master weights, which were never rounded. Collective: every rank must call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
@@ -148,7 +133,7 @@ class Engine:
             full = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
             # A clone: at world size one the answer can be a view of the live master weights.
             weights[name] = full.detach().float().cpu().clone().contiguous()
-        return weights
+        return ExportedWeights(weights)
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the optimizer and the trained weights. Collective."""
@@ -172,6 +157,14 @@ class Engine:
         if path is None:
             raise UserError(f"resume_from_checkpoint: {folder} holds no DeepSpeed state; use another checkpoint")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of the stored gradients, what outlives an update."""
+        return self.transforms.state_dict() if self.cfg.retains else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue them."""
+        self.transforms.load_state_dict(state)
+
     def _settings(self, cfg: Config, world: World) -> dict:
         settings = deepspeed_config(cfg, world.world_size)
         if self.stage > 0:
@@ -180,7 +173,7 @@ class Engine:
             settings["zero_optimization"]["reduce_bucket_size"] = min(cfg.zero.reduce_bucket_size, total)
         if self.stage == 3:
             # One flat partition per group, as at the other stages; DeepSpeed's own limit of 1e9 would cut large ones.
-            settings["zero_optimization"]["sub_group_size"] = MAX_GROUP_NUMEL
+            settings["zero_optimization"]["sub_group_size"] = grouping.MAX_GROUP_NUMEL
         return settings
 
     def _flat_groups(self) -> list[Tensor]:

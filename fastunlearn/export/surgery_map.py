@@ -1,7 +1,6 @@
 """samples/surgery.png: where in the U-Net, and when in the run, erasing and keeping pulled in opposite directions.
 
-What this is: the cosine between the two gradients, block by block, as it is logged, and its picture.
-What this is not: the projection (``surgery.py``).
+The cosine between the two gradients, block by block, as ``training/recorder.py`` logs it.
 """
 
 from __future__ import annotations
@@ -10,31 +9,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from fastunlearn.gradients.projection import Figures, Surgery, block_of
 from fastunlearn.utils.files import atomic_file
 
-LOG_NAME = "surgery_log.jsonl"
 COLUMNS = 400  # updates are averaged into at most this many columns
 
 
-class BlockCosines:
-    """Turns a table per segment into cosines per block."""
-
-    def __init__(self, surgery: Surgery) -> None:
-        names = [block_of(segment) if surgery.cfg.granularity == "tensor" else segment for segment in surgery.segments]
-        self.blocks = list(dict.fromkeys(names))
-        index = {block: i for i, block in enumerate(self.blocks)}
-        self._block = torch.tensor([index[name] for name in names])
-
-    def of(self, figures: Figures) -> dict[str, float]:
-        """Cosine in each block, by name."""
-        values = figures.cosine_of_blocks(self._block, len(self.blocks)).tolist()
-        return dict(zip(self.blocks, (round(value, 5) for value in values), strict=True))
-
-
-def draw(log: Path, picture: Path) -> bool:
+def draw_surgery_map(log: Path, picture: Path) -> bool:
     """Draw the heat map of a run's log; False if there is nothing in it."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     if not rows:

@@ -1,7 +1,4 @@
-"""The DeepSpeed configuration that follows from a run's configuration.
-
-What this is: one pure function. What this is not: users do not write DeepSpeed JSON, and nothing here imports it.
-"""
+"""The DeepSpeed configuration that follows from a run's: users write no DeepSpeed JSON. Nothing here imports it."""
 
 from __future__ import annotations
 
@@ -24,8 +21,7 @@ def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
         "train_batch_size": train.train_batch_size * train.gradient_accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": train.train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
-        # Where a gradient is edited, the last edit clips: with offload DeepSpeed would clip by the norm before it.
-        "gradient_clipping": 0.0 if cfg.retains or cfg.has_meta else train.max_grad_norm,
+        "gradient_clipping": 0.0,  # ``gradients.Clip`` is the only owner: it knows the norm after all other transforms
         "zero_optimization": _zero(cfg),
         # bitsandbytes is not on DeepSpeed's list of tested optimizers, and offload would insist on DeepSpeedCPUAdam,
         # which compiles C++ at start-up.

@@ -1,16 +1,17 @@
 """What a meta term holds, and what it evaluates.
 
-What this is: arithmetic that follows ``meta/attack.py`` and ``meta/term.py``. The attack comes first in an update, when
-no gradient of the engine is alive; the losses behind it make one while the weights before the attack are kept.
-What this is not: the method's own rows (``states.py``, ``fused_states.py``).
+The attack comes first in an update, when no gradient of the engine is alive; the losses behind it make one while the
+weights before the attack are kept. Follows ``inner_loop.py`` and ``objective.py``.
 """
 
 from __future__ import annotations
 
 from fastunlearn.config import Config
+from fastunlearn.config.run_prompts import meta_prompts
 from fastunlearn.denoisers.predictors import Evaluations
-from fastunlearn.planning.states import AFTER_META, BLOCK, FP32, PHASES, SMALLEST_IN_8_BIT, Row, Sizes
+from fastunlearn.engines.fused.moments import moment_bytes
 from fastunlearn.schema.meta import SETS, meta_weights, set_weights
+from fastunlearn.utils.memory_rows import AFTER_META, FP32, PHASES, Row, Sizes
 
 
 def attack_rows(cfg: Config, sizes: Sizes) -> list[Row]:
@@ -40,19 +41,13 @@ def moments(cfg: Config, numels: tuple[int, ...]) -> int:
     """Of the simulated attacker's optimizer."""
     if cfg.meta.inner_optimizer == "sgd":
         return 0
-    if not cfg.bf16_weights:
-        return 2 * FP32 * sum(numels)
-    small = sum(n for n in numels if n < SMALLEST_IN_8_BIT)
-    blocks = sum(-(-n // BLOCK) for n in numels if n >= SMALLEST_IN_8_BIT)
-    return 2 * FP32 * small + 2 * blocks * (BLOCK + FP32)
+    return sum(moment_bytes(n, 8 if cfg.bf16_weights else 32) for n in numels)
 
 
 def pool_sizes(cfg: Config) -> tuple[int, int]:
     """(pictures in all sets, sets that are drawn by the model)"""
     if not cfg.has_meta:
         return 0, 0
-    from fastunlearn.config.run_prompts import meta_prompts
-
     drawn = len(meta_prompts(cfg))
     return drawn * cfg.meta.num_images, drawn
 

@@ -1,10 +1,9 @@
 """Where this rank's averaged gradients and master weights lie in DeepSpeed's optimizer, at each ZeRO stage.
 
-What this is: the protocol of two gradient windows in one update. A window is one or more backward calls, the last of
+The protocol of two gradient windows in one update. A window is one or more backward calls, the last of
 them at a gradient accumulation boundary; after it each rank holds the mean gradient of its own part of the parameters.
 ``take`` keeps that part and arms the next window; ``read`` gives the part that ``step`` will use, for editing in place.
 ``set_masters`` writes this rank's part of given weights into its fp32 masters.
-What this is not: the projection (``surgery.py``) or the engine (``zero.py``).
 
     stage 0           every rank holds whole gradients in ``p.grad``
     stage 1, 2        ``averaged_gradients[group]``: one tensor per parameter of the partition, then padding. Taking the
@@ -19,36 +18,38 @@ What this is not: the projection (``surgery.py``) or the engine (``zero.py``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A contiguous part of one parameter's averaged gradient that this rank owns, flat."""
-
-    name: str
-    tensor: Tensor
+from fastunlearn.engines.optimizers.base import OptimizerSpec
+from fastunlearn.gradients.shard import GradientShard
 
 
 class GradientShards:
     """This rank's gradients under one DeepSpeed optimizer. ``read`` and ``take`` list the same pieces in one order."""
 
-    def __init__(self, optimizer: Any, stage: int, offload: bool, named: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        stage: int,
+        offload: bool,
+        named: Mapping[str, nn.Parameter],
+        optimizer_spec: OptimizerSpec,
+    ) -> None:
         self._optimizer = optimizer
         self._stage = stage
         self._offload = offload
         self._named = named
+        self._spec = optimizer_spec
         self._name_of = {id(parameter): name for name, parameter in named.items()}
 
-    def read(self) -> list[Piece]:
+    def read(self) -> list[GradientShard]:
         """The gradient of the window that has just ended; editing the pieces edits what ``step`` will use."""
         return list(self._pieces())
 
-    def take(self) -> list[Piece]:
+    def take(self) -> list[GradientShard]:
         """The same, out of DeepSpeed's hands: the next window starts from nothing and leaves these pieces alone."""
         optimizer = self._optimizer
         pieces = self.read()
@@ -56,11 +57,11 @@ class GradientShards:
             for parameter in self._named.values():
                 parameter.grad = None
         elif self._stage == 3:
-            pieces = [Piece(piece.name, piece.tensor.clone()) for piece in pieces]
+            pieces = [GradientShard(piece.name, piece.tensor.clone()) for piece in pieces]
             optimizer.zero_grad()
         else:
             if self._offload:
-                pieces = [Piece(piece.name, piece.tensor.clone()) for piece in pieces]
+                pieces = [GradientShard(piece.name, piece.tensor.clone()) for piece in pieces]
                 optimizer.micro_step_id = -1
             for group in optimizer.averaged_gradients:  # with offload, only where fp32 gradients are accumulated
                 optimizer.averaged_gradients[group] = None  # the dict itself is known elsewhere in DeepSpeed
@@ -70,13 +71,13 @@ class GradientShards:
         """AdamW's second moment in fp32 for each piece of ``read``, in its order; None before the first update."""
         if self._stage == 0:
             states = [self._optimizer.state.get(parameter) for parameter in self._named.values()]
-            return None if not all(states) else [_second_moment(state).reshape(-1) for state in states]
+            return None if not all(states) else [self._spec.second_moment(state).reshape(-1) for state in states]
         found: list[Tensor] = []
         for group, flat in enumerate(self._flat_partitions()):
             state = self._optimizer.optimizer.state.get(flat)
             if not state:
                 return None
-            moment = _second_moment(state).reshape(-1)
+            moment = self._spec.second_moment(state).reshape(-1)
             found += [moment.narrow(0, begin, length) for _, begin, length, _ in self._walk(group)]
         return found
 
@@ -87,22 +88,24 @@ class GradientShards:
                 mine = weights[name].reshape(-1)[offset : offset + length]  # shorter than length where padding follows
                 flat.detach()[begin : begin + len(mine)].copy_(mine)
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[GradientShard]:
         if self._stage == 0:
             for name, parameter in self._named.items():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                yield Piece(name, parameter.grad.reshape(-1) if parameter.grad.is_contiguous() else parameter.grad)
+                yield GradientShard(
+                    name, parameter.grad.reshape(-1) if parameter.grad.is_contiguous() else parameter.grad
+                )
             return
         for group, flat in enumerate(self._flat_partitions()):
             if self._offload:
                 assert flat.grad is not None
                 for name, begin, length, _ in self._walk(group):
-                    yield Piece(name, flat.grad.narrow(0, begin, length))
+                    yield GradientShard(name, flat.grad.narrow(0, begin, length))
             else:
                 tensors = self._optimizer.averaged_gradients[group]
                 for parameter, tensor in zip(self._parameters(group), tensors):  # what is left over is padding
-                    yield Piece(self._name_of[id(parameter)], tensor.view(-1))
+                    yield GradientShard(self._name_of[id(parameter)], tensor.view(-1))
 
     def _walk(self, group: int) -> Iterator[tuple[str, int, int, int]]:
         """(name, begin, length, offset) of each parameter's part in this rank's flat partition of a group; ``offset``:
@@ -129,15 +132,3 @@ class GradientShards:
         return list(
             optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
         )
-
-
-def _second_moment(state: dict[str, Any]) -> Tensor:
-    """From torch's AdamW or from bitsandbytes' 8-bit or 32-bit state."""
-    if "exp_avg_sq" in state:
-        return state["exp_avg_sq"]
-    codes = state["state2"]
-    if codes.dtype != torch.uint8:
-        return codes
-    values = state["qmap2"].to(codes.device)[codes.reshape(-1).long()]
-    scale = state["absmax2"].repeat_interleave(256)[: values.numel()]
-    return values * scale
