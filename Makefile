@@ -94,7 +94,7 @@ bench: $(READY)
 	@echo "The kernels' table: output/kernels.md"
 
 kernels-report: $(READY)
-	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(VENV)/bin/python -m fastunlearn_kernels.report --output kernels/REPORT.md
+	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(VENV)/bin/python -m fastunlearn_kernels.testing.report --output kernels/REPORT.md
 
 # Beside the environment, not in it: torch's own Triton stays as it is. Until 3.6 the interpreter calls int() on arrays of
 # one element, which NumPy 2.4 no longer allows.

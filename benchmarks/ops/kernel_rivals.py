@@ -13,12 +13,12 @@ import torch
 from bitsandbytes.functional import quantize_blockwise
 from torch import Tensor
 
-from fastunlearn_kernels.adamw8bit_step import adamw8bit_step
-from fastunlearn_kernels.blockwise_quantize import Quantized, blockwise_quantize
-from fastunlearn_kernels.segments import per_tensor
-from fastunlearn_kernels.spec import Inputs
-from fastunlearn_kernels.surgery_coefficients import surgery_coefficients
-from fastunlearn_kernels.surgery_dots import surgery_dots
+from fastunlearn_kernels.adamw8bit.step import adamw8bit_step
+from fastunlearn_kernels.gradients.segments import per_tensor
+from fastunlearn_kernels.gradients.surgery_coefficients import surgery_coefficients
+from fastunlearn_kernels.gradients.surgery_dots import surgery_dots
+from fastunlearn_kernels.quantize.blockwise_quantize import Quantized, blockwise_quantize
+from fastunlearn_kernels.testing.spec import Inputs
 
 Call = Callable[[], Any]
 TENSORS = 16

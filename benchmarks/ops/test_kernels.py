@@ -24,9 +24,9 @@ from kernel_rivals import RIVALS, UPDATES, update_bytes, update_inputs
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from fastunlearn_kernels import backend
-from fastunlearn_kernels.spec import Inputs, OpSpec
-from fastunlearn_kernels.specs import ALL_SPECS
+from fastunlearn_kernels.common import backend
+from fastunlearn_kernels.testing.all_specs import ALL_SPECS
+from fastunlearn_kernels.testing.spec import Inputs, OpSpec
 
 CHECKS = Path(__file__).resolve().parents[2] / "tests" / "support" / "kernel_checks.py"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

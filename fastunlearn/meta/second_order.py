@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastunlearn.meta.inner_loop import InnerLoop
 from fastunlearn.sampling.retain import RetainBatch
-from fastunlearn_kernels.prediction import prediction_number, training_target
+from fastunlearn_kernels.latent.prediction import prediction_number, training_target
 
 
 def attacked_prediction(attack: InnerLoop, batches: list[RetainBatch], judged: RetainBatch) -> Tensor:

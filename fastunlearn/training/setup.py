@@ -49,7 +49,7 @@ from fastunlearn.sampling.rollout import Rollout
 from fastunlearn.sampling.static_sampler import EmptySampler, StaticSampler
 from fastunlearn.training.checkpoint import Part, Position, find_checkpoint, load_checkpoint
 from fastunlearn.utils.distributed import World
-from fastunlearn_kernels.backend import describe
+from fastunlearn_kernels.common.backend import describe
 
 
 @dataclass

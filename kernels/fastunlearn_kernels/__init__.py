@@ -8,18 +8,18 @@ torch and triton.
 Usage: `from fastunlearn_kernels import guided_noise_loss`
 """
 
-from fastunlearn_kernels.adamw8bit import AdamW8bit
-from fastunlearn_kernels.adamw8bit_step import adamw8bit_step
-from fastunlearn_kernels.add_noise import add_noise
-from fastunlearn_kernels.blockwise_quantize import Quantized, blockwise_dequantize, blockwise_quantize
-from fastunlearn_kernels.guided_noise_loss import NoiseLoss, guided_noise_loss
-from fastunlearn_kernels.guided_step import apply_guidance, ddim_step, guided_euler_step, guided_step, to_epsilon
-from fastunlearn_kernels.prediction import PREDICTION_TYPES
-from fastunlearn_kernels.segments import Segments
-from fastunlearn_kernels.surgery_apply import surgery_apply
-from fastunlearn_kernels.surgery_coefficients import Plan, surgery_coefficients
-from fastunlearn_kernels.surgery_dots import surgery_dots
-from fastunlearn_kernels.weighted_noise_loss import WeightedLoss, weighted_noise_loss
+from fastunlearn_kernels.adamw8bit.optimizer import AdamW8bit
+from fastunlearn_kernels.adamw8bit.step import adamw8bit_step
+from fastunlearn_kernels.gradients.segments import Segments
+from fastunlearn_kernels.gradients.surgery_apply import surgery_apply
+from fastunlearn_kernels.gradients.surgery_coefficients import Plan, surgery_coefficients
+from fastunlearn_kernels.gradients.surgery_dots import surgery_dots
+from fastunlearn_kernels.latent.add_noise import add_noise
+from fastunlearn_kernels.latent.guided_noise_loss import NoiseLoss, guided_noise_loss
+from fastunlearn_kernels.latent.guided_step import apply_guidance, ddim_step, guided_euler_step, guided_step, to_epsilon
+from fastunlearn_kernels.latent.prediction import PREDICTION_TYPES
+from fastunlearn_kernels.latent.weighted_noise_loss import WeightedLoss, weighted_noise_loss
+from fastunlearn_kernels.quantize.blockwise_quantize import Quantized, blockwise_dequantize, blockwise_quantize
 
 __all__ = [
     "PREDICTION_TYPES",

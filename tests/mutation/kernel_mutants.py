@@ -33,12 +33,12 @@ class Mutant:
 
 
 def _of(file: str, *mutants: tuple[str, str, str], op: str = "") -> list[Mutant]:
-    return [Mutant(op or file, what, f"{file}.py", old, new) for what, old, new in mutants]
+    return [Mutant(op or Path(file).name, what, f"{file}.py", old, new) for what, old, new in mutants]
 
 
 MUTANTS: list[Mutant] = [
     *_of(
-        "add_noise",
+        "latent/add_noise",
         ("the mask covers too much", "mask = o_n < n", "mask = o_n < n + BLOCK"),
         ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
         ("the root of 1 - A is missing", "tl.sqrt(1.0 - alpha) * noise", "(1.0 - alpha) * noise"),
@@ -49,7 +49,7 @@ MUTANTS: list[Mutant] = [
         ("backward mixes up the factors", "(signal * wide).to(of_x0)", "(noise_level * wide).to(of_x0)"),
     ),
     *_of(
-        "guided_noise_loss",
+        "latent/guided_noise_loss",
         ("the mask covers one element too many", "mask = o_n < n", "mask = o_n <= n"),
         ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
         ("the guidance has the wrong sign", "anchor - coefficient(guidance,", "anchor + coefficient(guidance,"),
@@ -69,7 +69,7 @@ MUTANTS: list[Mutant] = [
         ("backward ignores its cotangent", "grad_loss * grad", "grad"),
     ),
     *_of(
-        "weighted_noise_loss",
+        "latent/weighted_noise_loss",
         ("the mask covers too much", "mask = o_n < n", "mask = o_n < n + BLOCK"),
         ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
         ("each sample has the first one's set", "i_set = tl.load(set_ptr + i_b)", "i_set = tl.load(set_ptr)"),
@@ -81,7 +81,7 @@ MUTANTS: list[Mutant] = [
         ("the ticket is not set back", "tl.store(ticket_ptr, 0)", "pass"),
     ),
     *_of(
-        "guided_step",
+        "latent/guided_step",
         ("the mask covers too much", "mask = o_n < n", "mask = o_n < n + BLOCK"),
         ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
         ("guidance starts from the wrong prediction", "output = base + coefficient", "output = output + coefficient"),
@@ -91,7 +91,7 @@ MUTANTS: list[Mutant] = [
         ("a sample has its neighbour's factor", "coefficient(after, i_b, KIND_A)", "coefficient(after, 0, KIND_A)"),
     ),
     *_of(
-        "surgery_dots",
+        "gradients/surgery_dots",
         ("u.r is u.u", "ur += tl.sum(u * r, 1)", "ur += tl.sum(u * u, 1)"),
         ("only the last tile counts", "rr += tl.sum(r * r, 1)", "rr = tl.sum(r * r, 1)"),
         (
@@ -124,14 +124,14 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "surgery_dots",
         "a block takes its neighbour's scale",
-        "tiles.py",
+        "common/tiles.py",
         "((phase + o) >> 8), mask=o < length",
         "((phase + o + 1) >> 8), mask=o < length",
     ),
-    Mutant("surgery_dots", "codes are not divided by 127", "tiles.py", "1.0 / 127.0", "1.0 / 128.0"),
-    Mutant("surgery_dots", "chunks overlap", "segments.py", "begin = cut", "begin = max(cut - 1, begin + 1)"),
+    Mutant("surgery_dots", "codes are not divided by 127", "common/tiles.py", "1.0 / 127.0", "1.0 / 128.0"),
+    Mutant("surgery_dots", "chunks overlap", "gradients/segments.py", "begin = cut", "begin = max(cut - 1, begin + 1)"),
     *_of(
-        "surgery_coefficients",
+        "gradients/surgery_coefficients",
         ("conflict has the wrong sign", "tl.where(inner > 0, 0.0, inner)", "tl.where(inner < 0, 0.0, inner)"),
         ("rho is added", "1.0), 0.0) - rho", "1.0), 0.0) + rho"),
         ("the strength is missing", "strength * inner / tl", "inner / tl"),
@@ -146,7 +146,7 @@ MUTANTS: list[Mutant] = [
         ("the plain columns decide", "square = tl.load(p_row + 5,", "square = tl.load(p_row + 2,"),
     ),
     *_of(
-        "surgery_apply",
+        "gradients/surgery_apply",
         ("the correction has the wrong sign", "(u - coef * r) * scale", "(u + coef * r) * scale"),
         ("the clip is missing", "(u - coef * r) * scale", "(u - coef * r)"),
         ("the flag is ignored", "if (found_inf == 0) & (", "if (found_inf == found_inf) & ("),
@@ -157,7 +157,7 @@ MUTANTS: list[Mutant] = [
         ("copies are not written back", "tensor.copy_(ordered.view(tensor.shape))", "pass"),
     ),
     *_of(
-        "blockwise_quantize",
+        "quantize/blockwise_quantize",
         ("the scale is 128", "127.0 / tl.where(absmax > 0", "128.0 / tl.where(absmax > 0"),
         ("absmax is the largest value, without its sign", "tl.max(tl.abs(x).to(", "tl.max(tl.maximum(x, 0.0).to("),
         ("stores are not masked", "code, mask=o_row[:, None] < length)", "code)"),
@@ -168,7 +168,7 @@ MUTANTS: list[Mutant] = [
         ("small blocks are not scaled up", "tl.where(absmax < _SMALL, _UP, 1.0)", "tl.where(absmax < 0, _UP, 1.0)"),
     ),
     *_of(
-        "blockwise_quantize",
+        "quantize/blockwise_quantize",
         (
             "each block has the chunk's first scale",
             "absmax_ptr + (o_row >> 8), mask=o_row < length, other",
@@ -180,7 +180,7 @@ MUTANTS: list[Mutant] = [
         op="blockwise_dequantize",
     ),
     *_of(
-        "adamw8bit_kernel",
+        "adamw8bit/kernel",
         ("the correction has the wrong sign", "g = g - coef * retain_tile", "g = g + coef * retain_tile"),
         ("the clip is missing", "                g = g * scale\n", ""),
         ("the flag is ignored", "if found_inf == 0:", "if found_inf == found_inf:"),
@@ -226,12 +226,12 @@ def judge(op: str, folder: Path) -> list[str]:
     try:
         import kernel_checks as checks
 
-        from fastunlearn_kernels import specs
+        from fastunlearn_kernels.testing import all_specs
     except Exception as error:
         return [f"{BROKEN}: {type(error).__name__}: {error}"]
-    if not Path(specs.__file__).is_relative_to(folder):
-        return [f"{BROKEN}: {specs.__file__} is not the copy"]
-    spec = next(spec for spec in specs.ALL_SPECS if spec.name == op)
+    if not Path(all_specs.__file__).is_relative_to(folder):
+        return [f"{BROKEN}: {all_specs.__file__} is not the copy"]
+    spec = next(spec for spec in all_specs.ALL_SPECS if spec.name == op)
     return checks.failures(spec, checks.device(), quick=True)
 
 

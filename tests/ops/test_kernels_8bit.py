@@ -18,19 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.adamw8bit import WRAPPED, AdamW8bit
-from fastunlearn_kernels.adamw8bit_cases import bench_step, inputs_of
-from fastunlearn_kernels.adamw8bit_step import SPEC, adamw8bit_step, adamw8bit_step_op
-from fastunlearn_kernels.block_chunks import block_chunks_of_pieces
-from fastunlearn_kernels.blockwise_quantize import (
+from fastunlearn_kernels.adamw8bit.optimizer import WRAPPED, AdamW8bit
+from fastunlearn_kernels.adamw8bit.step import SPEC, adamw8bit_step, adamw8bit_step_op
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.common.rounding import rounding_halves, rounding_halves_tile
+from fastunlearn_kernels.gradients.segments import of_flat, per_tensor, whole
+from fastunlearn_kernels.gradients.surgery_apply import surgery_apply
+from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.quantize.block_chunks import block_chunks_of_pieces
+from fastunlearn_kernels.quantize.blockwise_quantize import (
     Quantized,
     blockwise_dequantize,
     blockwise_dequantize_op,
     blockwise_quantize,
     blockwise_quantize_op,
 )
-from fastunlearn_kernels.dynamic_code import (
+from fastunlearn_kernels.quantize.dynamic_code import (
     dequantize_blockwise,
     dynamic_map,
     inverse_absmax,
@@ -38,12 +41,9 @@ from fastunlearn_kernels.dynamic_code import (
     quantize_blockwise,
     quantize_tile,
 )
-from fastunlearn_kernels.eight_bit_cases import tensor_list
-from fastunlearn_kernels.rounding import rounding_halves, rounding_halves_tile
-from fastunlearn_kernels.segments import of_flat, per_tensor, whole
-from fastunlearn_kernels.spec import copied
-from fastunlearn_kernels.surgery_apply import surgery_apply
-from fastunlearn_kernels.surgery_coefficients import Plan
+from fastunlearn_kernels.testing.spec import copied
+from fastunlearn_kernels.testing.specs.adamw8bit_step import bench_step, inputs_of
+from fastunlearn_kernels.testing.specs.blockwise_quantize import tensor_list
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("reference", "triton")

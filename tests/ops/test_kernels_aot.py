@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fastunlearn_kernels import aot, backend, report
-from fastunlearn_kernels.spec import AotKernel, OpSpec
-from fastunlearn_kernels.specs import ALL_SPECS
+from fastunlearn_kernels.common import backend
+from fastunlearn_kernels.testing import aot, report
+from fastunlearn_kernels.testing.all_specs import ALL_SPECS
+from fastunlearn_kernels.testing.spec import AotKernel, OpSpec
 
 REPORT = Path(__file__).resolve().parents[2] / "kernels" / "REPORT.md"
 KERNELS = [
@@ -30,8 +31,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[aot.Row]:
     folder = tmp_path_factory.mktemp("aot")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastunlearn_kernels.report", "--workers", str(min(4, os.cpu_count() or 1))]
-    command += ["--json", str(folder / "rows.json"), "--output", str(folder / "REPORT.md")]
+    command = [sys.executable, "-m", "fastunlearn_kernels.testing.report"]
+    command += ["--workers", str(min(4, os.cpu_count() or 1)), "--json", str(folder / "rows.json"), "--output", str(folder / "REPORT.md")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
     assert (folder / "rows.json").exists(), done.stderr[-2000:]
     found = [aot.Row(**row) for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))]

@@ -15,14 +15,15 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from kernel_checks import device
 from torch import Tensor
 
-from fastunlearn_kernels import PREDICTION_TYPES, backend
-from fastunlearn_kernels.add_noise import SPEC as ADD_NOISE
-from fastunlearn_kernels.add_noise import add_noise, add_noise_op
-from fastunlearn_kernels.guided_step import SPEC as GUIDED_STEP
-from fastunlearn_kernels.guided_step import guided_euler_step, guided_step, guided_step_op
-from fastunlearn_kernels.noise import gaussian, philox
-from fastunlearn_kernels.weighted_noise_loss import SPEC as WEIGHTED_NOISE_LOSS
-from fastunlearn_kernels.weighted_noise_loss import weighted_noise_loss, weighted_noise_loss_op
+from fastunlearn_kernels import PREDICTION_TYPES
+from fastunlearn_kernels.common import backend
+from fastunlearn_kernels.common.noise import gaussian, philox
+from fastunlearn_kernels.latent.add_noise import SPEC as ADD_NOISE
+from fastunlearn_kernels.latent.add_noise import add_noise, add_noise_op
+from fastunlearn_kernels.latent.guided_step import SPEC as GUIDED_STEP
+from fastunlearn_kernels.latent.guided_step import guided_euler_step, guided_step, guided_step_op
+from fastunlearn_kernels.latent.weighted_noise_loss import SPEC as WEIGHTED_NOISE_LOSS
+from fastunlearn_kernels.latent.weighted_noise_loss import weighted_noise_loss, weighted_noise_loss_op
 
 DEVICE = device()
 SHAPE = (4, 3, 7, 13)

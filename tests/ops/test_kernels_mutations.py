@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from kernel_mutants import BROKEN, MUTANTS, Mutant
 
-from fastunlearn_kernels.specs import ALL_SPECS
+from fastunlearn_kernels.testing.all_specs import ALL_SPECS
 
 SCRIPT = Path(__file__).resolve().parents[1] / "mutation" / "kernel_mutants.py"
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.spec import SHORT, Case, Inputs, OpSpec, copied
-from fastunlearn_kernels.specs import ALL_SPECS
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.testing.all_specs import ALL_SPECS
+from fastunlearn_kernels.testing.spec import SHORT, Case, Inputs, OpSpec, copied
 
 DEVICE = checks.device()
 OPS = {
@@ -207,7 +207,7 @@ def test_tensors_on_several_devices_are_refused() -> None:
 def test_the_package_brings_torch_and_triton_only() -> None:
     code = (
         "import sys, torch, triton; before = {n.split('.')[0] for n in sys.modules};"
-        "import fastunlearn_kernels, fastunlearn_kernels.specs;"
+        "import fastunlearn_kernels, fastunlearn_kernels.testing.all_specs;"
         "print(*sorted({n.split('.')[0] for n in sys.modules} - before - sys.stdlib_module_names))"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.blockwise_quantize import Quantized
-from fastunlearn_kernels.dynamic_code import dequantize_blockwise, quantize_blockwise
-from fastunlearn_kernels.operands import cut_tensors
-from fastunlearn_kernels.segments import Segments, grouped, of_flat, per_tensor, whole
-from fastunlearn_kernels.surgery_apply import SPEC as APPLY
-from fastunlearn_kernels.surgery_apply import surgery_apply, surgery_apply_op
-from fastunlearn_kernels.surgery_cases import flat_partition, quantized
-from fastunlearn_kernels.surgery_coefficients import Plan, surgery_coefficients, surgery_coefficients_op
-from fastunlearn_kernels.surgery_dots import SPEC as DOTS
-from fastunlearn_kernels.surgery_dots import surgery_dots, surgery_dots_op
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.gradients.operands import cut_tensors
+from fastunlearn_kernels.gradients.segments import Segments, grouped, of_flat, per_tensor, whole
+from fastunlearn_kernels.gradients.surgery_apply import SPEC as APPLY
+from fastunlearn_kernels.gradients.surgery_apply import surgery_apply, surgery_apply_op
+from fastunlearn_kernels.gradients.surgery_coefficients import Plan, surgery_coefficients, surgery_coefficients_op
+from fastunlearn_kernels.gradients.surgery_dots import SPEC as DOTS
+from fastunlearn_kernels.gradients.surgery_dots import surgery_dots, surgery_dots_op
+from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
+from fastunlearn_kernels.quantize.dynamic_code import dequantize_blockwise, quantize_blockwise
+from fastunlearn_kernels.testing.specs.gradient_cases import flat_partition, quantized
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("reference", "triton")

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.blockwise_quantize import blockwise_quantize
-from fastunlearn_kernels.segments import CHUNK, Segments, of_flat
-from fastunlearn_kernels.spec import SHORT, Case, Inputs, OpSpec, Outputs, copied
-from fastunlearn_kernels.surgery_coefficients import Plan
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.gradients.segments import CHUNK, Segments, of_flat
+from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.quantize.blockwise_quantize import blockwise_quantize
+from fastunlearn_kernels.testing.spec import SHORT, Case, Inputs, OpSpec, Outputs, copied
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 # Elements before and behind what a kernel may touch. Larger than any tile, so that a missing mask hits these.
@@ -364,7 +364,7 @@ def failures(spec: OpSpec, on: torch.device, quick: bool = False, only_case: str
 
 
 def main() -> int:
-    from fastunlearn_kernels.specs import ALL_SPECS
+    from fastunlearn_kernels.testing.all_specs import ALL_SPECS
 
     parser = argparse.ArgumentParser(description="check ops against their fp64 reference")
     parser.add_argument("ops", nargs="*", help="names; all if none is given")

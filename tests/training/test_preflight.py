@@ -16,7 +16,7 @@ from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.training import preflight
 from fastunlearn.utils.run_folder import list_checkpoints
-from fastunlearn_kernels import backend
+from fastunlearn_kernels.common import backend
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -35,7 +35,7 @@ from fastunlearn.gradients.transforms import Add, Clip, Project, clip_scale
 from fastunlearn.models.parameter_names import layer_of
 from fastunlearn.utils.distributed import World
 from fastunlearn_kernels import Plan, Quantized, surgery_apply, surgery_dots
-from fastunlearn_kernels.segments import per_tensor
+from fastunlearn_kernels.gradients.segments import per_tensor
 
 STATE_FILE = "fused.pt"
 

@@ -2,7 +2,7 @@
 
 Exit status 1 if a kernel breaks what its spec promises. Not a benchmark: that needs a GPU, see benchmarks/.
 
-Usage: `python -m fastunlearn_kernels.report [--output kernels/REPORT.md] [--json FILE] [--workers 2]`
+Usage: `python -m fastunlearn_kernels.testing.report [--output kernels/REPORT.md] [--json FILE] [--workers 2]`
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import triton
 
-from fastunlearn_kernels import aot
-from fastunlearn_kernels.spec import OpSpec
-from fastunlearn_kernels.specs import ALL_SPECS
+from fastunlearn_kernels.testing import aot
+from fastunlearn_kernels.testing.all_specs import ALL_SPECS
+from fastunlearn_kernels.testing.spec import OpSpec
 
 HEADER = f"""# What the compilers make of the kernels
 
@@ -110,7 +110,9 @@ class _Progress:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastunlearn_kernels.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastunlearn_kernels.testing.report", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--output", type=Path, help="write the tables here, as Markdown (default: standard output)")
     parser.add_argument("--json", type=Path, help="write all rows here, as JSON")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes")

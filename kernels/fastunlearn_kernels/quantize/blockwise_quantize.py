@@ -27,21 +27,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.block_chunks import block_chunks, first_numbers, views
-from fastunlearn_kernels.dynamic_code import BLOCK
-from fastunlearn_kernels.eight_bit_cases import (
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.common.precision import compute_dtype
+from fastunlearn_kernels.common.rounding import rounding_halves, rounding_halves_tile
+from fastunlearn_kernels.common.tiles import TYPES, chunk_length, chunk_row, is_aligned, typed_pointer
+from fastunlearn_kernels.gradients.segments import addresses
+from fastunlearn_kernels.quantize.block_chunks import block_chunks, first_numbers, views
+from fastunlearn_kernels.quantize.dynamic_code import BLOCK
+from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Inputs, OpSpec, Outputs, nbytes
+from fastunlearn_kernels.testing.specs.blockwise_quantize import (
     bench_list,
     check_linear_codes,
     dequantize_cases,
     eager_linear,
     quantize_cases,
 )
-from fastunlearn_kernels.precision import compute_dtype
-from fastunlearn_kernels.rounding import rounding_halves, rounding_halves_tile
-from fastunlearn_kernels.segments import addresses
-from fastunlearn_kernels.spec import SHORT, AotKernel, Inputs, OpSpec, Outputs, nbytes
-from fastunlearn_kernels.tiles import TYPES, chunk_length, chunk_row, is_aligned, typed_pointer
 
 ROWS = 8  # blocks of one tile: 16 elements a thread, one 16-byte load of bf16 or two
 # Rounds a number below 2^22 to an integer whose two's complement is in the low byte of the sum's bits.

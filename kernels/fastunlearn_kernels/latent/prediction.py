@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels.coefficients import coefficient
-from fastunlearn_kernels.noise import gaussian_tile
+from fastunlearn_kernels.common.noise import gaussian_tile
+from fastunlearn_kernels.latent.coefficients import coefficient
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

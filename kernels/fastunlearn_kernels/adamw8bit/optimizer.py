@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.adamw8bit_step import adamw8bit_step
-from fastunlearn_kernels.blockwise_quantize import Quantized
-from fastunlearn_kernels.dynamic_code import BLOCK, dynamic_map
-from fastunlearn_kernels.operands import Retain
-from fastunlearn_kernels.segments import Segments, whole
-from fastunlearn_kernels.surgery_coefficients import Plan
+from fastunlearn_kernels.adamw8bit.step import adamw8bit_step
+from fastunlearn_kernels.gradients.operands import Retain
+from fastunlearn_kernels.gradients.segments import Segments, whole
+from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
+from fastunlearn_kernels.quantize.dynamic_code import BLOCK, dynamic_map
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 QUANT_KEYS = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.dynamic_code import BLOCK
-from fastunlearn_kernels.spec import Case, Inputs, Outputs, normal
+from fastunlearn_kernels.quantize.dynamic_code import BLOCK
+from fastunlearn_kernels.testing.spec import Case, Inputs, Outputs, normal
 
 
 def tensor_list(

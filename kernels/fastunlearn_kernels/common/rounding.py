@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels.noise import rounding_bits, rounding_bits_of_words
+from fastunlearn_kernels.common.noise import rounding_bits, rounding_bits_of_words
 
 PIECE = 2**14
 

@@ -30,8 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.coefficients import (
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.common.precision import check_shapes, compute_dtype, ordered_sum
+from fastunlearn_kernels.latent.coefficients import (
     Coefficient,
     broadcast,
     coefficient,
@@ -39,10 +40,16 @@ from fastunlearn_kernels.coefficients import (
     kernel_arguments,
     no_gradient,
 )
-from fastunlearn_kernels.guided_noise_loss_cases import PREDICTIONS, broken, bytes_moved, eager, inputs_of, masked
-from fastunlearn_kernels.precision import check_shapes, compute_dtype, ordered_sum
-from fastunlearn_kernels.prediction import prediction_number, residual_factor, residual_factor_scalar
-from fastunlearn_kernels.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs
+from fastunlearn_kernels.latent.prediction import prediction_number, residual_factor, residual_factor_scalar
+from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs
+from fastunlearn_kernels.testing.specs.guided_noise_loss import (
+    PREDICTIONS,
+    broken,
+    bytes_moved,
+    eager,
+    inputs_of,
+    masked,
+)
 
 BLOCK = 1024
 

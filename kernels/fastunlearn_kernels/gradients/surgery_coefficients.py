@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.spec import AotKernel, Case, Inputs, OpSpec, Outputs
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
 
 BLOCK, WARPS = 256, 8
 CLIP_EPS = 1e-6

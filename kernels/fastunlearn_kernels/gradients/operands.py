@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.blockwise_quantize import Quantized
-from fastunlearn_kernels.segments import same_order
-from fastunlearn_kernels.tiles import QUANT_BLOCK
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK
+from fastunlearn_kernels.gradients.segments import same_order
+from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Elements that the references turn into fp64 at once, so that they also serve partitions that lie in CPU memory.

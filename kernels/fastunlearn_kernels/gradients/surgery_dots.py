@@ -27,9 +27,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.dynamic_code import dequantize_tile, dynamic_map, quantize_blockwise
-from fastunlearn_kernels.operands import (
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.common.tiles import (
+    TYPES,
+    absmax_tile,
+    block_pointer,
+    chunk_length,
+    chunk_row,
+    is_aligned,
+    retain_tile,
+    typed_pointer,
+)
+from fastunlearn_kernels.gradients.operands import (
     Retain,
     SecondMoment,
     block_scales,
@@ -45,18 +54,16 @@ from fastunlearn_kernels.operands import (
     unpacked,
     unpacked_moment,
 )
-from fastunlearn_kernels.segments import Segments, addresses, chunk_table
-from fastunlearn_kernels.spec import AotKernel, Case, Inputs, OpSpec, Outputs
-from fastunlearn_kernels.surgery_cases import GRADIENT_CASES, HUGE, Make, eager_pieces, flat_partition, gradient_case
-from fastunlearn_kernels.tiles import (
-    TYPES,
-    absmax_tile,
-    block_pointer,
-    chunk_length,
-    chunk_row,
-    is_aligned,
-    retain_tile,
-    typed_pointer,
+from fastunlearn_kernels.gradients.segments import Segments, addresses, chunk_table
+from fastunlearn_kernels.quantize.dynamic_code import dequantize_tile, dynamic_map, quantize_blockwise
+from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
+from fastunlearn_kernels.testing.specs.gradient_cases import (
+    GRADIENT_CASES,
+    HUGE,
+    Make,
+    eager_pieces,
+    flat_partition,
+    gradient_case,
 )
 
 # Elements of a tile: as many as 64 registers a thread allow, without and with a second moment.

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.noise import check_seeds, gaussian, gaussian_tile
-from fastunlearn_kernels.precision import check_shapes, compute_dtype
-from fastunlearn_kernels.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.common.noise import check_seeds, gaussian, gaussian_tile
+from fastunlearn_kernels.common.precision import check_shapes, compute_dtype
+from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 BLOCK = 1024
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.blockwise_quantize import Quantized, blockwise_quantize
-from fastunlearn_kernels.dynamic_code import BLOCK, SMALLEST_ABSMAX, dynamic_map, quantize_blockwise
-from fastunlearn_kernels.eight_bit_cases import MANY, tensor_list
-from fastunlearn_kernels.segments import Segments, of_flat, per_tensor, whole
-from fastunlearn_kernels.spec import Case, Inputs, Outputs, normal
-from fastunlearn_kernels.surgery_coefficients import Plan
+from fastunlearn_kernels.gradients.segments import Segments, of_flat, per_tensor, whole
+from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.quantize.blockwise_quantize import Quantized, blockwise_quantize
+from fastunlearn_kernels.quantize.dynamic_code import BLOCK, SMALLEST_ABSMAX, dynamic_map, quantize_blockwise
+from fastunlearn_kernels.testing.spec import Case, Inputs, Outputs, normal
+from fastunlearn_kernels.testing.specs.blockwise_quantize import MANY, tensor_list
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 _BF16 = (torch.bfloat16,)

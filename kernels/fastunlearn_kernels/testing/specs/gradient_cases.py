@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.blockwise_quantize import Quantized
-from fastunlearn_kernels.operands import block_scales
-from fastunlearn_kernels.segments import Segments, grouped, of_flat, per_tensor, whole
-from fastunlearn_kernels.spec import Case, Inputs, normal
-from fastunlearn_kernels.tiles import QUANT_BLOCK
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK
+from fastunlearn_kernels.gradients.operands import block_scales
+from fastunlearn_kernels.gradients.segments import Segments, grouped, of_flat, per_tensor, whole
+from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
+from fastunlearn_kernels.testing.spec import Case, Inputs, normal
 
 Make = Callable[[torch.Generator, torch.dtype, torch.device], Inputs]
 

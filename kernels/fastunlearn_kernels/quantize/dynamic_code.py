@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels.precision import compute_dtype
+from fastunlearn_kernels.common.precision import compute_dtype
 
 BLOCK = 256  # elements that share one absmax, in logical order
 # Below this absmax 1 / absmax overflows or is lost: such a block becomes all zeros, an error of less than 1.2e-38.

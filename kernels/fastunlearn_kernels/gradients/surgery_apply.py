@@ -20,8 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend
-from fastunlearn_kernels.operands import (
+from fastunlearn_kernels.common import backend
+from fastunlearn_kernels.common.precision import compute_dtype
+from fastunlearn_kernels.common.tiles import (
+    TYPES,
+    block_pointer,
+    chunk_length,
+    chunk_row,
+    is_aligned,
+    retain_tile,
+    typed_pointer,
+)
+from fastunlearn_kernels.gradients.operands import (
     Retain,
     check_retain,
     cut_tensors,
@@ -31,19 +41,16 @@ from fastunlearn_kernels.operands import (
     retain_range,
     unpacked,
 )
-from fastunlearn_kernels.precision import compute_dtype
-from fastunlearn_kernels.segments import Segments, addresses, chunk_table
-from fastunlearn_kernels.spec import AotKernel, Case, Inputs, OpSpec, Outputs
-from fastunlearn_kernels.surgery_cases import GRADIENT_CASES, HUGE, Make, eager_pieces, flat_partition, gradient_case
-from fastunlearn_kernels.surgery_coefficients import Plan
-from fastunlearn_kernels.tiles import (
-    TYPES,
-    block_pointer,
-    chunk_length,
-    chunk_row,
-    is_aligned,
-    retain_tile,
-    typed_pointer,
+from fastunlearn_kernels.gradients.segments import Segments, addresses, chunk_table
+from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
+from fastunlearn_kernels.testing.specs.gradient_cases import (
+    GRADIENT_CASES,
+    HUGE,
+    Make,
+    eager_pieces,
+    flat_partition,
+    gradient_case,
 )
 
 ROWS, WIDTH = 256, 8

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.dynamic_code import BLOCK
-from fastunlearn_kernels.segments import CHUNK
+from fastunlearn_kernels.gradients.segments import CHUNK
+from fastunlearn_kernels.quantize.dynamic_code import BLOCK
 
 
 def first_numbers(numels: Sequence[int]) -> list[int]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.block_chunks import first_numbers
-from fastunlearn_kernels.dynamic_code import dequantize_blockwise, quantize_blockwise
-from fastunlearn_kernels.operands import ranges, retain_range
-from fastunlearn_kernels.precision import compute_dtype
-from fastunlearn_kernels.rounding import rounding_halves, to_bf16_stochastic
+from fastunlearn_kernels.common.precision import compute_dtype
+from fastunlearn_kernels.common.rounding import rounding_halves, to_bf16_stochastic
+from fastunlearn_kernels.gradients.operands import ranges, retain_range
+from fastunlearn_kernels.quantize.block_chunks import first_numbers
+from fastunlearn_kernels.quantize.dynamic_code import dequantize_blockwise, quantize_blockwise
 
 
 def adamw8bit_step_reference(

@@ -27,12 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.coefficients import Coefficient, broadcast, coefficients, kernel_arguments, no_gradient
-from fastunlearn_kernels.noise import check_seeds, gaussian
-from fastunlearn_kernels.precision import check_shapes, compute_dtype
-from fastunlearn_kernels.prediction import prediction_number, training_target, training_target_tile
-from fastunlearn_kernels.spec import LAYOUTS, SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.common.noise import check_seeds, gaussian
+from fastunlearn_kernels.common.precision import check_shapes, compute_dtype
+from fastunlearn_kernels.latent.coefficients import Coefficient, broadcast, coefficients, kernel_arguments, no_gradient
+from fastunlearn_kernels.latent.prediction import prediction_number, training_target, training_target_tile
+from fastunlearn_kernels.testing.spec import LAYOUTS, SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 BLOCK = 1024
 LANES = tl.constexpr(256)  # of the sums over samples and parts: few, so that these need no more registers than the rest

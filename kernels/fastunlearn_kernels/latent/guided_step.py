@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend, scratch
-from fastunlearn_kernels.coefficients import (
+from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.common.precision import check_shapes, compute_dtype
+from fastunlearn_kernels.latent.coefficients import (
     Coefficient,
     broadcast,
     coefficient,
@@ -34,8 +35,7 @@ from fastunlearn_kernels.coefficients import (
     no_gradient,
     per_sample,
 )
-from fastunlearn_kernels.precision import check_shapes, compute_dtype
-from fastunlearn_kernels.prediction import (
+from fastunlearn_kernels.latent.prediction import (
     PREDICTION_TYPES,
     ddim_factors,
     ddim_factors_scalar,
@@ -43,7 +43,7 @@ from fastunlearn_kernels.prediction import (
     euler_factors_scalar,
     prediction_number,
 )
-from fastunlearn_kernels.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 BLOCK = 1024
 RULES = ("ddim", "euler")

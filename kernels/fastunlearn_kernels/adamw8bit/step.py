@@ -31,17 +31,24 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels import backend
-from fastunlearn_kernels.adamw8bit_cases import adamw_cases, bench_step, check_step
-from fastunlearn_kernels.adamw8bit_kernel import adamw8bit_step_chunk_kernel
-from fastunlearn_kernels.adamw8bit_reference import adamw8bit_step_reference
-from fastunlearn_kernels.block_chunks import block_chunks_of_pieces
-from fastunlearn_kernels.dynamic_code import BLOCK, dynamic_map
-from fastunlearn_kernels.operands import Retain, check_blocks, check_floats, check_lists, cut_tensors, unpacked
-from fastunlearn_kernels.segments import Segments, addresses, whole
-from fastunlearn_kernels.spec import AotKernel, Inputs, OpSpec, Outputs, nbytes
-from fastunlearn_kernels.surgery_coefficients import Plan
-from fastunlearn_kernels.tiles import TYPES
+from fastunlearn_kernels.adamw8bit.kernel import adamw8bit_step_chunk_kernel
+from fastunlearn_kernels.adamw8bit.reference import adamw8bit_step_reference
+from fastunlearn_kernels.common import backend
+from fastunlearn_kernels.common.tiles import TYPES
+from fastunlearn_kernels.gradients.operands import (
+    Retain,
+    check_blocks,
+    check_floats,
+    check_lists,
+    cut_tensors,
+    unpacked,
+)
+from fastunlearn_kernels.gradients.segments import Segments, addresses, whole
+from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.quantize.block_chunks import block_chunks_of_pieces
+from fastunlearn_kernels.quantize.dynamic_code import BLOCK, dynamic_map
+from fastunlearn_kernels.testing.spec import AotKernel, Inputs, OpSpec, Outputs, nbytes
+from fastunlearn_kernels.testing.specs.adamw8bit_step import adamw_cases, bench_step, check_step
 
 # 16 elements a thread: fewer take more instructions an element, since a row is then reduced over more lanes.
 ROWS = 8

@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastunlearn_kernels.dynamic_code import dequantize_tile, inverse_absmax, quantize_tile
-from fastunlearn_kernels.rounding import rounding_halves_tile, to_bf16_stochastic_tile
-from fastunlearn_kernels.tiles import block_pointer, chunk_length, is_aligned, retain_tile, typed_pointer
+from fastunlearn_kernels.common.rounding import rounding_halves_tile, to_bf16_stochastic_tile
+from fastunlearn_kernels.common.tiles import block_pointer, chunk_length, is_aligned, retain_tile, typed_pointer
+from fastunlearn_kernels.quantize.dynamic_code import dequantize_tile, inverse_absmax, quantize_tile
 
 _ZERO_CODE = tl.constexpr(127)  # of 0 in the signed map; in the unsigned one it is 0
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.spec import Inputs, Outputs, nbytes, normal
+from fastunlearn_kernels.testing.spec import Inputs, Outputs, nbytes, normal
 
 PREDICTIONS = ("cond", "uncond", "teacher_cond", "teacher_anchor", "teacher_uncond")
 
