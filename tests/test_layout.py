@@ -51,6 +51,7 @@ LAYERS = (
     ("fastunlearn_kernels",),
     ("fastunlearn_kernels.adamw8bit",),
     ("fastunlearn_kernels.gradients",),
+    ("fastunlearn_kernels.quantize",),
     ("fastunlearn_kernels.latent",),
     ("fastunlearn_kernels.common",),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.models.parameter_names import block_of
-from fastunlearn_kernels import Plan
+from fastunlearn_kernels import SurgeryPlan
 
 
 def segment_names(names: Sequence[str], granularity: str) -> list[str]:
@@ -27,7 +27,7 @@ class SurgeryStats:
     """
 
     table: Tensor
-    plan: Plan
+    plan: SurgeryPlan
 
     @property
     def cosine(self) -> Tensor:

@@ -25,7 +25,7 @@ from fastunlearn.gradients.shard import GradientKind, GradientShard
 from fastunlearn.gradients.stats import SurgeryStats, segment_names
 from fastunlearn.schema.sections import SurgeryConfig
 from fastunlearn.utils.distributed import World, sum_over_ranks
-from fastunlearn_kernels import Plan, Segments, surgery_apply, surgery_coefficients, surgery_dots
+from fastunlearn_kernels import Segments, SurgeryPlan, surgery_apply, surgery_coefficients, surgery_dots
 
 
 class Transform(Protocol):
@@ -35,7 +35,7 @@ class Transform(Protocol):
     granularity: str
     preconditioned: bool
 
-    def plan(self, table: Tensor, bias_correction: float, max_norm: float | None) -> Plan: ...
+    def plan(self, table: Tensor, bias_correction: float, max_norm: float | None) -> SurgeryPlan: ...
 
 
 class Project:
@@ -46,7 +46,7 @@ class Project:
         self.granularity: str = cfg.granularity
         self.preconditioned = cfg.metric == "optimizer"
 
-    def plan(self, table: Tensor, bias_correction: float, max_norm: float | None) -> Plan:
+    def plan(self, table: Tensor, bias_correction: float, max_norm: float | None) -> SurgeryPlan:
         """``bias_correction``: an average that starts at zero is too small by this factor."""
         cfg = self.cfg
         return surgery_coefficients(
@@ -68,7 +68,7 @@ class Add:
     def __init__(self, buffer: GradientBuffer | None = None) -> None:
         self.buffer = buffer
 
-    def plan(self, table: Tensor, bias_correction: float, max_norm: float | None) -> Plan:
+    def plan(self, table: Tensor, bias_correction: float, max_norm: float | None) -> SurgeryPlan:
         """A projection of strength 0, and all of the other gradient."""
         return surgery_coefficients(table, strength=0.0, rho=1.0, max_norm=max_norm)
 
@@ -88,7 +88,7 @@ class Clip:
         """As the kernels take it."""
         return self.max_norm or None
 
-    def plan(self, table: Tensor, bias_correction: float, max_norm: float | None) -> Plan:
+    def plan(self, table: Tensor, bias_correction: float, max_norm: float | None) -> SurgeryPlan:
         """Nothing but the factor."""
         return surgery_coefficients(table, strength=0.0, max_norm=max_norm)
 
@@ -212,6 +212,6 @@ def clip_scale(norm: Tensor, clip: Clip) -> Tensor:
 CLIP_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 
-def any_not_finite(*plans: Plan) -> Tensor:
+def any_not_finite(*plans: SurgeryPlan) -> Tensor:
     """1 where one of the plans says that something is not finite, else 0."""
     return torch.stack([plan.found_inf for plan in plans]).amax(0)

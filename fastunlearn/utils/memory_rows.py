@@ -78,14 +78,14 @@ def peak(rows: Sequence[Row]) -> tuple[int, int]:
 
 def blocks_of(numel: int) -> int:
     """Groups of elements that share a scale in the kernels' 8-bit forms."""
-    from fastunlearn_kernels.dynamic_code import BLOCK
+    from fastunlearn_kernels import QUANT_BLOCK
 
-    return -(-numel // BLOCK)
+    return -(-numel // QUANT_BLOCK)
 
 
 def quantized_nbytes(numel: int) -> int:
     """Bytes of a tensor as the kernels' ``blockwise_quantize`` stores it: its elements, padded to whole blocks, and an
     fp32 scale for each block."""
-    from fastunlearn_kernels.dynamic_code import BLOCK
+    from fastunlearn_kernels import QUANT_BLOCK
 
-    return blocks_of(numel) * (BLOCK + FP32)
+    return blocks_of(numel) * (QUANT_BLOCK + FP32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fastunlearn_kernels.adamw8bit import step as step_module
 from fastunlearn_kernels.adamw8bit.optimizer import WRAPPED, AdamW8bit
-from fastunlearn_kernels.adamw8bit.step import SPEC, adamw8bit_step, adamw8bit_step_op
+from fastunlearn_kernels.adamw8bit.step import adamw8bit_step, adamw8bit_step_op
 from fastunlearn_kernels.common import backend, scratch
 from fastunlearn_kernels.common.rounding import rounding_halves, rounding_halves_tile
-from fastunlearn_kernels.gradients.segments import of_flat, per_tensor, whole
+from fastunlearn_kernels.gradients.segments import per_tensor, whole
 from fastunlearn_kernels.gradients.surgery_apply import surgery_apply
-from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 from fastunlearn_kernels.quantize.block_chunks import block_chunks_of_pieces
 from fastunlearn_kernels.quantize.blockwise_quantize import (
     Quantized,
@@ -34,16 +34,17 @@ from fastunlearn_kernels.quantize.blockwise_quantize import (
     blockwise_quantize_op,
 )
 from fastunlearn_kernels.quantize.dynamic_code import (
-    dequantize_blockwise,
+    dequantize_dynamic,
     dynamic_map,
     inverse_absmax,
     nearest_code,
-    quantize_blockwise,
+    quantize_dynamic,
     quantize_tile,
 )
 from fastunlearn_kernels.testing.spec import copied
-from fastunlearn_kernels.testing.specs.adamw8bit_step import bench_step, inputs_of
+from fastunlearn_kernels.testing.specs.adamw8bit_step import SPEC, bench_step, inputs_of
 from fastunlearn_kernels.testing.specs.blockwise_quantize import tensor_list
+from fastunlearn_kernels.testing.specs.gradient_cases import flat_segments
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("reference", "triton")
@@ -58,8 +59,8 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "POISON", True)
 
 
-def plan_of(coef: Sequence[float], scale: float = 1.0, found_inf: float = 0.0) -> Plan:
-    return Plan(*[torch.tensor(x, device=DEVICE) for x in (list(coef), scale, found_inf, 1.0)])
+def plan_of(coef: Sequence[float], scale: float = 1.0, found_inf: float = 0.0) -> SurgeryPlan:
+    return SurgeryPlan(*[torch.tensor(x, device=DEVICE) for x in (list(coef), scale, found_inf, 1.0)])
 
 
 # --- the dynamic map --------------------------------------------------------------------------------------------------
@@ -127,13 +128,13 @@ def test_blocks_agree_with_bitsandbytes(signed: bool) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     x = tensor_list(torch.Generator().manual_seed(0), [(5000,)], torch.float32, torch.device("cpu"))[0]
     x = x if signed else x.square()
-    codes, absmax = quantize_blockwise(x, signed)
+    codes, absmax = quantize_dynamic(x, signed)
     theirs, state = functional.quantize_blockwise(x, code=dynamic_map(signed).clone(), blocksize=256)
     torch.testing.assert_close(absmax, state.absmax)
     # What they code is decoded as they decode it, and nothing is coded worse (their search on CPU is not exact).
     decoded = functional.dequantize_blockwise(theirs, state)
-    torch.testing.assert_close(dequantize_blockwise(theirs, state.absmax, signed), decoded, rtol=1e-6, atol=0)
-    ours, scale = dequantize_blockwise(codes, absmax, signed), absmax.repeat_interleave(256)[: len(x)]
+    torch.testing.assert_close(dequantize_dynamic(theirs, state.absmax, signed), decoded, rtol=1e-6, atol=0)
+    ours, scale = dequantize_dynamic(codes, absmax, signed), absmax.repeat_interleave(256)[: len(x)]
     assert ((ours - x).abs() <= (decoded - x).abs() + 1e-7 * scale).all()
     assert (codes == theirs).float().mean() > 0.5
 
@@ -143,8 +144,8 @@ def test_tiny_zero_and_infinite_blocks_stay_what_they_are(signed: bool) -> None:
     x = torch.zeros(5 * 256)
     x[256:512] = 1e-40
     x[600], x[900] = math.inf, math.nan
-    codes, absmax = quantize_blockwise(x, signed)
-    back = dequantize_blockwise(codes, absmax, signed)
+    codes, absmax = quantize_dynamic(x, signed)
+    back = dequantize_dynamic(codes, absmax, signed)
     assert not back[:256].any() and (back[256:512] - x[256:512]).abs().max() < 1.2e-38
     assert not back[512:768].isfinite().any() or absmax[2].isinf()
     assert back[768:1024].isnan().all() and not back[1024:].any()
@@ -223,8 +224,8 @@ def test_linear_blocks_that_hold_nothing_to_scale(name: str) -> None:
 
 @triton.jit
 def _halves_kernel(out_ptr, first, seed, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    number = first + tl.arange(0, 2).to(tl.int64) * WIDTH
-    halves = rounding_halves_tile(first * 0 + seed, number, WIDTH)
+    element = first + tl.arange(0, 2).to(tl.int64) * WIDTH
+    halves = rounding_halves_tile(first * 0 + seed, element, WIDTH)
     o = tl.arange(0, 2)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(out_ptr + o, halves)
 
@@ -316,7 +317,7 @@ def step_by_hand(inputs: dict[str, Any]) -> list[tuple[list[float], ...]]:
 @pytest.mark.parametrize("retain", (None, torch.bfloat16, torch.int8), ids=str)
 def test_step_is_the_formula(name: str, bits: int, retain: torch.dtype | None) -> None:
     def cut(tensors: Sequence[Tensor]) -> Any:
-        return of_flat([0, 100, 256, 300, 700, 900]) if len(tensors) == 1 else per_tensor(tensors)
+        return flat_segments([0, 100, 256, 300, 700, 900]) if len(tensors) == 1 else per_tensor(tensors)
 
     for shapes in ([(1000,)], [(300,), (7, 9), (0,)]):
         make = inputs_of(shapes, bits=bits, retain=retain, segments=cut)
@@ -335,7 +336,7 @@ def test_step_is_the_formula(name: str, bits: int, retain: torch.dtype | None) -
                 absmax = inputs["absmax" + number][i].cpu()
                 blocks = torch.nn.functional.pad(exact_t, (0, -len(exact_t) % 256)).view(-1, 256)
                 torch.testing.assert_close(absmax.double(), blocks.abs().amax(1) if len(exact_t) else absmax.double())
-                back = dequantize_blockwise(state, absmax, number == "1", torch.float64)
+                back = dequantize_dynamic(state, absmax, number == "1", torch.float64)
                 scale = absmax.double().repeat_interleave(256)[: len(back)]
                 # Half a cell of the widest decade, 0.9 / 128; unsigned cells are half as wide.
                 widest = 0.9 / 128 if number == "1" else 0.9 / 256
@@ -368,7 +369,7 @@ def test_fifty_steps_follow_torch_adamw(name: str, bits: int) -> None:
 @both
 def test_surgery_on_the_way_is_surgery_beforehand(name: str) -> None:
     def cut(tensors: Sequence[Tensor]) -> Any:
-        return of_flat([0, 100, 256, 300, 700, 2900])
+        return flat_segments([0, 100, 256, 300, 700, 2900])
 
     make = inputs_of([(3000,)], retain=torch.int8, segments=cut)
     inputs = make(torch.Generator().manual_seed(5), torch.float32, DEVICE)
@@ -630,9 +631,7 @@ def op_arguments(retain: torch.dtype | None) -> tuple[Any, ...]:
     caught: list[tuple[Any, ...]] = []
     inputs = inputs_of([(300,), (20,)], retain=retain)(torch.Generator().manual_seed(1), torch.float32, DEVICE)
     with pytest.MonkeyPatch.context() as patch:
-        # By its place in sys.modules: the package has a function of the module's name.
-        module = sys.modules[adamw8bit_step.__module__]
-        patch.setattr(module, "adamw8bit_step_op", lambda *given: caught.append(given))
+        patch.setattr(step_module, "adamw8bit_step_op", lambda *given: caught.append(given))
         adamw8bit_step(**inputs)
     return caught[0]
 

@@ -32,7 +32,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[aot.Row]:
     folder = tmp_path_factory.mktemp("aot")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastunlearn_kernels.testing.report"]
-    command += ["--workers", str(min(4, os.cpu_count() or 1)), "--json", str(folder / "rows.json"), "--output", str(folder / "REPORT.md")]
+    command += ["--workers", str(min(4, os.cpu_count() or 1))]
+    command += ["--json", str(folder / "rows.json"), "--output", str(folder / "REPORT.md")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
     assert (folder / "rows.json").exists(), done.stderr[-2000:]
     found = [aot.Row(**row) for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))]

@@ -204,17 +204,49 @@ def test_tensors_on_several_devices_are_refused() -> None:
         backend.runs_triton([torch.ones(1), torch.ones(1, device="meta")])
 
 
+def in_fresh_process(code: str) -> set[str]:
+    """The words that the code prints, not interpreting kernels."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, timeout=120)
+    return set(done.stdout.split())
+
+
 def test_the_package_brings_torch_and_triton_only() -> None:
-    code = (
+    found = in_fresh_process(
         "import sys, torch, triton; before = {n.split('.')[0] for n in sys.modules};"
         "import fastunlearn_kernels, fastunlearn_kernels.testing.all_specs;"
         "print(*sorted({n.split('.')[0] for n in sys.modules} - before - sys.stdlib_module_names))"
     )
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, timeout=120)
     # What torch and triton themselves import when they are first used is theirs.
-    assert set(done.stdout.split()) - {"numpy"} == {"fastunlearn_kernels"}
+    assert found - {"numpy"} == {"fastunlearn_kernels"}
+
+
+USE_OF_EVERY_OP = """
+import sys
+import torch
+import fastunlearn_kernels as fk
+x, t, one = torch.randn(2, 4, 8, 8), torch.tensor([3, 5]), torch.ones(2)
+fk.add_noise(x, x, t, torch.linspace(0.9, 0.1, 10))
+fk.guided_noise_loss(x, x, x, x, x, guidance=1.0)
+fk.weighted_noise_loss(x, x, torch.tensor([0, 1]), one)
+fk.guided_step(x, x, fk.ddim_step(x, x, 0.2, 0.3), 0.3, 0.4, guidance=2.0)
+fk.guided_euler_step(fk.apply_guidance(x, x, 2.0), x, fk.to_epsilon(x, x, 0.5, "sample"), 2.0, 1.0, guidance=2.0)
+unlearn, retain = [torch.randn(5000)], fk.blockwise_quantize([torch.randn(5000)])
+segments = fk.Segments(((0, 0, 5000, 0),), 1)
+plan = fk.surgery_coefficients(fk.surgery_dots(unlearn, retain, segments), max_norm=1.0)
+fk.surgery_apply(unlearn, fk.blockwise_dequantize(retain), segments, plan)
+p = torch.nn.Parameter(torch.zeros(5000))
+p.grad = torch.ones(5000)
+fk.AdamW8bit([p]).step(retain=retain, plan=plan, segments=segments)
+fk.adamw8bit_step([p.data], [p.grad], [p.grad * 0], [p.grad * 0], step=1, lr=0.1)
+assert fk.Plan is fk.SurgeryPlan
+print("done", *[name for name in sys.modules if name.startswith("fastunlearn_kernels.testing")])
+"""
+
+
+def test_cases_and_checks_are_not_imported_at_run_time() -> None:
+    assert in_fresh_process(USE_OF_EVERY_OP) == {"done"}
 
 
 def test_poison_reaches_what_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:

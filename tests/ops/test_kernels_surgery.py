@@ -17,15 +17,19 @@ from torch import Tensor
 
 from fastunlearn_kernels.common import backend, scratch
 from fastunlearn_kernels.gradients.operands import cut_tensors
-from fastunlearn_kernels.gradients.segments import Segments, grouped, of_flat, per_tensor, whole
-from fastunlearn_kernels.gradients.surgery_apply import SPEC as APPLY
+from fastunlearn_kernels.gradients.segments import Segments, grouped, per_tensor, whole
 from fastunlearn_kernels.gradients.surgery_apply import surgery_apply, surgery_apply_op
-from fastunlearn_kernels.gradients.surgery_coefficients import Plan, surgery_coefficients, surgery_coefficients_op
-from fastunlearn_kernels.gradients.surgery_dots import SPEC as DOTS
+from fastunlearn_kernels.gradients.surgery_coefficients import (
+    SurgeryPlan,
+    surgery_coefficients,
+    surgery_coefficients_op,
+)
 from fastunlearn_kernels.gradients.surgery_dots import surgery_dots, surgery_dots_op
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
-from fastunlearn_kernels.quantize.dynamic_code import dequantize_blockwise, quantize_blockwise
-from fastunlearn_kernels.testing.specs.gradient_cases import flat_partition, quantized
+from fastunlearn_kernels.quantize.dynamic_code import dequantize_dynamic, quantize_dynamic
+from fastunlearn_kernels.testing.specs.gradient_cases import flat_partition, flat_segments, quantized
+from fastunlearn_kernels.testing.specs.surgery_apply import SPEC as APPLY
+from fastunlearn_kernels.testing.specs.surgery_dots import SPEC as DOTS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("reference", "triton")
@@ -127,7 +131,7 @@ def operate(
     moment: Any = None,
     eps: float = 1e-8,
     **options: Any,
-) -> tuple[list[Tensor], Plan, Tensor]:
+) -> tuple[list[Tensor], SurgeryPlan, Tensor]:
     """(corrected copies, plan, table)."""
     out = clones(unlearn)
     with backend.force(name):
@@ -197,9 +201,9 @@ def test_preconditioned_dots_equal_weighted_sums(name: str, eight_bit: bool) -> 
     v = [10 ** (-4 * torch.rand_like(u)) * (torch.rand_like(u) > 0.2) for u in unlearn]
     moment, values = v, v
     if eight_bit:
-        packed = [quantize_blockwise(x, signed=False) for x in v]
+        packed = [quantize_dynamic(x, signed=False) for x in v]
         moment = ([codes for codes, _ in packed], [absmax for _, absmax in packed])  # type: ignore[assignment]
-        values = [dequantize_blockwise(*pair, signed=False, dtype=torch.float64) for pair in packed]
+        values = [dequantize_dynamic(*pair, signed=False, dtype=torch.float64) for pair in packed]
     with backend.force(name):
         table = surgery_dots(unlearn, retain, segments, second_moment=moment, eps=1e-2)
     weights = [[1 / (math.sqrt(x) + 1e-2) for x in part] for part in parts(values, segments)]
@@ -438,7 +442,7 @@ def test_nothing_is_touched_that_need_not_be(name: str) -> None:
     """Segment 0 conflicts, 1 does not, the rest is padding: with NaN where nobody may look."""
     unlearn, retain = vectors(1, [3000], -0.5, torch.float32)
     unlearn[0][1000:2000].mul_(-1)
-    segments = of_flat([0, 1000, 2000])
+    segments = flat_segments([0, 1000, 2000])
     with backend.force(name):
         plan = surgery_coefficients(surgery_dots(unlearn, retain, segments))
         assert plan.coef_S[0] != 0 and plan.coef_S[1] == 0
@@ -572,13 +576,13 @@ def test_surgery_compiles_in_one_graph(name: str, eight_bit: bool) -> None:
 def test_bytes_moved_counts_each_operand_once() -> None:
     inputs = flat_partition(65536, torch.bfloat16, DEVICE)
     assert DOTS.bytes_moved(inputs) == 65536 * 2 + 65536 + 65536 // 256 * 4
-    inputs["plan"] = Plan(torch.ones(16), torch.ones(()), torch.zeros(()), torch.ones(()))
+    inputs["plan"] = SurgeryPlan(torch.ones(16), torch.ones(()), torch.zeros(()), torch.ones(()))
     assert APPLY.bytes_moved(inputs) == 65536 * 4 + 65536 + 65536 // 256 * 4
     inputs["plan"] = inputs["plan"]._replace(coef_S=torch.zeros(16))
     assert APPLY.bytes_moved(inputs) == 0
     inputs["plan"] = inputs["plan"]._replace(scale=torch.tensor(0.5))
     assert APPLY.bytes_moved(inputs) == 65536 * 4
-    narrow = {"unlearn": [torch.zeros(1000)], "retain": None, "segments": of_flat([0, 10, 90])}
+    narrow = {"unlearn": [torch.zeros(1000)], "retain": None, "segments": flat_segments([0, 10, 90])}
     assert DOTS.bytes_moved(narrow) == 90 * 4
 
 

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from fastunlearn_kernels.common import backend, scratch
-from fastunlearn_kernels.gradients.segments import CHUNK, Segments, of_flat
-from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.common.tensor_lists import CHUNK
+from fastunlearn_kernels.gradients.segments import Segments
+from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 from fastunlearn_kernels.quantize.blockwise_quantize import blockwise_quantize
 from fastunlearn_kernels.testing.spec import SHORT, Case, Inputs, OpSpec, Outputs, copied
+from fastunlearn_kernels.testing.specs.gradient_cases import flat_segments
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 # Elements before and behind what a kernel may touch. Larger than any tile, so that a missing mask hits these.
@@ -304,7 +306,7 @@ def check_large(spec: OpSpec, numel: int, on: torch.device) -> None:
 
 def _embedded(value: Any, size: int, at: int, numel: int) -> Any:
     """The same with each tensor of `size` elements, or of a scale per 256 of them, inside of one for `numel`."""
-    if isinstance(value, (list, tuple)) and not isinstance(value, Plan):
+    if isinstance(value, (list, tuple)) and not isinstance(value, SurgeryPlan):
         items = [_embedded(item, size, at, numel) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if not isinstance(value, Tensor) or value.numel() not in (size, size // 256):
@@ -327,9 +329,9 @@ def _flat_inputs(name: str, size: int, on: torch.device) -> Inputs:
         return {"tensors": values()}
     if name == "blockwise_dequantize":
         return {"codes": kept.codes, "absmax": kept.absmax, "like": values()[0][:0]}
-    inputs: Inputs = {"retain": kept, "segments": of_flat([0, size])}
+    inputs: Inputs = {"retain": kept, "segments": flat_segments([0, size])}
     if name != "surgery_dots":
-        inputs["plan"] = Plan(*[torch.tensor(x, device=on) for x in ([-0.3], 0.7, 0.0, 1.0)])
+        inputs["plan"] = SurgeryPlan(*[torch.tensor(x, device=on) for x in ([-0.3], 0.7, 0.0, 1.0)])
     if name != "adamw8bit_step":
         return inputs | {"unlearn": values()}
     codes = [[torch.randint(0, 256, (size,), dtype=torch.uint8, generator=draw).to(on)] for _ in range(2)]

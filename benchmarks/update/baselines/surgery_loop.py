@@ -15,7 +15,7 @@ import torch
 from fastunlearn.gradients.shard import GradientShard
 from fastunlearn.gradients.stats import SurgeryStats
 from fastunlearn.gradients.transforms import GradientTransforms, Project
-from fastunlearn_kernels import Plan
+from fastunlearn_kernels import SurgeryPlan
 
 
 def surgery_loop(transforms: GradientTransforms) -> Callable[..., list[SurgeryStats]]:
@@ -35,6 +35,6 @@ def surgery_loop(transforms: GradientTransforms) -> Callable[..., list[SurgerySt
             table[i] = torch.stack([torch.dot(u, u), dot, torch.dot(r, r)])
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(shard.tensor) for shard in shards]))
         one, zero = torch.ones(()), torch.zeros(())
-        return [SurgeryStats(table, Plan(zero.expand(len(shards)), one, zero, norm))]
+        return [SurgeryStats(table, SurgeryPlan(zero.expand(len(shards)), one, zero, norm))]
 
     return apply

@@ -34,7 +34,7 @@ from fastunlearn.gradients.stats import SurgeryStats
 from fastunlearn.gradients.transforms import Add, Clip, Project, clip_scale
 from fastunlearn.models.parameter_names import layer_of
 from fastunlearn.utils.distributed import World
-from fastunlearn_kernels import Plan, Quantized, surgery_apply, surgery_dots
+from fastunlearn_kernels import Quantized, SurgeryPlan, surgery_apply, surgery_dots
 from fastunlearn_kernels.gradients.segments import per_tensor
 
 STATE_FILE = "fused.pt"
@@ -266,8 +266,8 @@ class FusedEngine(Engine):
             layer.moments.put_back()
 
     def _added(
-        self, layer: Layer, gradients: list[Tensor], retain: list[Tensor] | Quantized | None, plan: Plan
-    ) -> tuple[list[Tensor] | Quantized, Plan]:
+        self, layer: Layer, gradients: list[Tensor], retain: list[Tensor] | Quantized | None, plan: SurgeryPlan
+    ) -> tuple[list[Tensor] | Quantized, SurgeryPlan]:
         """Project now, so that the step can add the meta term's gradient in the place of the retain gradient."""
         segments, meta = per_tensor(gradients), layer.meta.on(self._device)
         surgery_apply(gradients, retain, segments, plan)
@@ -276,7 +276,7 @@ class FusedEngine(Engine):
         added = self.add.plan(table, 1.0, None)
         return meta, added._replace(found_inf=torch.maximum(added.found_inf, plan.found_inf))
 
-    def _plan(self, layer: Layer, table: Tensor) -> Plan:
+    def _plan(self, layer: Layer, table: Tensor) -> SurgeryPlan:
         """Coefficients of the layer's tensors; the scale of the clipping; and no step where the loss is not finite."""
         first = self._norm is None
         plan = self.project.plan(table, layer.kept.bias_correction, self.clip.limit if first else None)

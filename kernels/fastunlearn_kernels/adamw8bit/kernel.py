@@ -2,8 +2,8 @@
 
 A chunk consists of whole blocks of 256, so that each absmax is the maximum of a row of the tile (ROWS, 256). It runs
 with 16-byte loads and one coefficient if all addresses and its end are divisible by 16 and one segment covers it;
-else, element by element, in the second copy of the loop. Not here: the number format (`dynamic_code`), and the
-launcher.
+else, element by element, in the second copy of the loop. The number format is `quantize.dynamic_code`'s, the launcher
+is in `step`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,35 @@ _ZERO_CODE = tl.constexpr(127)  # of 0 in the signed map; in the unsigned one it
 
 @triton.jit
 def adamw8bit_step_chunk_kernel(
-    chunks_ptr, pieces_ptr, addresses_ptr, map1_ptr, map2_ptr, coef_ptr, scale_ptr, found_inf_ptr, tensors,
-    beta1, rest1, beta2, rest2, eps, decay, step_size, root, seed,
-    P: tl.constexpr, C: tl.constexpr, U: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    PLAN: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Program = chunk of whole blocks. Table of addresses, by row: p, copy, u, r, its absmax, m, v, their absmax."""
+    chunks_ptr,  # table of `block_chunks_of_pieces`: tensor, begin, end, element, first piece, kind; int64, (chunks, 6)
+    pieces_ptr,  # its pieces: begin, end, segment; int64, (pieces, 3)
+    addresses_ptr,  # where p, copy, u, r, its absmax, m, v, their absmax begin, int64, (9, tensors); u, r are read only
+    map1_ptr,  # values of the signed dynamic map, fp32, (256,)
+    map2_ptr,  # and of the unsigned one
+    coef_ptr,  # of the plan, fp32, (segments,), if PLAN
+    scale_ptr,  # fp32, (1,), if PLAN
+    found_inf_ptr,  # fp32, (1,), if PLAN; 1: nothing is done
+    tensors,  # number of tensors
+    beta1,
+    one_minus_beta1,  # computed in fp64, as the next
+    beta2,
+    one_minus_beta2,
+    eps,
+    decay,  # 1 - lr weight_decay
+    step_size,  # lr / (1 - beta1^t)
+    inv_sqrt_bias2,  # 1 / sqrt(1 - beta2^t)
+    seed,  # of the random bits, an integer
+    P: tl.constexpr,  # Triton type of the parameters
+    C: tl.constexpr,  # of their copies; None: there are none
+    U: tl.constexpr,  # of the gradients
+    R: tl.constexpr,  # of the retain gradients; int8: codes, None: absent
+    S: tl.constexpr,  # of the moments; uint8: codes, else fp32
+    PLAN: tl.constexpr,  # whether there is surgery or clipping
+    STOCHASTIC: tl.constexpr,  # whether parameters, bf16, are rounded stochastically
+    ROWS: tl.constexpr,  # blocks of a tile
+    WIDTH: tl.constexpr,  # elements of a block
+):
+    """Program = chunk of whole blocks."""
     found_inf = 0.0
     if PLAN:
         found_inf = tl.load(found_inf_ptr)
@@ -38,28 +61,32 @@ def adamw8bit_step_chunk_kernel(
         if is_aligned(together, begin, end) & (kind <= 1):
             _step_chunk(
                 row_ptr, pieces_ptr, at_ptr, map1_ptr, map2_ptr, coef_ptr, scale_ptr, tensors,
-                beta1, rest1, beta2, rest2, eps, decay, step_size, root, seed,
+                beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, inv_sqrt_bias2, seed,
                 P, C, U, R, S, PLAN, STOCHASTIC, ROWS, WIDTH, True,
             )  # fmt: skip
         else:  # in smaller tiles, or this copy would need most registers
             _step_chunk(
                 row_ptr, pieces_ptr, at_ptr, map1_ptr, map2_ptr, coef_ptr, scale_ptr, tensors,
-                beta1, rest1, beta2, rest2, eps, decay, step_size, root, seed,
+                beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, inv_sqrt_bias2, seed,
                 P, C, U, R, S, PLAN, STOCHASTIC, ROWS // 4, WIDTH, False,
             )  # fmt: skip
 
 
 @triton.jit
 def _step_chunk(
-    row_ptr, pieces_ptr, at_ptr, map1_ptr, map2_ptr, coef_ptr, scale_ptr, tensors,
-    beta1, rest1, beta2, rest2, eps, decay, step_size, root, seed,
+    row_ptr,  # the chunk's row in chunks_ptr
+    pieces_ptr,  # as above
+    at_ptr,  # the tensor's column in the table of addresses
+    map1_ptr, map2_ptr, coef_ptr, scale_ptr, tensors,  # as above, to the end
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, inv_sqrt_bias2, seed,
     P: tl.constexpr, C: tl.constexpr, U: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    PLAN: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    PLAN: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,  # see `tiles`
 ):  # fmt: skip
     CODED: tl.constexpr = tl.float32 != S
-    begin, end, number = tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
+    begin, end, element = tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
     length = chunk_length(begin, end, ALIGNED)
-    number += begin
+    element += begin  # the chunk's first one
     p_ptr = typed_pointer(tl.load(at_ptr), begin, P, ALIGNED)
     c_ptr = typed_pointer(tl.load(at_ptr + tensors), begin, C, ALIGNED)
     u_ptr = typed_pointer(tl.load(at_ptr + 2 * tensors), begin, U, ALIGNED)
@@ -98,18 +125,18 @@ def _step_chunk(
             code2 = tl.load(v_ptr + o, mask=mask, other=0)
             old1 = tl.load(ms_ptr + o_block, mask=row_mask, other=0.0) * beta1
             old2 = tl.load(vs_ptr + o_block, mask=row_mask, other=0.0) * beta2
-            m = dequantize_tile(code1, map1_ptr) * old1[:, None] + g * rest1
-            v = dequantize_tile(code2, map2_ptr) * old2[:, None] + (g * rest2) * g
+            m = dequantize_tile(code1, map1_ptr) * old1[:, None] + g * one_minus_beta1
+            v = dequantize_tile(code2, map2_ptr) * old2[:, None] + (g * one_minus_beta2) * g
         else:
-            m = tl.load(m_ptr + o, mask=mask, other=0.0) * beta1 + g * rest1
-            v = tl.load(v_ptr + o, mask=mask, other=0.0) * beta2 + (g * rest2) * g
+            m = tl.load(m_ptr + o, mask=mask, other=0.0) * beta1 + g * one_minus_beta1
+            v = tl.load(v_ptr + o, mask=mask, other=0.0) * beta2 + (g * one_minus_beta2) * g
         p = tl.load(p_ptr + o, mask=mask, other=0.0).to(tl.float32)
         # 1 / x as rsqrt(x)^2: two instructions on NVIDIA, where a division takes eight.
-        inverse = tl.rsqrt(tl.sqrt(v) * root + eps)
+        inverse = tl.rsqrt(tl.sqrt(v) * inv_sqrt_bias2 + eps)
         p = p * decay - (m * step_size) * inverse * inverse
         if STOCHASTIC:
             # A seed of 1 is a constant, which has no methods.
-            halves = rounding_halves_tile(number * 0 + seed, number + o_row, WIDTH)
+            halves = rounding_halves_tile(element * 0 + seed, element + o_row, WIDTH)
             tl.store(p_ptr + o, to_bf16_stochastic_tile(p, halves), mask=mask)
         else:
             tl.store(p_ptr + o, p.to(P), mask=mask)
@@ -132,7 +159,15 @@ def _step_chunk(
 
 
 @triton.jit
-def _corrected(g, r, place, coef, scale, pieces_ptr, pieces, coef_ptr, scale_ptr):
+def _corrected(
+    g,  # gradient, fp32, (ROWS, WIDTH)
+    r,  # retain gradient, likewise
+    place,  # of each element in its tensor, int64, likewise
+    coef, scale,  # where an element lies in no piece
+    pieces_ptr,  # the chunk's first piece
+    pieces,  # number of its pieces, int32
+    coef_ptr, scale_ptr,  # as above
+):  # fmt: skip
     """The gradient after surgery, where several segments may meet: each element, by its place, looks for its piece."""
     coefs = (place * 0).to(tl.float32) + coef
     scales = (place * 0).to(tl.float32) + scale

@@ -4,8 +4,7 @@ State of a parameter: step, state1, state2 (m, v); from `min_8bit_size` elements
 the maps qmap1, qmap2, below that as fp32. `state_dict()` keeps the tensors of a parameter under one key, as
 bitsandbytes has done since 0.50; `load_state_dict` takes that form and the flat one before it. So a state dict of one
 optimizer loads in the other, and the next updates agree within the step of the number format. Written from that
-layout; bitsandbytes is not needed. Not here: paged memory, amsgrad, and ZeRO, which hands in flat partitions as
-parameters.
+layout; bitsandbytes is not needed. Without paged memory and amsgrad; ZeRO hands in flat partitions as parameters.
 
 Usage: `optimizer = AdamW8bit(model.parameters(), lr=1e-5)`; `optimizer.step(retain=..., plan=..., segments=...)`
 """
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor
 
 from fastunlearn_kernels.adamw8bit.step import adamw8bit_step
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK
 from fastunlearn_kernels.gradients.operands import Retain
 from fastunlearn_kernels.gradients.segments import Segments, whole
-from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
-from fastunlearn_kernels.quantize.dynamic_code import BLOCK, dynamic_map
+from fastunlearn_kernels.quantize.dynamic_code import dynamic_map
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 QUANT_KEYS = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
@@ -67,7 +67,7 @@ class AdamW8bit(torch.optim.Optimizer):
         closure: Callable[[], Any] | None = None,
         *,
         retain: Retain = None,
-        plan: Plan | None = None,
+        plan: SurgeryPlan | None = None,
         segments: Segments | None = None,
     ) -> Any:
         """One update of the parameters that have a gradient; one launch for each kind of them in a group.
@@ -118,11 +118,12 @@ class AdamW8bit(torch.optim.Optimizer):
         in_8_bits = group.get("bits", 8) == 8 and p.numel() >= self.min_8bit_size
         dtype = torch.uint8 if in_8_bits else torch.float32
         state: dict[str, Any] = {"step": 0}
-        for number, signed in (("1", True), ("2", False)):
-            state["state" + number] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+        for suffix, signed in (("1", True), ("2", False)):
+            state["state" + suffix] = torch.zeros(p.shape, dtype=dtype, device=p.device)
             if in_8_bits:
-                state["qmap" + number] = dynamic_map(signed, p.device)
-                state["absmax" + number] = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
+                state["qmap" + suffix] = dynamic_map(signed, p.device)
+                blocks = -(-p.numel() // QUANT_BLOCK)
+                state["absmax" + suffix] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,21 +158,21 @@ def _checked(given: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
     """The state of one parameter, copied to its device. Unknown entries are kept out."""
     in_8_bits = given["state1"].dtype == torch.uint8
     state: dict[str, Any] = {"step": int(given["step"])}
-    for number, signed in (("1", True), ("2", False)):
-        moment = given["state" + number]
+    for suffix, signed in (("1", True), ("2", False)):
+        moment = given["state" + suffix]
         if moment.numel() != p.numel():
-            raise ValueError(f"state{number} has {moment.numel()} elements for a parameter of {p.numel()}")
+            raise ValueError(f"state{suffix} has {moment.numel()} elements for a parameter of {p.numel()}")
         # bitsandbytes numbers elements as they lie in memory, and makes parameters contiguous when it steps.
         dtype = torch.uint8 if in_8_bits else torch.float32
-        state["state" + number] = moment.to(p.device, dtype, copy=True).reshape(p.shape).contiguous()
+        state["state" + suffix] = moment.to(p.device, dtype, copy=True).reshape(p.shape).contiguous()
         if in_8_bits:
-            state["qmap" + number] = dynamic_map(signed, p.device)
-            if not torch.equal(given["qmap" + number].cpu().float(), dynamic_map(signed)):
-                raise ValueError(f"qmap{number} is not the dynamic map: these moments are coded in another format")
-            absmax = given["absmax" + number]
-            if absmax.shape != (-(-p.numel() // BLOCK),):
-                raise ValueError(f"absmax{number} has shape {tuple(absmax.shape)}: not one scale for 256 elements")
-            state["absmax" + number] = absmax.to(p.device, torch.float32, copy=True)
+            state["qmap" + suffix] = dynamic_map(signed, p.device)
+            if not torch.equal(given["qmap" + suffix].cpu().float(), dynamic_map(signed)):
+                raise ValueError(f"qmap{suffix} is not the dynamic map: these moments are coded in another format")
+            absmax = given["absmax" + suffix]
+            if absmax.shape != (-(-p.numel() // QUANT_BLOCK),):
+                raise ValueError(f"absmax{suffix} has shape {tuple(absmax.shape)}: not one scale for 256 elements")
+            state["absmax" + suffix] = absmax.to(p.device, torch.float32, copy=True)
     return state
 
 

@@ -16,7 +16,7 @@ not learn of it, so `step` counts that call as well.
 
 Bytes an element, each operand touched once: bf16 p and u: 10 (p 4, u 2, m 2, v 2), and 2 or 1 for a bf16 or int8 r,
 which is not read where coef is 0; fp32 p and bf16 u with a bf16 copy: 16, and as much for r. Tensors that are not
-contiguous are copied there and back. Not here: which tensors, in what state layout (`adamw8bit`), and the plan.
+contiguous are copied there and back. Which tensors, in what state layout, is `optimizer`'s business.
 
 Usage: `adamw8bit_step(params, grads, state1, state2, absmax1, absmax2, step=1, lr=1e-4)`
 """
@@ -25,16 +25,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fastunlearn_kernels.adamw8bit.kernel import adamw8bit_step_chunk_kernel
-from fastunlearn_kernels.adamw8bit.reference import adamw8bit_step_reference
+from fastunlearn_kernels.adamw8bit.reference import AdamW8bitOperands, adamw8bit_step_reference
 from fastunlearn_kernels.common import backend
-from fastunlearn_kernels.common.tiles import TYPES
+from fastunlearn_kernels.common.tensor_lists import addresses
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK, TYPES
 from fastunlearn_kernels.gradients.operands import (
     Retain,
     check_blocks,
@@ -43,16 +42,13 @@ from fastunlearn_kernels.gradients.operands import (
     cut_tensors,
     unpacked,
 )
-from fastunlearn_kernels.gradients.segments import Segments, addresses, whole
-from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.gradients.segments import Segments, whole
+from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 from fastunlearn_kernels.quantize.block_chunks import block_chunks_of_pieces
-from fastunlearn_kernels.quantize.dynamic_code import BLOCK, dynamic_map
-from fastunlearn_kernels.testing.spec import AotKernel, Inputs, OpSpec, Outputs, nbytes
-from fastunlearn_kernels.testing.specs.adamw8bit_step import adamw_cases, bench_step, check_step
+from fastunlearn_kernels.quantize.dynamic_code import dynamic_map
 
 # 16 elements a thread: fewer take more instructions an element, since a row is then reduced over more lanes.
 ROWS = 8
-MAX_REGISTERS = 128
 
 
 def adamw8bit_step(
@@ -70,7 +66,7 @@ def adamw8bit_step(
     weight_decay: float = 1e-2,
     copies: Sequence[Tensor] = (),
     retain: Retain = None,
-    plan: Plan | None = None,
+    plan: SurgeryPlan | None = None,
     segments: Segments | None = None,
     stochastic_rounding: bool | None = None,
     seed: int = 0,
@@ -100,19 +96,19 @@ def adamw8bit_step(
     lists = {"copies": copies, "grads": grads, "retain": codes, "state1": state1, "state2": state2}
     _check(params, lists, scales, absmax1, absmax2, segments, plan, stochastic, step)
     decay = 1 - lr * weight_decay
-    step_size, root = lr / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)
+    step_size, inv_sqrt_bias2 = lr / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)
     adamw8bit_step_op(
         list(params), list(copies), list(grads), codes, scales,
         list(state1), list(state2), list(absmax1), list(absmax2),
         None if plan is None else plan.coef_S, None if plan is None else plan.scale,
         None if plan is None else plan.found_inf, segments.flat() if plan is not None else [],
-        betas[0], betas[1], eps, decay, step_size, root, stochastic, seed,
+        betas[0], betas[1], eps, decay, step_size, inv_sqrt_bias2, stochastic, seed,
     )  # fmt: skip
 
 
 def _check(
     params: Sequence[Tensor], lists: dict[str, Sequence[Tensor]], retain_absmax: Sequence[Tensor],
-    absmax1: Sequence[Tensor], absmax2: Sequence[Tensor], segments: Segments, plan: Plan | None,
+    absmax1: Sequence[Tensor], absmax2: Sequence[Tensor], segments: Segments, plan: SurgeryPlan | None,
     stochastic: bool, step: int,
 ) -> None:  # fmt: skip
     check_lists(params, **lists)
@@ -145,110 +141,50 @@ def _check(
         raise ValueError(f"steps count from 1, got {step}")
 
 
-def _launch(
-    params: Sequence[Tensor], copies: Sequence[Tensor], grads: Sequence[Tensor], retain: Sequence[Tensor],
-    retain_absmax: Sequence[Tensor], state1: Sequence[Tensor], state2: Sequence[Tensor], absmax1: Sequence[Tensor],
-    absmax2: Sequence[Tensor], coef_S: Tensor | None, scale: Tensor | None, found_inf: Tensor | None,
-    pieces: Sequence[int], beta1: float, beta2: float, eps: float, decay: float, step_size: float, root: float,
-    stochastic: bool, seed: int,
-) -> None:  # fmt: skip
-    device = params[0].device
-    chunks, table = block_chunks_of_pieces(tuple(t.numel() for t in params), tuple(pieces), device)
+def _launch(given: AdamW8bitOperands) -> None:
+    params, device = given.params, given.params[0].device
+    chunks, pieces = block_chunks_of_pieces(tuple(t.numel() for t in params), tuple(given.pieces), device)
     if not len(chunks):
         return
-    given = (params, copies, grads, retain, retain_absmax, state1, state2, absmax1, absmax2)
-    ordered = [[t.contiguous() for t in tensors] for tensors in given]
+    ordered = [[t.contiguous() for t in tensors] for tensors in given.lists]
     p, c, u, r, _, m, _, _, _ = ordered
     types = [TYPES[tensors[0].dtype] if tensors else None for tensors in (p, c, u, r, m)]
     maps = dynamic_map(True, device), dynamic_map(False, device)
-    coef = None if coef_S is None else coef_S.contiguous()
+    coef = None if given.coef_S is None else given.coef_S.contiguous()
     # 1 - beta is better known here than in fp32.
-    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, eps, decay, step_size, root, seed)
+    betas = given.beta1, 1 - given.beta1, given.beta2, 1 - given.beta2
+    numbers = *betas, given.eps, given.decay, given.step_size, given.inv_sqrt_bias2, given.seed
     with backend.on_device(params[0]):
         adamw8bit_step_chunk_kernel[(len(chunks),)](
-            chunks, table, addresses(*ordered), *maps, coef, scale, found_inf, len(params), *numbers, *types,
-            PLAN=coef is not None, STOCHASTIC=stochastic, ROWS=ROWS, WIDTH=BLOCK, num_warps=4,
+            chunks, pieces, addresses(*ordered), *maps, coef, given.scale, given.found_inf, len(params), *numbers,
+            *types, PLAN=coef is not None, STOCHASTIC=given.stochastic, ROWS=ROWS, WIDTH=QUANT_BLOCK, num_warps=4,
         )  # fmt: skip
-    for tensors, copied in zip(given, ordered):
+    for tensors, copied in zip(given.lists, ordered):
         for tensor, copy in zip(tensors, copied):
-            if copy is not tensor and not (tensors is grads or tensors is retain):
+            if copy is not tensor and not (tensors is given.grads or tensors is given.retain):
                 tensor.copy_(copy)
 
 
-_WRITTEN = ("params", "copies", "state1", "state2", "absmax1", "absmax2")
+WRITTEN = ("params", "copies", "state1", "state2", "absmax1", "absmax2")
 
 
-@torch.library.custom_op("fastunlearn::adamw8bit_step", mutates_args=_WRITTEN)
+@torch.library.custom_op("fastunlearn::adamw8bit_step", mutates_args=WRITTEN)
 def adamw8bit_step_op(
     params: Sequence[Tensor], copies: Sequence[Tensor], grads: Sequence[Tensor], retain: Sequence[Tensor],
     retain_absmax: Sequence[Tensor], state1: Sequence[Tensor], state2: Sequence[Tensor], absmax1: Sequence[Tensor],
     absmax2: Sequence[Tensor], coef_S: Tensor | None, scale: Tensor | None, found_inf: Tensor | None,
-    pieces: Sequence[int], beta1: float, beta2: float, eps: float, decay: float, step_size: float, root: float,
-    stochastic: bool, seed: int,
+    pieces: Sequence[int], beta1: float, beta2: float, eps: float, decay: float, step_size: float,
+    inv_sqrt_bias2: float, stochastic: bool, seed: int,
 ) -> None:  # fmt: skip
     """As `adamw8bit_step_reference`; on a GPU one launch."""
-    lists = (params, copies, grads, retain, retain_absmax, state1, state2, absmax1, absmax2)
-    tensors = [t for tensors in lists for t in tensors] + [coef_S, scale, found_inf]
-    run = _launch if backend.runs_triton(tensors) else adamw8bit_step_reference
-    run(*lists, coef_S, scale, found_inf, pieces, beta1, beta2, eps, decay, step_size, root, stochastic, seed)
+    given = AdamW8bitOperands(
+        params, copies, grads, retain, retain_absmax, state1, state2, absmax1, absmax2, coef_S, scale, found_inf,
+        pieces, beta1, beta2, eps, decay, step_size, inv_sqrt_bias2, stochastic, seed,
+    )  # fmt: skip
+    tensors = [t for tensors in given.lists for t in tensors] + [coef_S, scale, found_inf]
+    (_launch if backend.runs_triton(tensors) else adamw8bit_step_reference)(given)
 
 
 @adamw8bit_step_op.register_fake
 def _fake(*arguments):
     return None
-
-
-def _run(inputs: Inputs) -> Outputs:
-    adamw8bit_step(**inputs)
-    lists = {name: inputs.get(name, ()) for name in _WRITTEN}
-    return {f"{name}[{i}]": t for name, tensors in lists.items() for i, t in enumerate(tensors)}
-
-
-def _eager(inputs: Inputs) -> Outputs:
-    with backend.force("reference"):
-        return _run(inputs)
-
-
-def _bytes_moved(inputs: Inputs) -> int:
-    codes, scales = unpacked(inputs.get("retain"))
-    moments = [inputs.get(name, []) for name in ("state1", "state2", "absmax1", "absmax2")]
-    once = nbytes(inputs["grads"], inputs.get("copies"), codes, scales)
-    return once + 2 * nbytes(inputs["params"], *[list(m) for m in moments])
-
-
-def _kernel(name: str, p: Any, u: Any, copy: Any = None, r: Any = None, s: Any = tl.uint8) -> AotKernel:
-    """One kernel of those that `_launch` compiles; types are Triton's."""
-    pointers = {name: "*i64" for name in ("chunks_ptr", "pieces_ptr", "addresses_ptr")}
-    pointers |= {f"{name}_ptr": "*fp32" for name in ("map1", "map2", "coef", "scale", "found_inf")}
-    numbers = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "step_size", "root")
-    constants = {
-        "P": p, "C": copy, "U": u, "R": r, "S": s, "PLAN": r is not None, "STOCHASTIC": p is tl.bfloat16,
-        "ROWS": ROWS, "WIDTH": BLOCK,
-    }  # fmt: skip
-    signature = pointers | {"tensors": "i32"} | dict.fromkeys(numbers, "fp32") | {"seed": "i64"}
-    signature |= dict.fromkeys(constants, "constexpr")
-    return AotKernel(
-        name, adamw8bit_step_chunk_kernel, signature, constants, tuple(pointers), max_registers=MAX_REGISTERS,
-        elements=ROWS * BLOCK,
-    )  # fmt: skip
-
-
-SPEC = OpSpec(
-    name="adamw8bit_step",
-    run=_run,
-    eager=_eager,
-    cases=adamw_cases(),
-    compare=check_step,
-    bytes_moved=_bytes_moved,
-    launches=1,
-    kernels=(
-        _kernel("bf16, stochastic", tl.bfloat16, tl.bfloat16),
-        _kernel("bf16, stochastic, bf16 retain", tl.bfloat16, tl.bfloat16, r=tl.bfloat16),
-        _kernel("bf16, stochastic, int8 retain", tl.bfloat16, tl.bfloat16, r=tl.int8),
-        _kernel("fp32 and bf16 copy, int8 retain", tl.float32, tl.bfloat16, tl.bfloat16, tl.int8),
-        _kernel("fp32, fp32 retain", tl.float32, tl.float32, r=tl.float32),
-        _kernel("fp16", tl.float16, tl.float16),
-        _kernel("fp32, fp32 moments", tl.float32, tl.float32, s=tl.float32),
-    ),
-    bench=bench_step,
-)

@@ -1,9 +1,12 @@
-"""Stochastic rounding: 16 random bits an element, and bf16 rounded with them.
+"""Stochastic rounding: random bits made from an element's number, and bf16 rounded with them.
 
 x is rounded to one of its two neighbours, up with a probability that equals its distance from the lower one (exactly so
 for bf16 from fp32, whose 16 lost bits meet 16 random ones), so that the mean is x and small updates are not lost.
-Two neighbours share one 32-bit word of `noise.rounding_bits`: element i has half i mod 2 of word i // 2. The elements
-that a kernel calls neighbours are those of one row of a tile whose first number is a multiple of 256.
+
+Bits: a 32-bit finaliser (two multiply-xorshift rounds) over the seed and the element's number, so that they depend
+neither on the launch nor on the device; enough for rounding, where Philox would cost as much as the rest of the kernel.
+Two neighbours share one word of `rounding_bits`: element i has half i mod 2 of word i // 2. The elements that a kernel
+calls neighbours are those of one row of a tile whose first element is a multiple of 256.
 """
 
 from __future__ import annotations
@@ -13,9 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels.common.noise import rounding_bits, rounding_bits_of_words
-
+_MASK = 0xFFFFFFFF
 PIECE = 2**14
+
+
+def rounding_bits(seed: int, index: Tensor) -> Tensor:
+    """32 random bits per element, as int64, for element numbers `index` (int64)."""
+    x = (index & _MASK) * 0x9E3779B9 + (seed & _MASK) + (index >> 32 & _MASK) * 0x85EBCA6B & _MASK
+    x = _low_product(0x21F0AAAD, x ^ x >> 16)
+    x = _low_product(0x735A2D97, x ^ x >> 15)
+    return x ^ x >> 15
+
+
+def _low_product(factor: int, x: Tensor) -> Tensor:
+    """Low 32 bits of a product of 32-bit numbers held in int64."""
+    low = factor * (x & 0xFFFF)
+    high = factor * (x >> 16)
+    return low + ((high & 0xFFFF) << 16) & _MASK
 
 
 def rounding_halves(seed: int, index: Tensor) -> Tensor:
@@ -34,14 +51,24 @@ def to_bf16_stochastic(x: Tensor, halves: Tensor) -> Tensor:
 
 
 @triton.jit
-def rounding_halves_tile(seed, number, WIDTH: tl.constexpr):
-    """16 random bits, as int32 (rows, WIDTH): `number` (rows,) int64 are the numbers of the rows' first elements,
+def rounding_bits_of_words(seed, low, high):
+    """`rounding_bits` from the two 32-bit words of the element's number; `seed`: scalar integer tensor. Where `high` is
+    a row's, its share is a row's too."""
+    x = low * 0x9E3779B9 + (seed.to(tl.uint32) + high * 0x85EBCA6B)
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def rounding_halves_tile(seed, element, WIDTH: tl.constexpr):
+    """16 random bits, as int32 (rows, WIDTH): `element` (rows,) int64 are the numbers of the rows' first elements,
     multiples of 256, so that a row lies within one value of the upper word. `seed`: int64 scalar tensor."""
-    pair = (number >> 1)[:, None]
+    pair = (element >> 1)[:, None]
     low = pair.to(tl.uint32) + tl.arange(0, WIDTH // 2)[None, :].to(tl.uint32)
     word = rounding_bits_of_words(seed, low, (pair >> 32).to(tl.uint32))
     halves = tl.join(word & 0xFFFF, word >> 16).to(tl.int32)
-    return tl.reshape(halves, [number.shape[0], WIDTH])
+    return tl.reshape(halves, [element.shape[0], WIDTH])
 
 
 @triton.jit

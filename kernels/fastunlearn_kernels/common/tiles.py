@@ -1,13 +1,13 @@
 """How the parameter-space kernels walk a chunk of a tensor that they know only by its address.
 
-A program takes one row of `segments.chunk_table`, looks up where its operands lie (`segments.addresses`) and goes
+A program takes one row of a table of chunks, looks up where its operands lie (`tensor_lists.addresses`) and goes
 through the chunk in tiles of ROWS x WIDTH elements. The chunk is aligned if the addresses of all operands that are read
 and both its bounds are divisible by 16: then ALIGNED=True puts hints on base pointers and length, and a row becomes one
 16-byte load (without them: one load an element; the hints hold per operation, hence two copies of the loop and no flag
-at run time). Inside a chunk offsets are int32, from base pointers that were moved by the int64 `begin`. Not here:
-kernels, launchers, and moments in 8 bits (`dynamic_code`).
+at run time). Inside a chunk offsets are int32, from base pointers that were moved by the int64 `begin`. Moments in 8
+bits are those of `quantize.dynamic_code`.
 
-Usage: see `surgery_dots`; a loop is
+Usage: see `gradients.surgery_dots`; a loop is
 
     length = chunk_length(begin, end, ALIGNED)
     r_ptr, r_absmax_ptr, r_phase = typed_pointer(r_at, begin, R, ALIGNED), *block_pointer(absmax_at, begin)

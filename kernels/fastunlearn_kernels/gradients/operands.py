@@ -1,7 +1,7 @@
 """Lists of tensors as the parameter-space ops take them: checked, in one order of elements, retain gradient unpacked.
 
-Host side only; the device side is `tiles`. Everything that depends on nothing but shapes and pieces is cached, since
-both stay the same from one update to the next.
+Host side only; the device side is `common.tiles`. Everything that depends on nothing but shapes and pieces is cached,
+since both stay the same from one update to the next.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastunlearn_kernels.common.tensor_lists import same_order
 from fastunlearn_kernels.common.tiles import QUANT_BLOCK
-from fastunlearn_kernels.gradients.segments import same_order
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -147,14 +147,3 @@ def retain_range(tensor: Tensor, absmax: Tensor | None, begin: int, end: int, dt
     """Elements `begin` to `end` of a flat retain gradient in `dtype`: the plain form of `tiles.retain_tile`."""
     values = tensor[begin:end].to(dtype)
     return values if absmax is None else values * block_scales(absmax, begin, end).to(dtype) / 127
-
-
-def piece_bytes(tensors: Sequence[Tensor], absmax: Sequence[Tensor], pieces: Sequence[int]) -> int:
-    """Bytes that hold the pieces' elements and their scales: padding between pieces is never touched."""
-    total = 0
-    for tensor, begin, end, _ in zip(*[iter(pieces)] * 4):
-        if tensors and begin < end:
-            total += (end - begin) * tensors[tensor].element_size()
-        if absmax and begin < end:
-            total += ((end - 1) // QUANT_BLOCK - begin // QUANT_BLOCK + 1) * absmax[tensor].element_size()
-    return total

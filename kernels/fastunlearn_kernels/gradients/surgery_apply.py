@@ -3,7 +3,7 @@
 u: unlearn gradient (the only thing written), r: retain gradient. coef, scale and found_inf come from
 `surgery_coefficients` and are read by the kernel, so that the host never waits: found_inf = 1 leaves every bit as it
 is; where coef is 0, r is not read, and if scale is 1 as well, u is neither read nor written. Computed in fp32 and
-rounded once, to the dtype of u. Not here: the optimizer's step; `adamw8bit_step` applies the same plan on the way.
+rounded once, to the dtype of u. `adamw8bit_step` applies the same plan on the way.
 
 One launch over all tensors.
 
@@ -13,7 +13,7 @@ Usage: `surgery_apply(unlearn_grads, retain_grads, segments, plan)`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastunlearn_kernels.common import backend
 from fastunlearn_kernels.common.precision import compute_dtype
+from fastunlearn_kernels.common.tensor_lists import addresses
 from fastunlearn_kernels.common.tiles import (
     TYPES,
     block_pointer,
@@ -36,27 +37,17 @@ from fastunlearn_kernels.gradients.operands import (
     check_retain,
     cut_tensors,
     in_order,
-    piece_bytes,
     ranges,
     retain_range,
     unpacked,
 )
-from fastunlearn_kernels.gradients.segments import Segments, addresses, chunk_table
-from fastunlearn_kernels.gradients.surgery_coefficients import Plan
-from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
-from fastunlearn_kernels.testing.specs.gradient_cases import (
-    GRADIENT_CASES,
-    HUGE,
-    Make,
-    eager_pieces,
-    flat_partition,
-    gradient_case,
-)
+from fastunlearn_kernels.gradients.segments import Segments, chunk_table
+from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 
 ROWS, WIDTH = 256, 8
 
 
-def surgery_apply(unlearn: Sequence[Tensor], retain: Retain, segments: Segments, plan: Plan) -> None:
+def surgery_apply(unlearn: Sequence[Tensor], retain: Retain, segments: Segments, plan: SurgeryPlan) -> None:
     """Correct the unlearn gradients in place; arguments as for `surgery_dots`.
 
     Elements in no piece keep every bit. Raises ValueError for lists that do not pair up or a plan of another length.
@@ -70,15 +61,26 @@ def surgery_apply(unlearn: Sequence[Tensor], retain: Retain, segments: Segments,
         surgery_apply_op(list(unlearn), codes, absmax, coef_S, scale, found_inf, segments.flat(), segments.count)
 
 
-def surgery_apply_reference(
-    unlearn: Sequence[Tensor], retain: Sequence[Tensor], absmax: Sequence[Tensor], coef_S: Tensor, scale: Tensor,
-    found_inf: Tensor, pieces: Sequence[int], segments: int,
-) -> None:  # fmt: skip
-    """In place in plain PyTorch, without a branch on what is on the device. Lists as the registered op takes them."""
-    cut_tensors(unlearn, pieces, segments)  # checks them
-    dtype = compute_dtype(*unlearn, *retain, *absmax, coef_S, scale)
-    u_flat, r_flat = ([t.reshape(-1) for t in tensors] for tensors in (unlearn, retain))
-    for i, begin, end, segment in ranges(pieces):
+class ApplyOperands(NamedTuple):
+    """The arguments of the registered op. Lists are as long as `unlearn`; one that is absent is empty."""
+
+    unlearn: Sequence[Tensor]  # written
+    retain: Sequence[Tensor]  # floats, or int8 codes with ...
+    absmax: Sequence[Tensor]  # ... one scale per 256 elements
+    coef_S: Tensor  # of the plan, as the next two
+    scale: Tensor
+    found_inf: Tensor
+    pieces: Sequence[int]  # `Segments.flat()`
+    segments: int
+
+
+def surgery_apply_reference(given: ApplyOperands) -> None:
+    """In place in plain PyTorch, without a branch on what is on the device."""
+    unlearn, absmax, coef_S, scale = given.unlearn, given.absmax, given.coef_S, given.scale
+    cut_tensors(unlearn, given.pieces, given.segments)  # checks them
+    dtype = compute_dtype(*unlearn, *given.retain, *absmax, coef_S, scale)
+    u_flat, r_flat = ([t.reshape(-1) for t in tensors] for tensors in (unlearn, given.retain))
+    for i, begin, end, segment in ranges(given.pieces):
         piece = u_flat[i][begin:end]
         u, coef = piece.to(dtype), coef_S[segment].to(dtype)
         corrected = u
@@ -86,7 +88,7 @@ def surgery_apply_reference(
             r = retain_range(r_flat[i], absmax[i] if absmax else None, begin, end, dtype)
             corrected = torch.where(coef == 0, u, u - coef * r)  # r may be anything where its coefficient is 0
         corrected = (corrected * scale).to(piece.dtype)
-        untouched = (found_inf != 0) | (coef == 0) & (scale == 1)
+        untouched = (given.found_inf != 0) | (coef == 0) & (scale == 1)
         piece.copy_(torch.where(untouched, piece, corrected))
     for tensor, flat in zip(unlearn, u_flat):
         if tensor.numel() and flat.data_ptr() != tensor.data_ptr():  # reshape had to copy
@@ -95,14 +97,21 @@ def surgery_apply_reference(
 
 @triton.jit
 def surgery_apply_chunk_kernel(
-    chunks_ptr, addresses_ptr, coef_ptr, scale_ptr, found_inf_ptr, tensors,
-    U: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    chunks_ptr,  # `ChunkTable.chunks`, int64, (chunks, 4)
+    addresses_ptr,  # where u, r, absmax of r of each tensor begin, int64, (3, tensors); u is written
+    coef_ptr,  # fp32, (segments,)
+    scale_ptr,  # fp32, (1,)
+    found_inf_ptr,  # fp32, (1,); 1: nothing is done
+    tensors,  # number of tensors
+    U: tl.constexpr,  # Triton type of u
+    R: tl.constexpr,  # of r; int8: codes, None: absent
+    ROWS: tl.constexpr,  # rows of a tile
+    WIDTH: tl.constexpr,  # elements of a row
+):
     """Program = chunk."""
     tensor, begin, end, segment = chunk_row(chunks_ptr, tl.program_id(0))
     coef, scale, found_inf = tl.load(coef_ptr + segment), tl.load(scale_ptr), tl.load(found_inf_ptr)
     if (found_inf == 0) & ((coef != 0) | (scale != 1)):
-        # Rows of the table of addresses: u, r, absmax of r.
         u_at = tl.load(addresses_ptr + tensor)
         r_at = tl.load(addresses_ptr + tensors + tensor)
         absmax_at = tl.load(addresses_ptr + 2 * tensors + tensor)
@@ -114,8 +123,11 @@ def surgery_apply_chunk_kernel(
 
 @triton.jit
 def _correct_chunk(
-    u_at, r_at, absmax_at, begin, end, coef, scale,
-    U: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    u_at, r_at, absmax_at,  # addresses of the tensor's operands, int64
+    begin, end,  # the chunk's elements in the tensor, int64
+    coef, scale,  # of the chunk's segment, fp32
+    U: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,  # as above
+    ALIGNED: tl.constexpr,  # see `tiles`
 ):  # fmt: skip
     length = chunk_length(begin, end, ALIGNED)
     u_ptr = typed_pointer(u_at, begin, U, ALIGNED)
@@ -134,21 +146,19 @@ def _correct_chunk(
         tl.store(u_ptr + o, corrected.to(U), mask=o < length)
 
 
-def _launch(
-    unlearn: Sequence[Tensor], retain: Sequence[Tensor], absmax: Sequence[Tensor], coef_S: Tensor, scale: Tensor,
-    found_inf: Tensor, pieces: Sequence[int], segments: int,
-) -> None:  # fmt: skip
-    device, key = unlearn[0].device, tuple(pieces)
-    u, r = in_order((unlearn, retain), cut_tensors(unlearn, pieces, segments), bool(absmax))
-    chunks = chunk_table(key, segments, device)
+def _launch(given: ApplyOperands) -> None:
+    unlearn, pieces, segments = given.unlearn, given.pieces, given.segments
+    u, r = in_order((unlearn, given.retain), cut_tensors(unlearn, pieces, segments), bool(given.absmax))
+    chunks = chunk_table(tuple(pieces), segments, unlearn[0].device)
     if not len(chunks.chunks):
         return
     types = [TYPES[tensors[0].dtype] if tensors else None for tensors in (u, r)]
-    where = addresses(u, r, absmax)
+    where = addresses(u, r, given.absmax)
     with backend.on_device(u[0]):
         surgery_apply_chunk_kernel[(len(chunks.chunks),)](
-            chunks.chunks, where, coef_S.contiguous(), scale, found_inf, len(u), *types, ROWS=ROWS, WIDTH=WIDTH
-        )
+            chunks.chunks, where, given.coef_S.contiguous(), given.scale, given.found_inf, len(u), *types,
+            ROWS=ROWS, WIDTH=WIDTH,
+        )  # fmt: skip
     for tensor, ordered in zip(unlearn, u):
         if tensor.numel() and ordered.data_ptr() != tensor.data_ptr():  # the kernel worked on a copy
             tensor.copy_(ordered.view(tensor.shape))
@@ -160,101 +170,11 @@ def surgery_apply_op(
     found_inf: Tensor, pieces: Sequence[int], segments: int,
 ) -> None:  # fmt: skip
     """As `surgery_apply_reference`; on a GPU one launch."""
-    plan = (coef_S, scale, found_inf)
-    run = _launch if backend.runs_triton([*unlearn, *retain, *absmax, *plan]) else surgery_apply_reference
-    run(unlearn, retain, absmax, *plan, pieces, segments)
+    given = ApplyOperands(unlearn, retain, absmax, coef_S, scale, found_inf, pieces, segments)
+    on_gpu = backend.runs_triton([*unlearn, *retain, *absmax, coef_S, scale, found_inf])
+    (_launch if on_gpu else surgery_apply_reference)(given)
 
 
 @surgery_apply_op.register_fake
 def _fake(unlearn, retain, absmax, coef_S, scale, found_inf, pieces, segments):
     return None
-
-
-def _written(inputs: Inputs) -> Outputs:
-    return {f"unlearn[{i}]": u for i, u in enumerate(inputs["unlearn"])}
-
-
-def _run(inputs: Inputs) -> Outputs:
-    surgery_apply(inputs["unlearn"], inputs["retain"], inputs["segments"], inputs["plan"])
-    return _written(inputs)
-
-
-def _eager(inputs: Inputs) -> Outputs:
-    """Piece by piece, in the dtype of u, in place; found_inf is not looked at, that would wait for the device."""
-    coef_S, scale, _, _ = inputs["plan"]
-    for u, r, segment in eager_pieces(inputs):
-        if r is not None:
-            u.sub_(coef_S[segment].to(u.dtype) * r)
-        u.mul_(scale.to(u.dtype))
-    return _written(inputs)
-
-
-def _bytes_moved(inputs: Inputs) -> int:
-    """Reads the plan on the host: r counts where coef is not 0, u where it is written."""
-    coef_S, scale, found_inf, _ = (value.tolist() for value in inputs["plan"])
-    codes, absmax = unpacked(inputs["retain"])
-    total = 0
-    for piece in inputs["segments"].pieces:
-        conflicts = coef_S[piece[3]] != 0
-        if found_inf == 0 and (conflicts or scale != 1):
-            total += 2 * piece_bytes(inputs["unlearn"], [], piece)
-            total += piece_bytes(codes, absmax, piece) if conflicts else 0
-    return total
-
-
-def _planned(make: Make, scale: float = 0.37, coef: float | None = None, found_inf: float = 0.0) -> Make:
-    """The same gradients with a plan: coefficients of either sign, every third 0, unless all of them are `coef`."""
-
-    def planned(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
-        inputs = make(draw, dtype, device)
-        coef_S = torch.randn(inputs["segments"].count, generator=draw)
-        coef_S[2::3] = 0.0
-        if coef is not None:
-            coef_S.fill_(coef)
-        scalars = [torch.tensor(value, device=device) for value in (scale, found_inf, 1.0)]
-        return inputs | {"plan": Plan(coef_S.to(device), *scalars)}
-
-    return planned
-
-
-def _kernel(name: str, u: Any, r: Any) -> AotKernel:
-    signature = {"chunks_ptr": "*i64", "addresses_ptr": "*i64"}
-    signature |= {f"{name}_ptr": "*fp32" for name in ("coef", "scale", "found_inf")} | {"tensors": "i32"}
-    constants = {"U": u, "R": r, "ROWS": ROWS, "WIDTH": WIDTH}
-    signature |= dict.fromkeys(constants, "constexpr")
-    return AotKernel(name, surgery_apply_chunk_kernel, signature, constants, elements=ROWS * WIDTH)
-
-
-def _bench(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Every segment conflicts and is clipped; repeated, u tends to a fixed point, not to 0."""
-    gradients = _planned(lambda draw, dtype, device: flat_partition(numel, dtype, device), scale=0.999, coef=0.1)
-    return gradients(torch.Generator(), dtype, device)
-
-
-_PLAIN = gradient_case("flat, cut at odd places")
-
-SPEC = OpSpec(
-    name="surgery_apply",
-    run=_run,
-    eager=_eager,
-    cases=(
-        *[Case(c.name, _planned(c.make), c.dtypes) for c in GRADIENT_CASES if c.name != "NaN in one tensor"],
-        Case("no clip", _planned(_PLAIN, scale=1.0)),
-        Case("clip only", _planned(_PLAIN, coef=0.0)),
-        Case("nothing to do", _planned(_PLAIN, scale=1.0, coef=0.0)),
-        Case("NaN in r, coefficient 0", _planned(gradient_case("NaN in one tensor"), coef=0.0)),
-        Case("NaN in r, found_inf", _planned(gradient_case("NaN in one tensor"), coef=1.0, found_inf=1.0)),
-        Case("huge values", _planned(HUGE), (torch.float32, torch.bfloat16)),
-    ),
-    bytes_moved=_bytes_moved,
-    launches=1,
-    kernels=(
-        _kernel("bf16, 8-bit r", tl.bfloat16, tl.int8),
-        _kernel("bf16", tl.bfloat16, tl.bfloat16),
-        _kernel("fp16", tl.float16, tl.float16),
-        _kernel("fp32", tl.float32, tl.float32),
-        _kernel("fp32, 8-bit r", tl.float32, tl.int8),
-        _kernel("bf16, no r", tl.bfloat16, None),
-    ),
-    bench=_bench,
-)

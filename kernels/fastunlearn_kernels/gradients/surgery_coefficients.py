@@ -16,16 +16,15 @@ itself along the unit vector r_k / |r_k|, without the length of u_k: too much by
 
     s = min(1, max_norm / |u|)        u'_k = s u_k - strength min(0, cos_k) r_k / |r_k|        (rho adds s rho r_k)
 
-in the form above: scale = s, coef_k = strength min(0, cos_k) / (|r_k| s) - rho. Not here: any gradient. No host sync:
-ranks that hold the same table get the same plan.
+in the form above: scale = s, coef_k = strength min(0, cos_k) / (|r_k| s) - rho. No host sync: ranks that hold the same
+table get the same plan.
 
 Usage: `plan = surgery_coefficients(table_S3, max_norm=1.0)`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,14 +32,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn_kernels.common import backend, scratch
-from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
 
 BLOCK, WARPS = 256, 8
 CLIP_EPS = 1e-6
 _CLIP_EPS = tl.constexpr(CLIP_EPS)
 
 
-class Plan(NamedTuple):
+class SurgeryPlan(NamedTuple):
     """What to do, on the device of the table, all fp32.
 
     coef_S, scale: u' = (u - coef r) scale. found_inf: 1 if the table or a coefficient is not finite, else 0
@@ -63,7 +61,7 @@ def surgery_coefficients(
     released: bool = False,
     rho: float = 0.0,
     max_norm: float | None = None,
-) -> Plan:
+) -> SurgeryPlan:
     """The plan for a table (S, 3) or (S, 6) of `surgery_dots`; one small launch on a GPU, no host sync.
 
     Raises ValueError for another shape or dtype, for max_norm <= 0, and for `released` with a preconditioned table.
@@ -75,7 +73,7 @@ def surgery_coefficients(
     if released and table.shape[1] == 6:
         raise ValueError("released has no preconditioned form: take the dots without second_moment")
     limit = -1.0 if max_norm is None else float(max_norm)
-    return Plan(*surgery_coefficients_op(table, strength, two_sided, released, rho, limit))
+    return SurgeryPlan(*surgery_coefficients_op(table, strength, two_sided, released, rho, limit))
 
 
 def surgery_coefficients_reference(
@@ -102,9 +100,21 @@ def surgery_coefficients_reference(
 
 @triton.jit
 def surgery_coefficients_plan_kernel(
-    table_ptr, coef_ptr, scale_ptr, found_inf_ptr, norm_ptr, segments, strength, rho, max_norm,
-    COLUMNS: tl.constexpr, TWO_SIDED: tl.constexpr, RELEASED: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    table_ptr,  # inner products, fp64, (segments, COLUMNS)
+    coef_ptr,  # fp32, (segments,), written
+    scale_ptr,  # fp32, (1,), written
+    found_inf_ptr,  # fp32, (1,), written
+    norm_ptr,  # fp32, (1,), written
+    segments,  # number of segments
+    strength,  # how much of the projection is taken out
+    rho,  # how much of r is added
+    max_norm,  # where to clip, if CLIP
+    COLUMNS: tl.constexpr,  # 3, or 6 with preconditioned products
+    TWO_SIDED: tl.constexpr,  # project where the gradients agree, too
+    RELEASED: tl.constexpr,  # DoCo's released rule
+    CLIP: tl.constexpr,  # whether to clip
+    BLOCK: tl.constexpr,  # segments at once
+):
     """One program goes over the segments in fp64: twice, as only the first pass knows whether anything is not finite,
     and once more ahead for `released`, whose coefficients need the norm of everything."""
     pre_scale = tl.full([], 1.0, tl.float64)
@@ -143,8 +153,11 @@ def surgery_coefficients_plan_kernel(
 
 @triton.jit
 def _coefficients(
-    table_ptr, first, segments, strength, rho, pre_scale,
-    COLUMNS: tl.constexpr, TWO_SIDED: tl.constexpr, RELEASED: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr,  # as above
+    first,  # segment, the first of BLOCK
+    segments, strength, rho,  # as above
+    pre_scale,  # clip factor of u itself, fp64: for RELEASED
+    COLUMNS: tl.constexpr, TWO_SIDED: tl.constexpr, RELEASED: tl.constexpr, BLOCK: tl.constexpr,  # as above
 ):  # fmt: skip
     """(coef in fp32, |u - coef r|^2, whether the row and coef are finite) of the segments from `first` on."""
     o_s = first + tl.arange(0, BLOCK)
@@ -198,97 +211,3 @@ def surgery_coefficients_op(
 def _fake(table, strength, two_sided, released, rho, max_norm):
     flags = [table.new_empty((), dtype=torch.float32) for _ in range(3)]
     return table.new_empty((table.shape[0],), dtype=torch.float32), *flags
-
-
-def _run(inputs: Inputs) -> Outputs:
-    return surgery_coefficients(**inputs)._asdict()
-
-
-def _eager(inputs: Inputs) -> Outputs:
-    """Segment by segment, as one writes it."""
-    table, options = inputs["table"], inputs
-    strength, max_norm, rho = options.get("strength", 1.0), options.get("max_norm"), options.get("rho", 0.0)
-    released, limit = options.get("released", False), max_norm or float("inf")
-    pre_scale = torch.clamp(limit / table[:, 0].sum().sqrt(), max=1.0) if released else torch.ones(())
-    coefs, squared = [], torch.zeros((), dtype=torch.float64)
-    for row in table:
-        uu, ur, rr, inner, square = row[0], row[1], row[2], row[-2], row[-1]
-        coef = torch.zeros((), dtype=torch.float64) - rho
-        if square > 0 and (inner < 0 or options.get("two_sided", False)):
-            coef = strength * inner / square - rho
-            if released and uu > 0:
-                coef = strength * inner / (uu.sqrt() * rr.sqrt()) / rr.sqrt() / pre_scale - rho
-        coefs.append(coef)
-        squared = squared + uu - 2 * coef * ur + coef**2 * rr
-    norm = squared.clamp(min=0).sqrt()
-    scale = pre_scale if released else torch.clamp(limit / (norm + CLIP_EPS), max=1.0)
-    if not table.isfinite().all():
-        coefs, scale, norm = [torch.zeros(()) for _ in coefs], torch.ones(()), torch.full((), float("inf"))
-    coef_S = torch.stack([c.float() for c in coefs]) if coefs else torch.zeros(0)
-    found_inf = (~table.isfinite().all()).float()
-    return {"coef_S": coef_S, "scale": scale.float(), "found_inf": found_inf, "norm": norm.float()}
-
-
-def _table(
-    segments: int, columns: int = 3, damage: float | None = None, retain: float = 1.0, **options: Any
-) -> Callable[[torch.Generator, torch.dtype, torch.device], Inputs]:
-    """A factory of tables of random vectors of 20 elements per segment: products that belong together."""
-
-    def make(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
-        u, r = torch.randn(2, segments, 20, generator=draw, dtype=torch.float64).unbind(0)
-        r = retain * r
-        weights = [torch.ones_like(u)] + [torch.rand(u.shape, generator=draw, dtype=torch.float64)] * (columns == 6)
-        table = torch.cat([torch.stack([u * u * w, u * r * w, r * r * w], -1).sum(1) for w in weights], 1)
-        if damage is not None:
-            table[segments // 2, 1] = damage
-        return {"table": table.to(device)} | options
-
-    return make
-
-
-def _kernel(name: str, columns: int = 3, two_sided: bool = False, released: bool = False) -> AotKernel:
-    signature = {"table_ptr": "*fp64"} | {f"{name}_ptr": "*fp32" for name in ("coef", "scale", "found_inf", "norm")}
-    signature |= {"segments": "i32", "strength": "fp32", "rho": "fp32", "max_norm": "fp32"}
-    constants = {"COLUMNS": columns, "TWO_SIDED": two_sided, "RELEASED": released, "CLIP": True, "BLOCK": BLOCK}
-    signature |= dict.fromkeys(constants, "constexpr")
-    return AotKernel(name, surgery_coefficients_plan_kernel, signature, constants, num_warps=WARPS, vector_loads=False)
-
-
-_ONCE = (torch.float32,)  # the table is fp64, whatever the gradients were
-
-SPEC = OpSpec(
-    name="surgery_coefficients",
-    run=_run,
-    eager=_eager,
-    cases=tuple(
-        Case(name, make, _ONCE)
-        for name, make in {
-            "0 segments": _table(0, max_norm=1.0),
-            "1 segment": _table(1),
-            "63 segments": _table(63, max_norm=1.0),
-            "1000 segments": _table(1000, max_norm=3.0, strength=0.7),
-            "thousands": _table(5000, max_norm=1e6),
-            "two-sided": _table(300, two_sided=True, max_norm=1.0),
-            "released": _table(300, released=True, max_norm=1.0),
-            "released, no clip": _table(300, released=True),
-            "released, nothing to clip": _table(300, released=True, max_norm=1e6, strength=0.5),
-            "rho": _table(300, rho=0.3, max_norm=10.0),
-            "preconditioned": _table(300, columns=6, max_norm=1.0),
-            "r = 0": _table(300, retain=0.0, max_norm=1.0),
-            "r tiny": _table(300, retain=1e-15),
-            "NaN": _table(300, damage=float("nan"), max_norm=1.0),
-            "Inf": _table(300, damage=float("inf"), two_sided=True),
-            "released, -Inf": _table(300, damage=-float("inf"), released=True, max_norm=1.0),
-            "coefficient beyond fp32": _table(3, retain=1e-60, two_sided=True),
-        }.items()
-    ),
-    bytes_moved=lambda inputs: 8 * inputs["table"].numel() + 4 * len(inputs["table"]) + 12,
-    launches=1,
-    kernels=(
-        _kernel("one-sided"),
-        _kernel("two-sided", two_sided=True),
-        _kernel("preconditioned", columns=6),
-        _kernel("released", released=True),
-    ),
-    bench=lambda numel, dtype, device: _table(1680, max_norm=1.0)(torch.Generator().manual_seed(0), dtype, device),
-)

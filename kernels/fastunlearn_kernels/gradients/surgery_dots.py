@@ -5,7 +5,7 @@
 u: unlearn gradient, r: retain gradient, over flat buffers and lists of tensors, each operand read once. With the second
 moment v of an Adam optimizer also the same three under its preconditioner, <a, b>_P = sum a b / (sqrt(v) + eps): the
 step that the optimizer takes goes along P u, so that "does not raise the retain loss" reads <P u, r> >= 0. The table is
-fp64 and adds up across ranks (all-reduce it) before `surgery_coefficients`. Not here: coefficients, and any decision.
+fp64 and adds up across ranks (all-reduce it) before `surgery_coefficients`.
 
 Two launches: one program a chunk writes fp32 partial sums to a slot of its own, one program per segment and column adds
 them in fp64 in a fixed order. Rounding: a chunk has 256 lanes (128 with v), each adds at most 8 (16) rows of 8
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn_kernels.common import backend, scratch
+from fastunlearn_kernels.common.tensor_lists import addresses
 from fastunlearn_kernels.common.tiles import (
     TYPES,
     absmax_tile,
@@ -48,23 +49,13 @@ from fastunlearn_kernels.gradients.operands import (
     check_retain,
     cut_tensors,
     in_order,
-    piece_bytes,
     ranges,
     retain_range,
     unpacked,
     unpacked_moment,
 )
-from fastunlearn_kernels.gradients.segments import Segments, addresses, chunk_table
-from fastunlearn_kernels.quantize.dynamic_code import dequantize_tile, dynamic_map, quantize_blockwise
-from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
-from fastunlearn_kernels.testing.specs.gradient_cases import (
-    GRADIENT_CASES,
-    HUGE,
-    Make,
-    eager_pieces,
-    flat_partition,
-    gradient_case,
-)
+from fastunlearn_kernels.gradients.segments import Segments, chunk_table
+from fastunlearn_kernels.quantize.dynamic_code import dequantize_tile, dynamic_map
 
 # Elements of a tile: as many as 64 registers a thread allow, without and with a second moment.
 ROWS, ROWS_WEIGHTED, WIDTH = 256, 128, 8
@@ -106,15 +97,31 @@ def surgery_dots(
     return surgery_dots_op(list(unlearn), codes, absmax, v, v_absmax, segments.flat(), segments.count, eps)
 
 
-def surgery_dots_reference(
-    unlearn: Sequence[Tensor], retain: Sequence[Tensor], absmax: Sequence[Tensor], second_moment: Sequence[Tensor],
-    second_absmax: Sequence[Tensor], pieces: Sequence[int], segments: int, eps: float,
-) -> Tensor:  # fmt: skip
-    """The table in plain PyTorch, all of it in fp64. Lists as the registered op takes them: an absent one is empty."""
-    cut_tensors(unlearn, pieces, segments)  # checks them
-    table = torch.zeros((segments, 6 if second_moment else 3), dtype=torch.float64, device=unlearn[0].device)
-    u_flat, r_flat, v_flat = ([t.reshape(-1) for t in tensors] for tensors in (unlearn, retain, second_moment))
-    for i, begin, end, segment in ranges(pieces):
+class DotsOperands(NamedTuple):
+    """The arguments of the registered op. Lists are as long as `unlearn`; one that is absent is empty."""
+
+    unlearn: Sequence[Tensor]
+    retain: Sequence[Tensor]  # floats, or int8 codes with ...
+    absmax: Sequence[Tensor]  # ... one scale per 256 elements
+    second_moment: Sequence[Tensor]  # fp32, or uint8 codes with ...
+    second_absmax: Sequence[Tensor]  # ... one scale per 256 elements
+    pieces: Sequence[int]  # `Segments.flat()`
+    segments: int
+    eps: float
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for tensors in self[:5] for t in tensors]
+
+
+def surgery_dots_reference(given: DotsOperands) -> Tensor:
+    """The table in plain PyTorch, all of it in fp64."""
+    unlearn, absmax, second_absmax, eps = given.unlearn, given.absmax, given.second_absmax, given.eps
+    cut_tensors(unlearn, given.pieces, given.segments)  # checks them
+    columns = 6 if given.second_moment else 3
+    table = torch.zeros((given.segments, columns), dtype=torch.float64, device=unlearn[0].device)
+    u_flat, r_flat, v_flat = ([t.reshape(-1) for t in ts] for ts in (unlearn, given.retain, given.second_moment))
+    for i, begin, end, segment in ranges(given.pieces):
         u = u_flat[i][begin:end].double()
         r = torch.zeros_like(u)
         if r_flat:
@@ -131,13 +138,21 @@ def surgery_dots_reference(
 
 @triton.jit
 def surgery_dots_chunk_kernel(
-    chunks_ptr, addresses_ptr, roots_ptr, partial_ptr, tensors, eps,
-    U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Stage 1, program = chunk: 3 or 6 partial sums in fp32, column c of chunk i at partial_ptr + c * chunks + i."""
+    chunks_ptr,  # `ChunkTable.chunks`, int64, (chunks, 4)
+    addresses_ptr,  # where u, r, absmax of r, v, absmax of v of each tensor begin, int64, (5, tensors)
+    roots_ptr,  # square roots of the unsigned dynamic map, fp32, (256,), if V is uint8
+    partial_ptr,  # sums of each chunk, fp32, (3 or 6, chunks), written
+    tensors,  # number of tensors
+    eps,  # of the preconditioner
+    U: tl.constexpr,  # Triton type of u
+    R: tl.constexpr,  # of r; int8: codes, None: absent
+    V: tl.constexpr,  # of v; uint8: codes, None: absent
+    ROWS: tl.constexpr,  # rows of a tile
+    WIDTH: tl.constexpr,  # elements of a row
+):
+    """Stage 1, program = chunk: 3 or 6 partial sums in fp32."""
     i_chunk = tl.program_id(0)
     tensor, begin, end, _ = chunk_row(chunks_ptr, i_chunk)
-    # Rows of the table of addresses: u, r, absmax of r, v, absmax of v.
     u_at = tl.load(addresses_ptr + tensor)
     r_at = tl.load(addresses_ptr + tensors + tensor)
     absmax_at = tl.load(addresses_ptr + 2 * tensors + tensor)
@@ -156,8 +171,12 @@ def surgery_dots_chunk_kernel(
 
 @triton.jit
 def _chunk_sums(
-    u_at, r_at, absmax_at, v_at, v_absmax_at, begin, end, roots_ptr, p_out, eps,
-    U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    u_at, r_at, absmax_at, v_at, v_absmax_at,  # addresses of the tensor's operands, int64
+    begin, end,  # the chunk's elements in the tensor, int64
+    roots_ptr,  # as above
+    p_out,  # where the chunk's first sum belongs; the others follow at distances of the number of chunks
+    eps, U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,  # as above
+    ALIGNED: tl.constexpr,  # see `tiles`
 ):  # fmt: skip
     length = chunk_length(begin, end, ALIGNED)
     u_ptr = typed_pointer(u_at, begin, U, ALIGNED)
@@ -204,7 +223,13 @@ def _root_tile(v_ptr, absmax_ptr, phase, roots_ptr, o_row, o, length, V: tl.cons
 
 
 @triton.jit
-def surgery_dots_sum_kernel(partial_ptr, first_ptr, table_ptr, chunks, BLOCK: tl.constexpr):
+def surgery_dots_sum_kernel(
+    partial_ptr,  # sums of each chunk, fp32, (3 or 6, chunks)
+    first_ptr,  # `ChunkTable.first`, int64, (segments + 1,)
+    table_ptr,  # fp64, (segments, 3 or 6), written
+    chunks,  # number of chunks
+    BLOCK: tl.constexpr,  # chunks that are added at once
+):
     """Stage 2, program (segment, column): the partial sums of the segment's chunks, in fp64."""
     i_segment, i_column = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end = tl.load(first_ptr + i_segment), tl.load(first_ptr + i_segment + 1)
@@ -216,24 +241,23 @@ def surgery_dots_sum_kernel(partial_ptr, first_ptr, table_ptr, chunks, BLOCK: tl
     tl.store(table_ptr + i_segment * tl.num_programs(1) + i_column, tl.sum(total))
 
 
-def _launch(
-    unlearn: Sequence[Tensor], retain: Sequence[Tensor], absmax: Sequence[Tensor], second_moment: Sequence[Tensor],
-    second_absmax: Sequence[Tensor], pieces: Sequence[int], segments: int, eps: float,
-) -> Tensor:  # fmt: skip
-    device, columns, key = unlearn[0].device, 6 if second_moment else 3, tuple(pieces)
-    blocks = bool(absmax or second_absmax)
-    u, r, v = in_order((unlearn, retain, second_moment), cut_tensors(unlearn, pieces, segments), blocks)
-    chunks = chunk_table(key, segments, device)
+def _launch(given: DotsOperands) -> Tensor:
+    unlearn, pieces, segments = given.unlearn, given.pieces, given.segments
+    device, columns = unlearn[0].device, 6 if given.second_moment else 3
+    blocks = bool(given.absmax or given.second_absmax)
+    cut = cut_tensors(unlearn, pieces, segments)
+    u, r, v = in_order((unlearn, given.retain, given.second_moment), cut, blocks)
+    chunks = chunk_table(tuple(pieces), segments, device)
     table = scratch.empty((segments, columns), torch.float64, device)
     partial = scratch.empty((columns, len(chunks.chunks)), torch.float32, device)
     types = [TYPES[tensors[0].dtype] if tensors else None for tensors in (u, r, v)]
-    where = addresses(u, r, absmax, v, second_absmax)
-    roots = _roots(device) if second_absmax else None
+    where = addresses(u, r, given.absmax, v, given.second_absmax)
+    roots = _roots(device) if given.second_absmax else None
     with backend.on_device(u[0]):
         if len(chunks.chunks):
             rows = ROWS_WEIGHTED if v else ROWS
             surgery_dots_chunk_kernel[(len(chunks.chunks),)](
-                chunks.chunks, where, roots, partial, len(u), eps, *types, ROWS=rows, WIDTH=WIDTH
+                chunks.chunks, where, roots, partial, len(u), given.eps, *types, ROWS=rows, WIDTH=WIDTH
             )
         if segments:
             surgery_dots_sum_kernel[(segments, columns)](
@@ -253,101 +277,11 @@ def surgery_dots_op(
     unlearn: Sequence[Tensor], retain: Sequence[Tensor], absmax: Sequence[Tensor], second_moment: Sequence[Tensor],
     second_absmax: Sequence[Tensor], pieces: Sequence[int], segments: int, eps: float,
 ) -> Tensor:  # fmt: skip
-    """As `surgery_dots_reference`; `pieces`: `Segments.flat()`. On a GPU two launches."""
-    lists = (unlearn, retain, absmax, second_moment, second_absmax)
-    run = _launch if backend.runs_triton([t for tensors in lists for t in tensors]) else surgery_dots_reference
-    return run(*lists, pieces, segments, eps)
+    """As `surgery_dots_reference`; on a GPU two launches."""
+    given = DotsOperands(unlearn, retain, absmax, second_moment, second_absmax, pieces, segments, eps)
+    return (_launch if backend.runs_triton(given.tensors) else surgery_dots_reference)(given)
 
 
 @surgery_dots_op.register_fake
 def _fake(unlearn, retain, absmax, second_moment, second_absmax, pieces, segments, eps):
     return unlearn[0].new_empty((segments, 6 if second_moment else 3), dtype=torch.float64)
-
-
-def _run(inputs: Inputs) -> Outputs:
-    table = surgery_dots(**inputs)
-    # By column, since mixed products may be small beside the squares.
-    names = ("uu", "ur", "rr", "preconditioned uu", "preconditioned ur", "preconditioned rr")
-    return dict(zip(names, table.t().contiguous()))
-
-
-def _eager(inputs: Inputs) -> Outputs:
-    """A dot product each, in the dtype of u; plain only."""
-    if inputs.get("second_moment") is not None:
-        return {}
-    table = torch.zeros((inputs["segments"].count, 3), dtype=torch.float64)
-    for u, r, segment in eager_pieces(inputs):
-        r = torch.zeros_like(u) if r is None else r
-        products = torch.stack([torch.dot(u, u), torch.dot(u, r), torch.dot(r, r)])
-        table = table.to(u.device)
-        table[segment] += products
-    return dict(zip(("uu", "ur", "rr"), table.unbind(1)))
-
-
-def _bytes_moved(inputs: Inputs) -> int:
-    codes, absmax = unpacked(inputs["retain"])
-    v, v_absmax = unpacked_moment(inputs.get("second_moment"))
-    lists = ((list(inputs["unlearn"]), list[Tensor]()), (codes, absmax), (v, v_absmax))
-    return sum(piece_bytes(tensors, scales, inputs["segments"].flat()) for tensors, scales in lists)
-
-
-def _with_moment(make: Make, eight_bit: bool) -> Make:
-    """The same gradients with a second moment that spans six decades, zeros among it."""
-
-    def weighted(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
-        inputs = make(draw, dtype, device)
-        moments = []
-        for u in inputs["unlearn"]:
-            v = 10 ** (-6 * torch.rand(u.shape, generator=draw)) * (torch.rand(u.shape, generator=draw) > 0.1)
-            moments.append(torch.empty_like(u, dtype=torch.float32).copy_(v))
-        packed = [quantize_blockwise(v, signed=False) for v in moments]
-        second = ([codes for codes, _ in packed], [absmax for _, absmax in packed]) if eight_bit else moments
-        return inputs | {"second_moment": second, "eps": 1e-3}
-
-    return weighted
-
-
-def _kernel(name: str, u: Any, r: Any, v: Any = None) -> AotKernel:
-    signature = {"chunks_ptr": "*i64", "addresses_ptr": "*i64", "roots_ptr": "*fp32", "partial_ptr": "*fp32"}
-    signature |= {"tensors": "i32", "eps": "fp32"}
-    rows = ROWS if v is None else ROWS_WEIGHTED
-    constants: dict[str, Any] = {"U": u, "R": r, "V": v, "ROWS": rows, "WIDTH": WIDTH}
-    if v != tl.uint8:
-        constants["roots_ptr"] = None
-    signature |= dict.fromkeys(constants, "constexpr")
-    return AotKernel(name, surgery_dots_chunk_kernel, signature, constants, elements=rows * WIDTH)
-
-
-_SUM = {"partial_ptr": "*fp32", "first_ptr": "*i64", "table_ptr": "*fp64", "chunks": "i32", "BLOCK": "constexpr"}
-_WEIGHTED = ("1 element", "63 elements", "8-bit retain", "fp32 retain", "no retain", "unaligned", "strided")
-
-SPEC = OpSpec(
-    name="surgery_dots",
-    run=_run,
-    eager=_eager,
-    cases=(
-        *GRADIENT_CASES,
-        Case("huge values", HUGE, (torch.float32, torch.bfloat16)),
-        *[Case(f"{name}, v", _with_moment(gradient_case(name), False)) for name in _WEIGHTED],
-        *[Case(f"{name}, 8-bit v", _with_moment(gradient_case(name), True)) for name in _WEIGHTED],
-        Case("flat, cut, v", _with_moment(gradient_case("flat, cut, 8-bit retain"), False), (torch.float32,)),
-        Case("flat, cut, 8-bit v", _with_moment(gradient_case("flat, cut, 8-bit retain"), True), (torch.bfloat16,)),
-    ),
-    bytes_moved=_bytes_moved,
-    launches=2,
-    kernels=(
-        _kernel("bf16, 8-bit r", tl.bfloat16, tl.int8),
-        _kernel("bf16", tl.bfloat16, tl.bfloat16),
-        _kernel("fp16", tl.float16, tl.float16),
-        _kernel("fp32", tl.float32, tl.float32),
-        _kernel("fp32, 8-bit r", tl.float32, tl.int8),
-        _kernel("fp32, v", tl.float32, tl.float32, tl.float32),
-        _kernel("bf16, 8-bit r, v", tl.bfloat16, tl.int8, tl.float32),
-        _kernel("bf16, 8-bit r, 8-bit v", tl.bfloat16, tl.int8, tl.uint8),
-        AotKernel("sum", surgery_dots_sum_kernel, _SUM, {"BLOCK": SUM_BLOCK}, num_warps=8, vector_loads=False),
-    ),
-    bench=flat_partition,
-    baselines={
-        "torch._foreach_norm, norms only": lambda inputs: torch._foreach_norm([u for u, _, _ in eager_pieces(inputs)]),
-    },
-)

@@ -3,16 +3,13 @@
     x_t = sqrt(A_t) x_0 + sqrt(1 - A_t) n,    A = alpha-bar
 
 The table stays fp32 and is indexed per sample, in the kernel: schedulers that cast it to the dtype of the latents lose
-the small noise levels (1 - A is about 1e-3 at the last timesteps, bf16 near 1 resolves 4e-3). The noise is either given
-or made on the spot from one seed a sample (see `noise`): then it is written nowhere, and `weighted_noise_loss` makes
-the same numbers again. Not a scheduler: which timesteps and which table, the caller decides.
+the small noise levels (1 - A is about 1e-3 at the last timesteps, bf16 near 1 resolves 4e-3). Which timesteps and which
+table, the caller decides.
 
-Usage: `latents = add_noise(x0, noise, timesteps, table)` or `add_noise(x0, None, timesteps, table, seed_B=seeds)`
+Usage: `latents = add_noise(x0, noise, timesteps, table)`
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,16 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn_kernels.common import backend, scratch
-from fastunlearn_kernels.common.noise import check_seeds, gaussian, gaussian_tile
 from fastunlearn_kernels.common.precision import check_shapes, compute_dtype
-from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 BLOCK = 1024
 
 
-def add_noise(
-    x0: Tensor, noise: Tensor | None, timesteps: Tensor, alphas_cumprod: Tensor, *, seed_B: Tensor | None = None
-) -> Tensor:
+def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """Noisy latents, shape and dtype of `x0`, computed in fp32 (fp64 if x0 or noise is fp64), rounded once.
 
     Args:
@@ -37,35 +30,26 @@ def add_noise(
         timesteps: (B,) or 0-d, integer, indices into the table. One outside of it raises IndexError on the CPU; on a
             GPU, where nothing can be raised without waiting, that sample becomes NaN.
         alphas_cumprod: (T,) table of alpha-bar, fp32 or fp64, on the device of `x0`.
-        seed_B: (B,) int64 instead of `noise=`: the noise is that of `noise.gaussian`, made in fp32 and not stored.
 
     Raises:
-        ValueError: shapes differ, the table is in half precision, or not exactly one of noise and seed_B is given.
+        ValueError: shapes differ, or the table is in half precision.
     """
     check_shapes("x0", x0, noise=noise)
-    if (noise is None) == (seed_B is None):
-        raise ValueError("exactly one of noise and seed_B must be given")
     if alphas_cumprod.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"alphas_cumprod must be float32 or float64, got {alphas_cumprod.dtype}: do not cast it")
     if timesteps.is_floating_point() or timesteps.numel() not in (1, len(x0)):
         raise ValueError(
             f"timesteps: expected 1 or {len(x0)} coefficients, got {timesteps.numel()} of dtype {timesteps.dtype}"
         )
-    check_seeds(seed_B, len(x0))
     indices = timesteps.reshape(-1).to(x0.device, non_blocking=True)
-    return add_noise_op(x0, noise, indices, alphas_cumprod.to(compute_dtype(x0, noise)), seed_B)
+    return add_noise_op(x0, noise, indices, alphas_cumprod.to(compute_dtype(x0, noise)))
 
 
-def add_noise_reference(
-    x0: Tensor, noise: Tensor | None, timesteps: Tensor, table: Tensor, seed_B: Tensor | None
-) -> Tensor:
+def add_noise_reference(x0: Tensor, noise: Tensor, timesteps: Tensor, table: Tensor) -> Tensor:
     """x_t in plain PyTorch; arguments as the registered op's."""
     if x0.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(table))).all():
         raise IndexError(f"timesteps must lie in 0..{len(table) - 1}, got {timesteps.tolist()}")
     dtype = compute_dtype(x0, noise)
-    if noise is None:
-        assert seed_B is not None
-        noise = gaussian(seed_B, tuple(x0.shape), dtype)
     signal, noise_level = _factors(table, timesteps, x0)
     return (signal * x0.to(dtype) + noise_level * noise.to(dtype)).to(x0.dtype).contiguous()
 
@@ -80,10 +64,17 @@ def _factors(table: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Te
 
 @triton.jit
 def add_noise_kernel(
-    x0_ptr, noise_ptr, timesteps_ptr, table_ptr, seed_ptr, out_ptr, n, steps,
-    PER_SAMPLE: tl.constexpr, HAS_NOISE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (chunk, sample): BLOCK elements of one sample. PER_SAMPLE: 1 if there is a timestep for each, else 0."""
+    x0_ptr,  # clean latents, (B, n)
+    noise_ptr,  # noise, (B, n)
+    timesteps_ptr,  # indices into the table, integers, (B,) or (1,)
+    table_ptr,  # alpha-bar, fp32, (steps,)
+    out_ptr,  # noisy latents, written in their dtype, (B, n)
+    n,  # elements of a sample
+    steps,  # entries of the table
+    PER_SAMPLE: tl.constexpr,  # 1: a timestep for each sample, 0: one for all
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """Program (chunk, sample): BLOCK elements of one sample."""
     i_b = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_n < n
@@ -91,125 +82,45 @@ def add_noise_kernel(
     step = tl.load(timesteps_ptr + i_b * PER_SAMPLE)
     alpha = tl.load(table_ptr + step, mask=(step >= 0) & (step < steps), other=float("nan"))
     x0 = tl.load(x0_ptr + o, mask=mask, other=0.0).to(tl.float32)
-    if HAS_NOISE:
-        noise = tl.load(noise_ptr + o, mask=mask, other=0.0).to(tl.float32)
-    else:
-        noise = gaussian_tile(tl.load(seed_ptr + i_b), o_n)
+    noise = tl.load(noise_ptr + o, mask=mask, other=0.0).to(tl.float32)
     x_t = tl.sqrt(alpha) * x0 + tl.sqrt(1.0 - alpha) * noise
     tl.store(out_ptr + o, x_t.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x0: Tensor, noise: Tensor | None, timesteps: Tensor, table: Tensor, seed_B: Tensor | None) -> Tensor:
+def _launch(x0: Tensor, noise: Tensor, timesteps: Tensor, table: Tensor) -> Tensor:
     batch, n = len(x0), x0[0].numel()
     out = scratch.empty(x0.shape, x0.dtype, x0.device)
-    ins = [None if t is None else t.contiguous() for t in (x0, noise, timesteps, table, seed_B)]
+    ins = [t.contiguous() for t in (x0, noise, timesteps, table)]
     with backend.on_device(x0):
         add_noise_kernel[(triton.cdiv(n, BLOCK), batch)](
-            *ins, out, n, len(table), PER_SAMPLE=int(timesteps.numel() > 1), HAS_NOISE=noise is not None, BLOCK=BLOCK
+            *ins, out, n, len(table), PER_SAMPLE=int(timesteps.numel() > 1), BLOCK=BLOCK
         )
     return out
 
 
 @torch.library.custom_op("fastunlearn::add_noise", mutates_args=())
-def add_noise_op(x0: Tensor, noise: Tensor | None, timesteps: Tensor, table: Tensor, seed_B: Tensor | None) -> Tensor:
+def add_noise_op(x0: Tensor, noise: Tensor, timesteps: Tensor, table: Tensor) -> Tensor:
     """x_t; `timesteps` holds 1 or B integers, `table` has the dtype of the computation. On a GPU one launch."""
-    tensors = (x0, noise, timesteps, table, seed_B)
+    tensors = (x0, noise, timesteps, table)
     return (_launch if x0.numel() and backend.runs_triton(tensors) else add_noise_reference)(*tensors)
 
 
 @add_noise_op.register_fake
-def _fake(x0, noise, timesteps, table, seed_B):
+def _fake(x0, noise, timesteps, table):
     return x0.new_empty(x0.shape)
 
 
 def _save(ctx, inputs, output):
-    x0, noise, timesteps, table, _ = inputs
+    x0, noise, timesteps, table = inputs
     ctx.save_for_backward(timesteps, table)
-    ctx.dtypes = x0.dtype, None if noise is None else noise.dtype
+    ctx.dtypes = x0.dtype, noise.dtype
 
 
 def _backward(ctx, grad):
     signal, noise_level = _factors(ctx.saved_tensors[1], ctx.saved_tensors[0], grad)
     wide = grad.to(signal.dtype)
     of_x0, of_noise = ctx.dtypes
-    return (signal * wide).to(of_x0), None if of_noise is None else (noise_level * wide).to(of_noise), None, None, None
+    return (signal * wide).to(of_x0), (noise_level * wide).to(of_noise), None, None
 
 
 add_noise_op.register_autograd(_backward, setup_context=_save)
-
-
-def _run(inputs: Inputs) -> Outputs:
-    return {"x_t": add_noise(**inputs)}
-
-
-def _eager(inputs: Inputs) -> Outputs:
-    """As one writes it, with everything in the dtype of the latents but the table, which is cast after the roots."""
-    x0, noise, timesteps = inputs["x0"], inputs["noise"], inputs["timesteps"]
-    if noise is None:
-        noise = gaussian(inputs["seed_B"], tuple(x0.shape), x0.dtype)
-    alpha = inputs["alphas_cumprod"][timesteps].reshape(-1, *[1] * (x0.dim() - 1))
-    return {"x_t": alpha.sqrt().to(x0.dtype) * x0 + (1 - alpha).sqrt().to(x0.dtype) * noise}
-
-
-def _bytes_moved(inputs: Inputs) -> int:
-    of_table = inputs["timesteps"].numel() * inputs["alphas_cumprod"].element_size()
-    return nbytes(inputs["x0"], inputs["x0"], inputs["noise"], inputs["timesteps"], inputs.get("seed_B")) + of_table
-
-
-def _inputs(shape: Sequence[int], layout: str = "plain", seeds: bool = False, one: bool = False, scale: float = 1.0):
-    """A factory of inputs: a linear table of 1000 entries, and a timestep for each sample or (`one`) for all."""
-
-    def make(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        inputs: Inputs = {"x0": normal(draw, shape, dtype, device, layout, scale), "noise": None}
-        if seeds:
-            inputs["seed_B"] = torch.randint(-(2**63), 2**63 - 1, (shape[0],), generator=draw).to(device)
-        else:
-            inputs["noise"] = normal(draw, shape, dtype, device, layout, scale)
-        timesteps = torch.randint(0, 1000, () if one else (shape[0],), generator=draw)
-        table = (1 - betas).cumprod(0).float()
-        return inputs | {"timesteps": timesteps.to(device), "alphas_cumprod": table.to(device)}
-
-    return make
-
-
-def _kernel(name: str, dtype: str, **options: object) -> AotKernel:
-    constants = {"PER_SAMPLE": 1, "HAS_NOISE": True, "BLOCK": BLOCK} | options
-    signature = {"x0_ptr": f"*{dtype}", "noise_ptr": f"*{dtype}", "timesteps_ptr": "*i64", "table_ptr": "*fp32"}
-    signature |= {"seed_ptr": "*i64", "out_ptr": f"*{dtype}", "n": "i32", "steps": "i32"}
-    signature |= {name: "constexpr" for name in constants}
-    aligned, budget = ("x0_ptr", "noise_ptr", "out_ptr", "n"), 40 if constants["HAS_NOISE"] else 56
-    return AotKernel(name, add_noise_kernel, signature, constants, aligned, max_registers=budget, elements=BLOCK)
-
-
-SPEC = OpSpec(
-    name="add_noise",
-    run=_run,
-    eager=_eager,
-    cases=(
-        Case("0 elements", _inputs((0, 4, 8, 8))),
-        Case("empty samples", _inputs((2, 4, 0, 8), seeds=True)),
-        Case("1 element", _inputs((1, 1, 1, 1))),
-        Case("63 elements", _inputs((3, 1, 7, 9))),
-        Case("1000 elements", _inputs((2, 1000))),
-        Case("several chunks", _inputs((2, 4, 33, 31))),
-        Case("unaligned", _inputs((2, 4, 16, 16), "unaligned")),
-        Case("transposed", _inputs((2, 4, 6, 10), "transposed")),
-        Case("strided", _inputs((2, 4, 6, 10), "strided")),
-        Case("one timestep for all", _inputs((3, 4, 8, 8), one=True)),
-        Case("seeds", _inputs((3, 4, 8, 8), seeds=True)),
-        Case("seeds, several chunks", _inputs((2, 4, 33, 31), seeds=True)),
-        Case("seeds, transposed", _inputs((2, 4, 6, 10), "transposed", seeds=True)),
-        Case("large values", _inputs((2, 4, 8, 8), scale=1e4), (torch.float32, torch.bfloat16)),
-    ),
-    gradients=("x0", "noise"),
-    of_gradient="x_t",
-    bytes_moved=_bytes_moved,
-    launches=1,
-    latent=True,
-    kernels=(
-        *[_kernel(dtype, dtype) for dtype in SHORT.values()],
-        *[_kernel(f"{dtype} seeds", dtype, HAS_NOISE=False) for dtype in SHORT.values()],
-    ),
-    bench=lambda numel, dtype, device: _inputs((1, 4, numel // 4))(torch.Generator().manual_seed(0), dtype, device),
-)

@@ -1,6 +1,6 @@
 """What a model's output means: epsilon, v or x0, and the factors between them.
 
-With A = alpha-bar: x = sqrt(A) x0 + sqrt(1 - A) e and v = sqrt(A) e - sqrt(1 - A) x0. Not here: schedules.
+With A = alpha-bar: x = sqrt(A) x0 + sqrt(1 - A) e and v = sqrt(A) e - sqrt(1 - A) x0.
 
 One deterministic step to the next latents is x' = f x + h o for a model's output o: `ddim_factors` (from A to P) and
 `euler_factors` (from s to s', where x = x0 + s e). They take no difference of nearly equal rounded numbers: DDIM's h
@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels.common.noise import gaussian_tile
 from fastunlearn_kernels.latent.coefficients import coefficient
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -62,18 +61,20 @@ def training_target(noise: Tensor | None, x0: Tensor | None, alpha: Tensor, pred
 
 @triton.jit
 def training_target_tile(
-    noise_ptr, x0_ptr, seed_ptr, alpha, i_b, o_n, o, mask,
-    KIND_A: tl.constexpr, PREDICTION: tl.constexpr, HAS_NOISE: tl.constexpr,
-):  # fmt: skip
-    """The Triton form of `training_target`, for elements `o_n` of sample `i_b`, which lie at `o`. Without HAS_NOISE the
-    noise is made from the sample's seed."""
+    noise_ptr,  # noise, (B, n); not read for sample
+    x0_ptr,  # clean latents, (B, n); not read for epsilon
+    alpha,  # alpha-bar, a number or a pointer, see `coefficient`
+    i_b,  # sample, int64
+    o,  # offsets of the elements in the whole batch, int64
+    mask,  # which of them exist
+    KIND_A: tl.constexpr,  # kind of alpha
+    PREDICTION: tl.constexpr,  # place in PREDICTION_TYPES
+):
+    """The Triton form of `training_target`, in fp32."""
     if PREDICTION == 2:
         target = tl.load(x0_ptr + o, mask=mask, other=0.0).to(tl.float32)
     else:
-        if HAS_NOISE:
-            target = tl.load(noise_ptr + o, mask=mask, other=0.0).to(tl.float32)
-        else:
-            target = gaussian_tile(tl.load(seed_ptr + i_b), o_n)
+        target = tl.load(noise_ptr + o, mask=mask, other=0.0).to(tl.float32)
         if PREDICTION == 1:
             a = coefficient(alpha, i_b, KIND_A)
             x0 = tl.load(x0_ptr + o, mask=mask, other=0.0).to(tl.float32)

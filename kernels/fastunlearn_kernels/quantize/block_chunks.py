@@ -2,7 +2,7 @@
 
 Blocks are counted from the first element of each tensor, in logical order, and so are never shared by two programs.
 Every element of a list has a number, unique in the list, from which random bits for rounding are made: tensors begin at
-multiples of 256. Host side only. Not here: chunks by segment, which may cut blocks (`segments`).
+multiples of 256. Host side only. Chunks by segment, which may cut blocks, are those of `gradients.segments`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.gradients.segments import CHUNK
-from fastunlearn_kernels.quantize.dynamic_code import BLOCK
+from fastunlearn_kernels.common.tensor_lists import CHUNK
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK
 
 
-def first_numbers(numels: Sequence[int]) -> list[int]:
+def first_elements(numels: Sequence[int]) -> list[int]:
     """The number of the first element of each tensor, and behind the last tensor the next free one."""
-    numbers = [0]
+    firsts = [0]
     for numel in numels:
-        numbers.append(numbers[-1] + -(-numel // BLOCK) * BLOCK)
-    return numbers
+        firsts.append(firsts[-1] + -(-numel // QUANT_BLOCK) * QUANT_BLOCK)
+    return firsts
 
 
 @functools.lru_cache(maxsize=64)
 def block_chunks(numels: tuple[int, ...], device: torch.device) -> Tensor:
     """(chunks, 4) int64 on the device: tensor, begin, end, number of the tensor's first element. Cached."""
-    numbers = first_numbers(numels)
+    firsts = first_elements(numels)
     rows = [
-        (i, begin, min(begin + CHUNK, numel), numbers[i])
+        (i, begin, min(begin + CHUNK, numel), firsts[i])
         for i, numel in enumerate(numels)
         for begin in range(0, numel, CHUNK)
     ]
@@ -54,13 +54,13 @@ def block_chunks_of_pieces(
             of_tensor.setdefault(tensor, []).append((begin, end, segment))
     rows: list[tuple[int, ...]] = []
     table: list[tuple[int, ...]] = []
-    numbers = first_numbers(numels)
+    firsts = first_elements(numels)
     for i, numel in enumerate(numels):
         cuts = sorted(of_tensor.get(i, []))
         table_start = len(table)
         table += cuts
         edges = {edge for cut in cuts for edge in cut[:2]}
-        around = {min(edge + shift, numel) for edge in edges for shift in (-(edge % BLOCK), -edge % BLOCK)}
+        around = {min(edge + shift, numel) for edge in edges for shift in (-(edge % QUANT_BLOCK), -edge % QUANT_BLOCK)}
         borders = sorted(around | set(range(0, numel, CHUNK)) | {numel})
         first = 0
         for begin, end in itertools.pairwise(borders):
@@ -71,12 +71,12 @@ def block_chunks_of_pieces(
                 last += 1
             covered = last - first == 1 and cuts[first][0] <= begin and end <= cuts[first][1]
             kind = last - first if covered or last == first else last - first + 1
-            rows.append((i, begin, end, numbers[i], table_start + first, kind))
+            rows.append((i, begin, end, firsts[i], table_start + first, kind))
     tables = [torch.tensor(t, dtype=torch.int64).reshape(-1, n).to(device) for t, n in ((rows, 6), (table, 3))]
     return tables[0], tables[1]
 
 
 def views(flat: Tensor, shapes: Sequence[Sequence[int]], numels: Sequence[int]) -> list[Tensor]:
     """Tensors of the shapes, laid out one after the other in `flat` at their first numbers."""
-    numbers = first_numbers(numels)
-    return [flat[first : first + numel].view(tuple(shape)) for first, numel, shape in zip(numbers, numels, shapes)]
+    firsts = first_elements(numels)
+    return [flat[first : first + numel].view(tuple(shape)) for first, numel, shape in zip(firsts, numels, shapes)]

@@ -11,8 +11,8 @@ NaN or Inf has absmax NaN and codes 0, so that it comes back as NaN.
 
 Memory: 1 + 4/256 bytes an element instead of 4. Codes and scales of a list lie in one allocation each, the codes of
 every tensor at a multiple of 256, so that vector loads stay possible. Non-contiguous tensors are quantised in logical
-order; their codes are contiguous. One launch a list, each element read once and written once. Not here: the dynamic
-map of the optimizer's moments (`dynamic_code`).
+order; their codes are contiguous. One launch a list, each element read once and written once. The dynamic map of
+the optimizer's moments is in `dynamic_code`.
 
 Usage: `kept = blockwise_quantize(grads)`; `grads = blockwise_dequantize(kept, torch.bfloat16)`
 """
@@ -20,7 +20,7 @@ Usage: `kept = blockwise_quantize(grads)`; `grads = blockwise_dequantize(kept, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,18 +30,9 @@ from torch import Tensor
 from fastunlearn_kernels.common import backend, scratch
 from fastunlearn_kernels.common.precision import compute_dtype
 from fastunlearn_kernels.common.rounding import rounding_halves, rounding_halves_tile
-from fastunlearn_kernels.common.tiles import TYPES, chunk_length, chunk_row, is_aligned, typed_pointer
-from fastunlearn_kernels.gradients.segments import addresses
-from fastunlearn_kernels.quantize.block_chunks import block_chunks, first_numbers, views
-from fastunlearn_kernels.quantize.dynamic_code import BLOCK
-from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Inputs, OpSpec, Outputs, nbytes
-from fastunlearn_kernels.testing.specs.blockwise_quantize import (
-    bench_list,
-    check_linear_codes,
-    dequantize_cases,
-    eager_linear,
-    quantize_cases,
-)
+from fastunlearn_kernels.common.tensor_lists import addresses
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK, TYPES, chunk_length, chunk_row, is_aligned, typed_pointer
+from fastunlearn_kernels.quantize.block_chunks import block_chunks, first_elements, views
 
 ROWS = 8  # blocks of one tile: 16 elements a thread, one 16-byte load of bf16 or two
 # Rounds a number below 2^22 to an integer whose two's complement is in the low byte of the sum's bits.
@@ -83,30 +74,30 @@ def blockwise_dequantize(quantized: Quantized, dtype: torch.dtype = torch.float3
     if not codes:
         return []
     numels = [t.numel() for t in codes]
-    wanted = [-(-numel // BLOCK) for numel in numels]
+    wanted = [-(-numel // QUANT_BLOCK) for numel in numels]
     if [t.numel() for t in absmax] != wanted or any(t.dtype != torch.int8 for t in codes):
         raise ValueError("codes must be int8, with one absmax for each 256 elements of each tensor")
     return views(blockwise_dequantize_op(codes, absmax, dtype), [t.shape for t in codes], numels)
 
 
 def _scales(absmax: Tensor, numels: Sequence[int]) -> list[Tensor]:
-    return list(absmax.split([-(-numel // BLOCK) for numel in numels]))
+    return list(absmax.split([-(-numel // QUANT_BLOCK) for numel in numels]))
 
 
 def blockwise_quantize_reference(tensors: Sequence[Tensor], stochastic: bool, seed: int) -> tuple[Tensor, Tensor]:
     """(codes, absmax) of the whole list, flat, in plain PyTorch; between tensors, codes are 0."""
-    numbers = first_numbers([t.numel() for t in tensors])
-    flat = tensors[0].new_zeros(numbers[-1], dtype=compute_dtype(*tensors))
-    for first, tensor in zip(numbers, tensors):
+    firsts = first_elements([t.numel() for t in tensors])
+    flat = tensors[0].new_zeros(firsts[-1], dtype=compute_dtype(*tensors))
+    for first, tensor in zip(firsts, tensors):
         flat[first : first + tensor.numel()] = tensor.reshape(-1)
-    blocks = flat.view(-1, BLOCK)
+    blocks = flat.view(-1, QUANT_BLOCK)
     absmax = blocks.abs().amax(1) if len(blocks) else flat
     absmax = torch.where(absmax.isfinite(), absmax, torch.nan)
     up = torch.where(absmax < SMALL, UP, 1.0)
     inverse = torch.where(absmax > 0, 127 / (absmax * up), 0.0)
     y = torch.where(absmax[:, None].isfinite(), blocks, 0.0) * up[:, None] * inverse[:, None]
     if stochastic:
-        halves = rounding_halves(seed, torch.arange(numbers[-1], device=flat.device)).view(-1, BLOCK)
+        halves = rounding_halves(seed, torch.arange(firsts[-1], device=flat.device)).view(-1, QUANT_BLOCK)
         y = y + (halves.to(y.dtype) * 2.0**-16 + (2.0**-17 - 0.5))
     codes = y.round()
     return codes.to(torch.int8).reshape(-1), absmax.float()
@@ -114,39 +105,50 @@ def blockwise_quantize_reference(tensors: Sequence[Tensor], stochastic: bool, se
 
 def blockwise_dequantize_reference(codes: Sequence[Tensor], absmax: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The list, flat, in plain PyTorch; between tensors there are zeros."""
-    numbers = first_numbers([t.numel() for t in codes])
-    flat = codes[0].new_zeros(numbers[-1], dtype=dtype)
+    firsts = first_elements([t.numel() for t in codes])
+    flat = codes[0].new_zeros(firsts[-1], dtype=dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    for first, tensor, scales in zip(numbers, codes, absmax):
-        spread = scales.to(compute).repeat_interleave(BLOCK)[: tensor.numel()]
+    for first, tensor, scales in zip(firsts, codes, absmax):
+        spread = scales.to(compute).repeat_interleave(QUANT_BLOCK)[: tensor.numel()]
         flat[first : first + tensor.numel()] = (tensor.reshape(-1).to(compute) / 127 * spread).to(dtype)
     return flat
 
 
 @triton.jit
 def blockwise_quantize_chunk_kernel(
-    chunks_ptr, addresses_ptr, codes_ptr, absmax_ptr, seed,
-    X: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    chunks_ptr,  # table of `block_chunks`, int64, (chunks, 4)
+    addresses_ptr,  # where each tensor begins, int64, (tensors,)
+    codes_ptr,  # int8, (elements,), written; `element` is the place in it
+    absmax_ptr,  # fp32, (elements / 256,), written
+    seed,  # of the random bits, an integer
+    X: tl.constexpr,  # Triton type of the tensors
+    STOCHASTIC: tl.constexpr,  # whether to round stochastically
+    ROWS: tl.constexpr,  # blocks of a tile
+    WIDTH: tl.constexpr,  # elements of a block
+):
     """Program = chunk of whole blocks."""
-    tensor, begin, end, number = chunk_row(chunks_ptr, tl.program_id(0))
+    tensor, begin, end, element = chunk_row(chunks_ptr, tl.program_id(0))
     at = tl.load(addresses_ptr + tensor)
     if is_aligned(at, begin, end):
-        _quantize_chunk(at, codes_ptr, absmax_ptr, seed, begin, end, number, X, STOCHASTIC, ROWS, WIDTH, True)
+        _quantize_chunk(at, codes_ptr, absmax_ptr, seed, begin, end, element, X, STOCHASTIC, ROWS, WIDTH, True)
     else:
-        _quantize_chunk(at, codes_ptr, absmax_ptr, seed, begin, end, number, X, STOCHASTIC, ROWS, WIDTH, False)
+        _quantize_chunk(at, codes_ptr, absmax_ptr, seed, begin, end, element, X, STOCHASTIC, ROWS, WIDTH, False)
 
 
 @triton.jit
 def _quantize_chunk(
-    at, codes_ptr, absmax_ptr, seed, begin, end, number,
-    X: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    at,  # address of the tensor, int64
+    codes_ptr, absmax_ptr, seed,  # as above
+    begin, end,  # the chunk's elements in the tensor, int64
+    element,  # number of the tensor's first element, int64
+    X: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,  # as above
+    ALIGNED: tl.constexpr,  # see `tiles`
 ):  # fmt: skip
     length = chunk_length(begin, end, ALIGNED)
     x_ptr = typed_pointer(at, begin, X, ALIGNED)
-    number += begin  # of the chunk's first element; a multiple of 256
-    codes_ptr = tl.multiple_of(codes_ptr + number, 16)
-    absmax_ptr += number >> 8
+    element += begin  # the chunk's first one; a multiple of 256
+    codes_ptr = tl.multiple_of(codes_ptr + element, 16)
+    absmax_ptr += element >> 8
     for first in range(0, length, ROWS * WIDTH):
         o_row = first + tl.arange(0, ROWS) * WIDTH
         o = o_row[:, None] + tl.arange(0, WIDTH)[None, :]
@@ -159,8 +161,8 @@ def _quantize_chunk(
         inverse = tl.where(absmax > 0, 127.0 / tl.where(absmax > 0, absmax * up, 1.0), 0.0)
         y = (tl.where(finite[:, None], x, 0.0) * up[:, None]) * tl.where(finite, inverse, 0.0)[:, None]
         if STOCHASTIC:
-            seed_value = number * 0 + seed  # a seed of 1 is a constant, which has no methods
-            halves = rounding_halves_tile(seed_value, number + o_row, WIDTH)
+            seed_value = element * 0 + seed  # a seed of 1 is a constant, which has no methods
+            halves = rounding_halves_tile(seed_value, element + o_row, WIDTH)
             y += halves.to(tl.float32) * _UNIT + _HALF_DOWN
         code = (y + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
         tl.store(codes_ptr + o, code, mask=o_row[:, None] < length)  # whole blocks: behind the end lie zeros
@@ -169,25 +171,35 @@ def _quantize_chunk(
 
 @triton.jit
 def blockwise_dequantize_chunk_kernel(
-    chunks_ptr, addresses_ptr, out_ptr, tensors, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """Program = chunk of whole blocks. Rows of the table of addresses: codes, absmax."""
-    tensor, begin, end, number = chunk_row(chunks_ptr, tl.program_id(0))
+    chunks_ptr,  # table of `block_chunks`, int64, (chunks, 4)
+    addresses_ptr,  # where codes (row 0) and absmax (row 1) of each tensor begin, int64, (2, tensors)
+    out_ptr,  # the list, flat, (elements,), written in its dtype
+    tensors,  # number of tensors
+    ROWS: tl.constexpr,  # blocks of a tile
+    WIDTH: tl.constexpr,  # elements of a block
+):
+    """Program = chunk of whole blocks."""
+    tensor, begin, end, element = chunk_row(chunks_ptr, tl.program_id(0))
     at, absmax_at = tl.load(addresses_ptr + tensor), tl.load(addresses_ptr + tensors + tensor)
     if is_aligned(at, begin, end):
-        _dequantize_chunk(at, absmax_at, out_ptr, begin, end, number, ROWS, WIDTH, True)
+        _dequantize_chunk(at, absmax_at, out_ptr, begin, end, element, ROWS, WIDTH, True)
     else:
-        _dequantize_chunk(at, absmax_at, out_ptr, begin, end, number, ROWS, WIDTH, False)
+        _dequantize_chunk(at, absmax_at, out_ptr, begin, end, element, ROWS, WIDTH, False)
 
 
 @triton.jit
 def _dequantize_chunk(
-    at, absmax_at, out_ptr, begin, end, number, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
+    at, absmax_at,  # addresses of the tensor's codes and absmax, int64
+    out_ptr,  # as above
+    begin, end,  # the chunk's elements in the tensor, int64
+    element,  # number of the tensor's first element, int64
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,  # as above
+    ALIGNED: tl.constexpr,  # see `tiles`
 ):  # fmt: skip
     length = chunk_length(begin, end, ALIGNED)
     code_ptr = typed_pointer(at, begin, tl.int8, ALIGNED)
     absmax_ptr = absmax_at.to(tl.pointer_type(tl.float32)) + (begin >> 8)
-    out_ptr = tl.multiple_of(out_ptr + (number + begin), 16)
+    out_ptr = tl.multiple_of(out_ptr + (element + begin), 16)
     for first in range(0, length, ROWS * WIDTH):
         o_row = first + tl.arange(0, ROWS) * WIDTH
         o = o_row[:, None] + tl.arange(0, WIDTH)[None, :]
@@ -200,27 +212,27 @@ def _dequantize_chunk(
 
 def _launch_quantize(tensors: Sequence[Tensor], stochastic: bool, seed: int) -> tuple[Tensor, Tensor]:
     device, numels = tensors[0].device, tuple(t.numel() for t in tensors)
-    size = first_numbers(numels)[-1]
+    size = first_elements(numels)[-1]
     codes = scratch.empty((size,), torch.int8, device)
-    absmax = scratch.empty((size // BLOCK,), torch.float32, device)
+    absmax = scratch.empty((size // QUANT_BLOCK,), torch.float32, device)
     chunks, ordered = block_chunks(numels, device), [t.contiguous() for t in tensors]
     if len(chunks):
         with backend.on_device(codes):
             blockwise_quantize_chunk_kernel[(len(chunks),)](
                 chunks, addresses(ordered), codes, absmax, seed, X=TYPES[tensors[0].dtype], STOCHASTIC=stochastic,
-                ROWS=ROWS, WIDTH=BLOCK,
+                ROWS=ROWS, WIDTH=QUANT_BLOCK,
             )  # fmt: skip
     return codes, absmax
 
 
 def _launch_dequantize(codes: Sequence[Tensor], absmax: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     device, numels = codes[0].device, tuple(t.numel() for t in codes)
-    out = scratch.empty((first_numbers(numels)[-1],), dtype, device)
+    out = scratch.empty((first_elements(numels)[-1],), dtype, device)
     chunks, ordered = block_chunks(numels, device), [[t.contiguous() for t in ts] for ts in (codes, absmax)]
     if len(chunks):
         with backend.on_device(out):
             blockwise_dequantize_chunk_kernel[(len(chunks),)](
-                chunks, addresses(*ordered), out, len(codes), ROWS=ROWS, WIDTH=BLOCK
+                chunks, addresses(*ordered), out, len(codes), ROWS=ROWS, WIDTH=QUANT_BLOCK
             )
     return out
 
@@ -234,9 +246,9 @@ def blockwise_quantize_op(tensors: Sequence[Tensor], stochastic: bool, seed: int
 
 @blockwise_quantize_op.register_fake
 def _fake_quantize(tensors, stochastic, seed):
-    size = first_numbers([t.numel() for t in tensors])[-1]
+    size = first_elements([t.numel() for t in tensors])[-1]
     like = tensors[0]
-    return like.new_empty((size,), dtype=torch.int8), like.new_empty((size // BLOCK,), dtype=torch.float32)
+    return like.new_empty((size,), dtype=torch.int8), like.new_empty((size // QUANT_BLOCK,), dtype=torch.float32)
 
 
 @torch.library.custom_op("fastunlearn::blockwise_dequantize", mutates_args=())
@@ -248,78 +260,4 @@ def blockwise_dequantize_op(codes: Sequence[Tensor], absmax: Sequence[Tensor], d
 
 @blockwise_dequantize_op.register_fake
 def _fake_dequantize(codes, absmax, dtype):
-    return codes[0].new_empty((first_numbers([t.numel() for t in codes])[-1],), dtype=dtype)
-
-
-def _run_quantize(inputs: Inputs) -> Outputs:
-    codes, absmax = blockwise_quantize(**inputs)
-    return {f"{name}[{i}]": t for name, ts in (("codes", codes), ("absmax", absmax)) for i, t in enumerate(ts)}
-
-
-def _run_dequantize(inputs: Inputs) -> Outputs:
-    tensors = blockwise_dequantize(Quantized(inputs["codes"], inputs["absmax"]), inputs["like"].dtype)
-    return {f"out[{i}]": t for i, t in enumerate(tensors)}
-
-
-def _eager_dequantize(inputs: Inputs) -> Outputs:
-    dtype, out = inputs["like"].dtype, {}
-    for i, (codes, absmax) in enumerate(zip(inputs["codes"], inputs["absmax"])):
-        spread = absmax.repeat_interleave(BLOCK)[: codes.numel()].reshape(codes.shape)
-        out[f"out[{i}]"] = (codes / 127 * spread).to(dtype)
-    return out
-
-
-def _blocks(tensors: Sequence[Tensor]) -> int:
-    return sum(-(-t.numel() // BLOCK) for t in tensors)
-
-
-def _bench_dequantize(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    codes, absmax = blockwise_quantize(bench_list(numel, dtype, device)["tensors"])
-    return {"codes": codes, "absmax": absmax, "like": torch.empty(0, dtype=dtype, device=device)}
-
-
-def _aot(name: str, fn: Any, pointers: dict[str, str], numbers: dict[str, str], **constants: Any) -> AotKernel:
-    constants |= {"ROWS": ROWS, "WIDTH": BLOCK}
-    signature = {"chunks_ptr": "*i64", "addresses_ptr": "*i64"} | pointers | numbers
-    signature |= {constant: "constexpr" for constant in constants}
-    aligned = ("chunks_ptr", "addresses_ptr", *pointers)
-    return AotKernel(name, fn, signature, constants, aligned, max_registers=64, elements=ROWS * BLOCK)
-
-
-def _quantizer(dtype: torch.dtype, stochastic: bool) -> AotKernel:
-    name = SHORT[dtype] + (" stochastic" if stochastic else "")
-    pointers = {"codes_ptr": "*i8", "absmax_ptr": "*fp32"}
-    constants = {"X": TYPES[dtype], "STOCHASTIC": stochastic}
-    return _aot(name, blockwise_quantize_chunk_kernel, pointers, {"seed": "i64"}, **constants)
-
-
-QUANTIZE_SPEC = OpSpec(
-    name="blockwise_quantize",
-    run=_run_quantize,
-    eager=eager_linear,
-    cases=quantize_cases(),
-    compare=check_linear_codes,
-    bytes_moved=lambda inputs: (
-        nbytes(inputs["tensors"]) + sum(t.numel() for t in inputs["tensors"]) + 4 * _blocks(inputs["tensors"])
-    ),
-    launches=1,
-    kernels=(*[_quantizer(dtype, False) for dtype in SHORT], _quantizer(torch.bfloat16, True)),
-    bench=bench_list,
-)
-
-DEQUANTIZE_SPEC = OpSpec(
-    name="blockwise_dequantize",
-    run=_run_dequantize,
-    eager=_eager_dequantize,
-    cases=dequantize_cases(),
-    bytes_moved=lambda inputs: (
-        nbytes(inputs["codes"], inputs["absmax"])
-        + sum(t.numel() for t in inputs["codes"]) * inputs["like"].element_size()
-    ),
-    launches=1,
-    kernels=tuple(
-        _aot(short, blockwise_dequantize_chunk_kernel, {"out_ptr": f"*{short}"}, {"tensors": "i32"})
-        for short in SHORT.values()
-    ),
-    bench=_bench_dequantize,
-)
+    return codes[0].new_empty((first_elements([t.numel() for t in codes])[-1],), dtype=dtype)

@@ -14,8 +14,7 @@ right borders on either side. That is 24 instructions an element on sm_90 for m 
 binary search takes 8 dependent loads. Nearest means: for a y that is off by at most 2^-22 of its decade's upper end,
 which is fp32's rounding on the way.
 
-Not here: where absmax comes from (the optimizer step, or `quantize_blockwise` for the reference), and int8 linear
-codes.
+Int8 linear codes are in `blockwise_quantize`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn_kernels.common.precision import compute_dtype
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK
 
-BLOCK = 256  # elements that share one absmax, in logical order
 # Below this absmax 1 / absmax overflows or is lost: such a block becomes all zeros, an error of less than 1.2e-38.
 SMALLEST_ABSMAX = 2.0**-126
 
@@ -72,23 +71,23 @@ def nearest_code(y: Tensor, signed: bool) -> Tensor:
     return torch.bucketize(y.double(), _borders(signed, y.device)).to(torch.uint8)
 
 
-def quantize_blockwise(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize_dynamic(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """The elements of `x` in order -> (codes uint8 of its shape, absmax fp32 of each 256 elements). The reference.
 
     A block that holds NaN or Inf gets absmax NaN or Inf, and dequantises to NaN throughout, save for Inf itself.
     """
     wide = x.to(compute_dtype(x)).reshape(-1)
-    blocks = torch.nn.functional.pad(wide, (0, -len(wide) % BLOCK)).view(-1, BLOCK)
+    blocks = torch.nn.functional.pad(wide, (0, -len(wide) % QUANT_BLOCK)).view(-1, QUANT_BLOCK)
     absmax = blocks.abs().amax(1) if len(blocks) else blocks.new_zeros(0)
     scale = torch.where(absmax < SMALLEST_ABSMAX, torch.inf, absmax)
     codes = nearest_code(blocks / scale[:, None], signed)
     return codes.reshape(-1)[: len(wide)].reshape(x.shape), absmax.float()
 
 
-def dequantize_blockwise(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_dynamic(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """value[code] * absmax, in the shape of `codes`. The reference."""
     values = dynamic_map(signed, codes.device).to(dtype)[codes.reshape(-1).long()]
-    return (values * absmax.to(dtype).repeat_interleave(BLOCK)[: len(values)]).reshape(codes.shape)
+    return (values * absmax.to(dtype).repeat_interleave(QUANT_BLOCK)[: len(values)]).reshape(codes.shape)
 
 
 @triton.jit
@@ -117,18 +116,18 @@ def quantize_tile(x, inverse, SIGNED: tl.constexpr):
     z, w = tl.where(low, z * 1e2, z), tl.where(low, w * 0.25, w)
     low = z < 1e-1
     z, w = tl.where(low, z * 1e1, z), tl.where(low, w * 0.5, w)
-    number = tl.minimum((z * _SLOPE + _START) * w - 0.5, (z * _STEEP_SLOPE + _STEEP_START) * w - 0.75)
-    # The border above 0, which is no cell's: a line that crosses it there and lies below `number` everywhere else.
+    q = tl.minimum((z * _SLOPE + _START) * w - 0.5, (z * _STEEP_SLOPE + _STEEP_START) * w - 0.75)
+    # The border above 0, which is no cell's: a line that crosses it there and lies below `q` everywhere else.
     # Then the one below 1, no cell's either: a quarter of a cell from the end.
     if SIGNED:
-        number = tl.maximum(number, y * 100.0 + (0.5 - 2.75e-5))
+        q = tl.maximum(q, y * 100.0 + (0.5 - 2.75e-5))
         sign = x.to(tl.int32, bitcast=True) & _SIGN
-        number = (number.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-        code = tl.maximum(number, number * 2 - 127.0) + (_ROUND + 127)
+        q = (q.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        code = tl.maximum(q, q * 2 - 127.0) + (_ROUND + 127)
     else:
         # Compared as integers, since the line is positive: NVIDIA takes the largest of three integers at once.
         low = (y * 200.0 + (1.5 - 3.25e-5)).to(tl.int32, bitcast=True)
-        top = (number * 2 - 255.0).to(tl.int32, bitcast=True)
-        number = tl.maximum(tl.maximum(number.to(tl.int32, bitcast=True), low), top).to(tl.float32, bitcast=True)
-        code = number + (_ROUND - 1)
+        top = (q * 2 - 255.0).to(tl.int32, bitcast=True)
+        q = tl.maximum(tl.maximum(q.to(tl.int32, bitcast=True), low), top).to(tl.float32, bitcast=True)
+        code = q + (_ROUND - 1)
     return code.to(tl.int32, bitcast=True).to(tl.uint8)

@@ -1,6 +1,6 @@
-"""What an op declares about itself, once: tests, ahead-of-time checks, the report and the benchmarks iterate over it.
+"""What is declared about an op, once: tests, ahead-of-time checks, the report and the benchmarks iterate over it.
 
-Not here: any op, and any list of them; `fastunlearn_kernels.ALL_SPECS` has that.
+The specs are in `testing.specs`, the list of them is `testing.all_specs.ALL_SPECS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cases of `adamw8bit_step`, and how its results are judged. Host side, for the spec only."""
+"""The spec of `adamw8bit_step`, and how its results are judged."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from fastunlearn_kernels.gradients.segments import Segments, of_flat, per_tensor, whole
-from fastunlearn_kernels.gradients.surgery_coefficients import Plan
+from fastunlearn_kernels.adamw8bit.kernel import adamw8bit_step_chunk_kernel
+from fastunlearn_kernels.adamw8bit.step import ROWS, WRITTEN, adamw8bit_step
+from fastunlearn_kernels.common import backend
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK
+from fastunlearn_kernels.gradients.operands import unpacked
+from fastunlearn_kernels.gradients.segments import Segments, per_tensor, whole
+from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized, blockwise_quantize
-from fastunlearn_kernels.quantize.dynamic_code import BLOCK, SMALLEST_ABSMAX, dynamic_map, quantize_blockwise
-from fastunlearn_kernels.testing.spec import Case, Inputs, Outputs, normal
+from fastunlearn_kernels.quantize.dynamic_code import SMALLEST_ABSMAX, dynamic_map, quantize_dynamic
+from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 from fastunlearn_kernels.testing.specs.blockwise_quantize import MANY, tensor_list
+from fastunlearn_kernels.testing.specs.gradient_cases import flat_segments
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 _BF16 = (torch.bfloat16,)
@@ -28,7 +35,7 @@ def _moments(grads: Sequence[Tensor], draw: torch.Generator, bits: int, layout: 
     if bits == 32:
         keep = [[normal(draw, t.shape, torch.float32, t.device, layout).copy_(t) for t in ts] for ts in (first, second)]
         return {"state1": keep[0], "state2": keep[1]}
-    coded = [[quantize_blockwise(t, signed) for t in ts] for ts, signed in ((first, True), (second, False))]
+    coded = [[quantize_dynamic(t, signed) for t in ts] for ts, signed in ((first, True), (second, False))]
     out: Inputs = {}
     for number, pairs in enumerate(coded, 1):
         codes = [normal(draw, c.shape, torch.float32, c.device, layout).to(torch.uint8) for c, _ in pairs]
@@ -70,7 +77,7 @@ def inputs_of(
             coef = torch.randn(cut.count, generator=draw)
             coef[::2] = 0
             numbers = torch.tensor(0.37), torch.tensor(found_inf), torch.tensor(1.0)
-            inputs |= {"segments": cut, "plan": Plan(*[t.to(device) for t in (coef, *numbers)])}
+            inputs |= {"segments": cut, "plan": SurgeryPlan(*[t.to(device) for t in (coef, *numbers)])}
         if change is not None:
             change(inputs)
         return inputs
@@ -80,8 +87,8 @@ def inputs_of(
 
 def _not_finite(inputs: Inputs) -> None:
     inputs["grads"][0].view(-1)[3] = float("nan")
-    inputs["grads"][0].view(-1)[BLOCK + 3] = float("inf")
-    inputs["params"][0].view(-1)[2 * BLOCK + 3] = float("nan")
+    inputs["grads"][0].view(-1)[QUANT_BLOCK + 3] = float("inf")
+    inputs["params"][0].view(-1)[2 * QUANT_BLOCK + 3] = float("nan")
 
 
 def _turned(inputs: Inputs) -> None:
@@ -97,15 +104,15 @@ def _from_zero(inputs: Inputs) -> None:
     for name in ("state1", "state2", "absmax1", "absmax2"):
         for tensor in inputs[name]:
             tensor.zero_()
-    inputs["grads"][0].view(-1)[:BLOCK] = 0
+    inputs["grads"][0].view(-1)[:QUANT_BLOCK] = 0
 
 
 def _cut(tensors: Sequence[Tensor]) -> Segments:
     """One flat buffer, cut anywhere: inside of blocks, several times in one, and with padding at the end."""
-    return of_flat([0, 100, 256, 300, 301, 700, 9000, 17000, 17408, 19000])
+    return flat_segments([0, 100, 256, 300, 301, 700, 9000, 17000, 17408, 19000])
 
 
-def adamw_cases() -> tuple[Case, ...]:
+def _cases() -> tuple[Case, ...]:
     return (
         Case("0 elements", inputs_of([(0,), (0, 3)])),
         Case("1 element", inputs_of([(1,)])),
@@ -139,7 +146,8 @@ def adamw_cases() -> tuple[Case, ...]:
 def bench_step(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     """16 tensors of about `numel` elements with an int8 retain gradient, every segment in conflict; fp32 is a master
     whose gradients and copies are bf16. Made on the device."""
-    size, low = max(numel // 16 // BLOCK * BLOCK, BLOCK), torch.bfloat16 if dtype == torch.float32 else dtype
+    size = max(numel // 16 // QUANT_BLOCK * QUANT_BLOCK, QUANT_BLOCK)
+    low = torch.bfloat16 if dtype == torch.float32 else dtype
 
     def tensors(of: torch.dtype) -> list[Tensor]:
         return [torch.empty(size, dtype=of, device=device).normal_() for _ in range(16)]
@@ -148,17 +156,17 @@ def bench_step(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
         return [torch.randint(low, high, (size,), dtype=of, device=device) for _ in range(16)]
 
     def scales() -> list[Tensor]:
-        return [torch.rand(size // BLOCK, device=device) + 1 for _ in range(16)]
+        return [torch.rand(size // QUANT_BLOCK, device=device) + 1 for _ in range(16)]
 
     params = tensors(dtype)
-    plan = Plan(torch.full((16,), -0.1, device=device), *torch.tensor([0.5, 0.0, 1.0], device=device).unbind())
+    plan = SurgeryPlan(torch.full((16,), -0.1, device=device), *torch.tensor([0.5, 0.0, 1.0], device=device).unbind())
     inputs: Inputs = {"params": params, "grads": tensors(low), "step": 3, "lr": 1e-5, "plan": plan}
     inputs |= {"retain": Quantized(codes(torch.int8, -127, 128), scales()), "segments": per_tensor(params)}
     inputs |= {f"state{i}": codes(torch.uint8, 0, 256) for i in (1, 2)} | {f"absmax{i}": scales() for i in (1, 2)}
     return inputs | ({"copies": tensors(low)} if dtype == torch.float32 else {})
 
 
-def check_step(ours: Outputs, oracle: Outputs, eager: Outputs, inputs: Inputs) -> None:
+def _check_step(ours: Outputs, oracle: Outputs, eager: Outputs, inputs: Inputs) -> None:
     """Parameters within their dtype's rounding, absmax within that of fp32, codes at most one away and seldom that."""
     assert set(ours) == set(oracle), f"outputs of one only: {sorted(set(ours) ^ set(oracle))}"
     for name, mine in ours.items():
@@ -188,11 +196,67 @@ def check_step(ours: Outputs, oracle: Outputs, eager: Outputs, inputs: Inputs) -
 
 def _check_codes(name: str, mine: Tensor, exact: Tensor, absmax: Tensor, signed: bool) -> None:
     known = absmax.isfinite() & (absmax >= SMALLEST_ABSMAX)
-    known = known.repeat_interleave(BLOCK)[: mine.numel()].reshape(mine.shape)
+    known = known.repeat_interleave(QUANT_BLOCK)[: mine.numel()].reshape(mine.shape)
     apart = (mine[known].int() - exact[known].int()).abs()
     assert not apart.numel() or apart.max() <= 1, f"{name}: {apart.max()} codes away"
     differing = int((apart > 0).sum())
     assert differing <= 1 + mine.numel() // 200, f"{name}: {differing} of {mine.numel()} codes differ"
-    zero = absmax.eq(0).repeat_interleave(BLOCK)[: mine.numel()].reshape(mine.shape)
+    zero = absmax.eq(0).repeat_interleave(QUANT_BLOCK)[: mine.numel()].reshape(mine.shape)
     value = dynamic_map(signed, mine.device)[mine[zero].long()]
     assert not value.any(), f"{name}: a block of zeros has codes other than that of 0"
+
+
+def _run(inputs: Inputs) -> Outputs:
+    adamw8bit_step(**inputs)
+    lists = {name: inputs.get(name, ()) for name in WRITTEN}
+    return {f"{name}[{i}]": t for name, tensors in lists.items() for i, t in enumerate(tensors)}
+
+
+def _eager(inputs: Inputs) -> Outputs:
+    with backend.force("reference"):
+        return _run(inputs)
+
+
+def _bytes_moved(inputs: Inputs) -> int:
+    codes, scales = unpacked(inputs.get("retain"))
+    moments = [inputs.get(name, []) for name in ("state1", "state2", "absmax1", "absmax2")]
+    once = nbytes(inputs["grads"], inputs.get("copies"), codes, scales)
+    return once + 2 * nbytes(inputs["params"], *[list(m) for m in moments])
+
+
+def _kernel(name: str, p: Any, u: Any, copy: Any = None, r: Any = None, s: Any = tl.uint8) -> AotKernel:
+    """One kernel of those that `_launch` compiles; types are Triton's."""
+    pointers = {name: "*i64" for name in ("chunks_ptr", "pieces_ptr", "addresses_ptr")}
+    pointers |= {f"{name}_ptr": "*fp32" for name in ("map1", "map2", "coef", "scale", "found_inf")}
+    numbers = ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "decay", "step_size", "inv_sqrt_bias2")
+    constants = {
+        "P": p, "C": copy, "U": u, "R": r, "S": s, "PLAN": r is not None, "STOCHASTIC": p is tl.bfloat16,
+        "ROWS": ROWS, "WIDTH": QUANT_BLOCK,
+    }  # fmt: skip
+    signature = pointers | {"tensors": "i32"} | dict.fromkeys(numbers, "fp32") | {"seed": "i64"}
+    signature |= dict.fromkeys(constants, "constexpr")
+    return AotKernel(
+        name, adamw8bit_step_chunk_kernel, signature, constants, tuple(pointers), max_registers=128,
+        elements=ROWS * QUANT_BLOCK,
+    )  # fmt: skip
+
+
+SPEC = OpSpec(
+    name="adamw8bit_step",
+    run=_run,
+    eager=_eager,
+    cases=_cases(),
+    compare=_check_step,
+    bytes_moved=_bytes_moved,
+    launches=1,
+    kernels=(
+        _kernel("bf16, stochastic", tl.bfloat16, tl.bfloat16),
+        _kernel("bf16, stochastic, bf16 retain", tl.bfloat16, tl.bfloat16, r=tl.bfloat16),
+        _kernel("bf16, stochastic, int8 retain", tl.bfloat16, tl.bfloat16, r=tl.int8),
+        _kernel("fp32 and bf16 copy, int8 retain", tl.float32, tl.bfloat16, tl.bfloat16, tl.int8),
+        _kernel("fp32, fp32 retain", tl.float32, tl.float32, r=tl.float32),
+        _kernel("fp16", tl.float16, tl.float16),
+        _kernel("fp32, fp32 moments", tl.float32, tl.float32, s=tl.float32),
+    ),
+    bench=bench_step,
+)

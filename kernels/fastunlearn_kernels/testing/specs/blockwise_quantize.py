@@ -1,14 +1,23 @@
-"""Cases of the 8-bit ops, what they are compared with, and how codes are judged. Host side, for specs only."""
+"""The specs of `blockwise_quantize` and `blockwise_dequantize`, and how int8 codes are judged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastunlearn_kernels.quantize.dynamic_code import BLOCK
-from fastunlearn_kernels.testing.spec import Case, Inputs, Outputs, normal
+from fastunlearn_kernels.common.tiles import QUANT_BLOCK, TYPES
+from fastunlearn_kernels.quantize.blockwise_quantize import (
+    ROWS,
+    Quantized,
+    blockwise_dequantize,
+    blockwise_dequantize_chunk_kernel,
+    blockwise_quantize,
+    blockwise_quantize_chunk_kernel,
+)
+from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 
 def tensor_list(
@@ -25,9 +34,9 @@ def tensor_list(
     return [normal(draw, t.shape, dtype, device, layout).copy_(t) for t in spread]
 
 
-def bench_list(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+def _bench_quantize(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     """16 tensors that hold about `numel` elements together."""
-    size = max(numel // 16 // BLOCK * BLOCK, BLOCK)
+    size = max(numel // 16 // QUANT_BLOCK * QUANT_BLOCK, QUANT_BLOCK)
     return {"tensors": [torch.randn(size, dtype=torch.float32, device=device).to(dtype) for _ in range(16)]}
 
 
@@ -40,21 +49,21 @@ def _tensors(shapes: Sequence[Sequence[int]], layout: str = "plain", scale: floa
 
 def _special(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Blocks of zeros, with NaN, with Inf, with denormal numbers only, with one element that counts."""
-    x = tensor_list(draw, [(6 * BLOCK,)], dtype, device)[0]
-    x[:BLOCK] = 0
-    x[BLOCK + 7] = float("nan")
-    x[2 * BLOCK + 100] = -float("inf")
+    x = tensor_list(draw, [(6 * QUANT_BLOCK,)], dtype, device)[0]
+    x[:QUANT_BLOCK] = 0
+    x[QUANT_BLOCK + 7] = float("nan")
+    x[2 * QUANT_BLOCK + 100] = -float("inf")
     # Triton's interpreter reads denormal bf16 numbers wrongly.
-    x[3 * BLOCK : 4 * BLOCK] *= 1e-33 if dtype == torch.bfloat16 else torch.finfo(dtype).tiny / 64
-    x[4 * BLOCK : 5 * BLOCK] = 0
-    x[4 * BLOCK + 3] = -2.0
+    x[3 * QUANT_BLOCK : 4 * QUANT_BLOCK] *= 1e-33 if dtype == torch.bfloat16 else torch.finfo(dtype).tiny / 64
+    x[4 * QUANT_BLOCK : 5 * QUANT_BLOCK] = 0
+    x[4 * QUANT_BLOCK + 3] = -2.0
     return {"tensors": [x]}
 
 
 MANY = [(7,), (0,), (256,), (16, 16), (1,), (3, 0), (513,), (2, 300)]
 
 
-def quantize_cases() -> tuple[Case, ...]:
+def _quantize_cases() -> tuple[Case, ...]:
     return (
         Case("0 elements", _tensors([(0,), (0, 3)])),
         Case("1 element", _tensors([(1,)])),
@@ -73,11 +82,11 @@ def quantize_cases() -> tuple[Case, ...]:
     )
 
 
-def eager_linear(inputs: Inputs) -> Outputs:
+def _eager_quantize(inputs: Inputs) -> Outputs:
     """Nearest codes, tensor by tensor, in fp32."""
     out = {}
     for i, x in enumerate(inputs["tensors"]):
-        blocks = torch.nn.functional.pad(x.reshape(-1).float(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+        blocks = torch.nn.functional.pad(x.reshape(-1).float(), (0, -x.numel() % QUANT_BLOCK)).view(-1, QUANT_BLOCK)
         absmax = blocks.abs().amax(1) if len(blocks) else blocks.new_zeros(0)
         codes = (blocks * (127 / absmax.clamp(min=1e-38))[:, None]).round().nan_to_num(0).to(torch.int8)
         out[f"codes[{i}]"] = codes.reshape(-1)[: x.numel()].reshape(x.shape)
@@ -85,14 +94,14 @@ def eager_linear(inputs: Inputs) -> Outputs:
     return out
 
 
-def check_linear_codes(ours: Outputs, oracle: Outputs, eager: Outputs, inputs: Inputs) -> None:
+def _check_codes(ours: Outputs, oracle: Outputs, eager: Outputs, inputs: Inputs) -> None:
     """Scales are exact; codes lie within half a step of the number (a whole one if stochastic), and agree with the
     oracle's except where fp32 cannot tell which of two codes it is."""
     stochastic = inputs.get("stochastic", False)
     for i, x in enumerate(inputs["tensors"]):
         absmax, codes = ours[f"absmax[{i}]"], ours[f"codes[{i}]"]
         torch.testing.assert_close(absmax, oracle[f"absmax[{i}]"], rtol=0, atol=0, equal_nan=True)
-        scale = absmax.double().repeat_interleave(BLOCK)[: x.numel()].reshape(x.shape)
+        scale = absmax.double().repeat_interleave(QUANT_BLOCK)[: x.numel()].reshape(x.shape)
         known = scale.isfinite() & (scale > 0)
         assert not codes[~known].any(), "a block of zeros or with NaN has codes other than 0"
         y = 127 * x.double()[known] / scale[known]
@@ -108,20 +117,20 @@ def _codes(shapes: Sequence[Sequence[int]], layout: str = "plain", scale: float 
         codes = [normal(draw, t.shape, torch.float32, device, layout).to(torch.int8).copy_(t) for t in codes]
         if layout == "unaligned":
             codes = [torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape) for t in codes]
-        absmax = [scale * torch.rand(-(-t.numel() // BLOCK), generator=draw).to(device) for t in codes]
+        absmax = [scale * torch.rand(-(-t.numel() // QUANT_BLOCK), generator=draw).to(device) for t in codes]
         return {"codes": codes, "absmax": absmax, "like": torch.empty(0, dtype=dtype, device=device)}
 
     return make
 
 
 def _not_finite(draw: torch.Generator, dtype: torch.dtype, device: torch.device) -> Inputs:
-    inputs = _codes([(3 * BLOCK,)])(draw, dtype, device)
+    inputs = _codes([(3 * QUANT_BLOCK,)])(draw, dtype, device)
     inputs["absmax"][0][1] = float("nan")
-    inputs["codes"][0][BLOCK : 2 * BLOCK] = 0
+    inputs["codes"][0][QUANT_BLOCK : 2 * QUANT_BLOCK] = 0
     return inputs
 
 
-def dequantize_cases() -> tuple[Case, ...]:
+def _dequantize_cases() -> tuple[Case, ...]:
     return (
         Case("0 elements", _codes([(0,)])),
         Case("1 element", _codes([(1,)])),
@@ -135,3 +144,77 @@ def dequantize_cases() -> tuple[Case, ...]:
         Case("block with NaN", _not_finite),
         Case("large scales", _codes([(700,)], scale=3e38), (torch.float32, torch.bfloat16)),
     )
+
+
+def _run_quantize(inputs: Inputs) -> Outputs:
+    codes, absmax = blockwise_quantize(**inputs)
+    return {f"{name}[{i}]": t for name, ts in (("codes", codes), ("absmax", absmax)) for i, t in enumerate(ts)}
+
+
+def _run_dequantize(inputs: Inputs) -> Outputs:
+    tensors = blockwise_dequantize(Quantized(inputs["codes"], inputs["absmax"]), inputs["like"].dtype)
+    return {f"out[{i}]": t for i, t in enumerate(tensors)}
+
+
+def _eager_dequantize(inputs: Inputs) -> Outputs:
+    dtype, out = inputs["like"].dtype, {}
+    for i, (codes, absmax) in enumerate(zip(inputs["codes"], inputs["absmax"])):
+        spread = absmax.repeat_interleave(QUANT_BLOCK)[: codes.numel()].reshape(codes.shape)
+        out[f"out[{i}]"] = (codes / 127 * spread).to(dtype)
+    return out
+
+
+def _blocks(tensors: Sequence[Tensor]) -> int:
+    return sum(-(-t.numel() // QUANT_BLOCK) for t in tensors)
+
+
+def _bench_dequantize(numel: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    codes, absmax = blockwise_quantize(_bench_quantize(numel, dtype, device)["tensors"])
+    return {"codes": codes, "absmax": absmax, "like": torch.empty(0, dtype=dtype, device=device)}
+
+
+def _aot(name: str, fn: Any, pointers: dict[str, str], numbers: dict[str, str], **constants: Any) -> AotKernel:
+    constants |= {"ROWS": ROWS, "WIDTH": QUANT_BLOCK}
+    signature = {"chunks_ptr": "*i64", "addresses_ptr": "*i64"} | pointers | numbers
+    signature |= {constant: "constexpr" for constant in constants}
+    aligned = ("chunks_ptr", "addresses_ptr", *pointers)
+    return AotKernel(name, fn, signature, constants, aligned, max_registers=64, elements=ROWS * QUANT_BLOCK)
+
+
+def _quantizer(dtype: torch.dtype, stochastic: bool) -> AotKernel:
+    name = SHORT[dtype] + (" stochastic" if stochastic else "")
+    pointers = {"codes_ptr": "*i8", "absmax_ptr": "*fp32"}
+    constants = {"X": TYPES[dtype], "STOCHASTIC": stochastic}
+    return _aot(name, blockwise_quantize_chunk_kernel, pointers, {"seed": "i64"}, **constants)
+
+
+QUANTIZE_SPEC = OpSpec(
+    name="blockwise_quantize",
+    run=_run_quantize,
+    eager=_eager_quantize,
+    cases=_quantize_cases(),
+    compare=_check_codes,
+    bytes_moved=lambda inputs: (
+        nbytes(inputs["tensors"]) + sum(t.numel() for t in inputs["tensors"]) + 4 * _blocks(inputs["tensors"])
+    ),
+    launches=1,
+    kernels=(*[_quantizer(dtype, False) for dtype in SHORT], _quantizer(torch.bfloat16, True)),
+    bench=_bench_quantize,
+)
+
+DEQUANTIZE_SPEC = OpSpec(
+    name="blockwise_dequantize",
+    run=_run_dequantize,
+    eager=_eager_dequantize,
+    cases=_dequantize_cases(),
+    bytes_moved=lambda inputs: (
+        nbytes(inputs["codes"], inputs["absmax"])
+        + sum(t.numel() for t in inputs["codes"]) * inputs["like"].element_size()
+    ),
+    launches=1,
+    kernels=tuple(
+        _aot(short, blockwise_dequantize_chunk_kernel, {"out_ptr": f"*{short}"}, {"tensors": "i32"})
+        for short in SHORT.values()
+    ),
+    bench=_bench_dequantize,
+)

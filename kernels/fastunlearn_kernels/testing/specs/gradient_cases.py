@@ -1,10 +1,8 @@
-"""Inputs for the specs of the surgery ops: gradients in every layout and format, and segments that cut them oddly.
-
-Data for tests and benchmarks only; no op imports anything but factories from here.
-"""
+"""Inputs for the specs of the surgery ops: gradients in every layout and format, and segments that cut them oddly."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from fastunlearn_kernels.common.tiles import QUANT_BLOCK
 from fastunlearn_kernels.gradients.operands import block_scales
-from fastunlearn_kernels.gradients.segments import Segments, grouped, of_flat, per_tensor, whole
+from fastunlearn_kernels.gradients.segments import Segments, grouped, per_tensor, whole
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
 from fastunlearn_kernels.testing.spec import Case, Inputs, normal
 
@@ -38,9 +36,15 @@ def quantized(tensors: Sequence[Tensor]) -> Quantized:
     return Quantized(codes, absmax)
 
 
+def flat_segments(boundaries: Sequence[int]) -> Segments:
+    """One flat buffer cut at ascending `boundaries`: each part is a segment; what lies outside belongs to none."""
+    pieces = tuple((0, begin, end, i) for i, (begin, end) in enumerate(itertools.pairwise(boundaries)))
+    return Segments(pieces, len(pieces))
+
+
 def cut_at(boundaries: Sequence[int]) -> Callable[[Sequence[Tensor]], Segments]:
     """Segments of a list of one flat tensor."""
-    return lambda tensors: of_flat(boundaries)
+    return lambda tensors: flat_segments(boundaries)
 
 
 def in_groups(tensors: Sequence[Tensor]) -> Segments:
@@ -107,10 +111,10 @@ def flat_partition(numel: int, dtype: torch.dtype, device: torch.device, parts: 
 
     unlearn, boundaries = [buffer()], [numel * i // parts // 16 * 16 for i in range(parts)] + [numel]
     if dtype is not torch.bfloat16:
-        return {"unlearn": unlearn, "retain": [buffer()], "segments": of_flat(boundaries)}
+        return {"unlearn": unlearn, "retain": [buffer()], "segments": flat_segments(boundaries)}
     codes = torch.randint(-127, 128, (numel,), dtype=torch.int8, device=device, generator=draw)
     absmax = 1 + torch.rand(-(-numel // QUANT_BLOCK), device=device, generator=draw)
-    return {"unlearn": unlearn, "retain": Quantized([codes], [absmax]), "segments": of_flat(boundaries)}
+    return {"unlearn": unlearn, "retain": Quantized([codes], [absmax]), "segments": flat_segments(boundaries)}
 
 
 def eager_pieces(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor | None, int]]:
@@ -131,6 +135,17 @@ def eager_pieces(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor | None, int]]:
     for u, copy in zip(unlearn, flat):
         if u.data_ptr() != copy.data_ptr():
             u.copy_(copy.view(u.shape))
+
+
+def piece_bytes(tensors: Sequence[Tensor], absmax: Sequence[Tensor], pieces: Sequence[int]) -> int:
+    """Bytes that hold the pieces' elements and their scales: padding between pieces is never touched."""
+    total = 0
+    for tensor, begin, end, _ in zip(*[iter(pieces)] * 4):
+        if tensors and begin < end:
+            total += (end - begin) * tensors[tensor].element_size()
+        if absmax and begin < end:
+            total += ((end - 1) // QUANT_BLOCK - begin // QUANT_BLOCK + 1) * absmax[tensor].element_size()
+    return total
 
 
 # What takes the interpreter long, and does not depend on the dtype of u, is run in one.
