@@ -2,6 +2,7 @@
 # make test    set-up, lint, tests (also what continuous integration runs); JOBS=N: so many side by side, 2 by default
 # make lint    ruff and mypy only
 # make bench   timings of one update, by method, and of the kernels
+# make dist    wheel and source archive for a package index, in output/dist; REPOSITORY=https://host/owner/name
 # make clean   remove what runs and checks left (not .venv)
 #
 # make kernels-report   compile every kernel for six GPUs that need not be here; writes kernels/REPORT.md
@@ -30,7 +31,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export DS_ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels bench-step gpu-step clean
+.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels bench-step gpu-step dist clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -122,6 +123,9 @@ bench-step: $(READY)
 STEP ?= all
 gpu-step: $(READY)
 	VENV=$(VENV) bash benchmarks/gpu_whole_step.sh $(STEP)
+
+dist: $(READY)
+	$(VENV)/bin/python .ci/package_index.py $(REPOSITORY)
 
 clean:
 	rm -rf output build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks
