@@ -22,6 +22,7 @@ from fastunlearn.config import Config
 from fastunlearn.models.backbone import Backbone, PromptEmbeds, build_backbone
 from fastunlearn.models.formats.architectures import ARCHITECTURES, Architecture
 from fastunlearn.models.loading import load_pipeline
+from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.planning.plan import CLIP_TOKENS, Model, read_model
 from fastunlearn.training import setup as assembly
 
@@ -109,7 +110,7 @@ def random_backbone(
     scheduler = DDIMScheduler.from_config(dict(architecture.scheduler), clip_sample=False, set_alpha_to_one=False)
     return Backbone(
         unet=unet.to(device=device, dtype=dtype),
-        scheduler=scheduler,
+        noise=NoiseProcess(scheduler, torch.device(device)),
         embeds=PromptEmbeds(hidden, pooled).to(device, dtype).numbered(),
         time_ids=time_ids,
         sample_shape=(config["in_channels"], side, side),

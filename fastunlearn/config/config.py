@@ -3,7 +3,7 @@
     cfg = load_config("configs/minicanvas_style.toml", ["--train.max_train_steps", "100"])
 
 The fields are in ``schema/`` and in the files of methods and engines, what follows from them in ``base.py`` and
-``defaults.py``, refusals in ``*_rules.py``, TOML and command-line text in ``loader.py``. Nothing here imports torch.
+``defaults.py``, refusals in ``*_rules.py``, TOML and command-line text in ``py``. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError, model_validator
 
-from fastunlearn.config import concept_rules, loader
 from fastunlearn.config.base import RunConfig
+from fastunlearn.config.concept_rules import check_config, check_runtime
 from fastunlearn.config.defaults import resolved_keep, resolved_scope, resolved_steps
+from fastunlearn.config.loader import emit_toml, merge, one_line, parse_overrides, read_toml, take_option, train_help
 
 
 class Config(RunConfig):
@@ -22,12 +23,12 @@ class Config(RunConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        concept_rules.check_config(self)
+        check_config(self)
         return self
 
     def to_toml(self) -> str:
         """This configuration as TOML; ``load_config`` reads the same one back. None is left out, being the default."""
-        return loader.emit_toml(self.model_dump())
+        return emit_toml(self.model_dump())
 
     def resolved(self) -> Config:
         """The same run with the defaults that depend on method and concepts filled in."""
@@ -45,7 +46,7 @@ class Config(RunConfig):
         Raises:
             UserError: too many ranks, or xformers without a GPU.
         """
-        concept_rules.check_runtime(self, world_size, cpu_count, has_gpu)
+        check_runtime(self, world_size, cpu_count, has_gpu)
 
 
 def load_config(path: str | None, overrides: list[str]) -> Config:
@@ -58,12 +59,12 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     Raises:
         UserError: the file cannot be read, or a field is unknown, of the wrong type or out of range.
     """
-    data = loader.read_toml(path) if path is not None else {}
-    loader.merge(data, loader.parse_overrides(overrides, Config))
+    data = read_toml(path) if path is not None else {}
+    merge(data, parse_overrides(overrides, Config))
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise loader.one_line(error, Config) from None
+        raise one_line(error, Config) from None
 
 
 def config_from_arguments(arguments: Sequence[str]) -> Config:
@@ -73,7 +74,7 @@ def config_from_arguments(arguments: Sequence[str]) -> Config:
         UserError: as ``load_config``.
     """
     if "--help" in arguments or "-h" in arguments:
-        print(loader.train_help(Config))
+        print(train_help(Config))
         raise SystemExit(0)
-    path, overrides = loader.take_option(arguments, "config")
+    path, overrides = take_option(arguments, "config")
     return load_config(path, overrides)

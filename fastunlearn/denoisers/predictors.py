@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastunlearn.acceleration.text_kv_cache import PromptKeys
 from fastunlearn.models.backbone import Backbone, Predictor, PromptEmbeds
+from fastunlearn.models.noise_process import NoiseProcess
 
 
 @dataclass
@@ -61,6 +62,11 @@ class Predictors:
         self.sampler = sampler or weights
         self.frozen_keys, self.own_keys = frozen_keys, own_keys
 
+    @property
+    def noise(self) -> NoiseProcess:
+        """The model's noise process."""
+        return self.backbone.noise
+
     def retire_teacher(self) -> None:
         """All targets have been made: from now on the frozen model is gone."""
         self.teacher = no_teacher
@@ -73,51 +79,49 @@ class Predictors:
         """Go on counting."""
         self.evaluations = Evaluations(**state)
 
-    def train(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+    def train(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student, recorded for the backward pass that follows."""
         self.evaluations.student_forward += len(conditions) * len(latents_BCHW)
         self.evaluations.student_backward += len(conditions) * len(latents_BCHW)
-        return self._call(self._student, latents_BCHW, timestep, conditions)
+        return self._call(self._student, latents_BCHW, timesteps, conditions)
 
-    def attacked(self, unet: Predictor, latents_BCHW: Tensor, timestep: int | Tensor, cond: PromptEmbeds) -> Tensor:
+    def attacked(self, unet: Predictor, latents_BCHW: Tensor, timesteps: Tensor, cond: PromptEmbeds) -> Tensor:
         """The weights that a simulated attack changes, recorded, in a call that the engine does not see."""
         self.evaluations.student_forward += len(latents_BCHW)
         self.evaluations.student_backward += len(latents_BCHW)
-        (prediction,) = self._call(unet, latents_BCHW, timestep, (cond,))
+        (prediction,) = self._call(unet, latents_BCHW, timesteps, (cond,))
         return prediction
 
     @torch.no_grad()
-    def student(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+    def student(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student's own prediction as a target: no gradient, and not the sampler's weights where those differ."""
         self.evaluations.student_forward += len(conditions) * len(latents_BCHW)
-        return self._call(self._weights, latents_BCHW, timestep, conditions, self.own_keys)
+        return self._call(self._weights, latents_BCHW, timesteps, conditions, self.own_keys)
 
     @torch.no_grad()
-    def rollout(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+    def rollout(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student without a gradient, or its running mean, for the sampler."""
         self.evaluations.rollout += len(conditions) * len(latents_BCHW)
-        return self._call(self.sampler, latents_BCHW, timestep, conditions, self.own_keys)
+        return self._call(self.sampler, latents_BCHW, timesteps, conditions, self.own_keys)
 
     @torch.no_grad()
-    def frozen(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+    def frozen(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The original model."""
         self.evaluations.teacher += len(conditions) * len(latents_BCHW)
-        return self._call(self.teacher, latents_BCHW, timestep, conditions, self.frozen_keys)
+        return self._call(self.teacher, latents_BCHW, timesteps, conditions, self.frozen_keys)
 
     def _call(
         self,
         unet: Predictor,
         latents: Tensor,
-        timestep: int | Tensor,
+        timesteps: Tensor,
         conditions: tuple[PromptEmbeds, ...],
         keys: PromptKeys | None = None,
     ) -> tuple[Tensor, ...]:
         batch = torch.cat([latents] * len(conditions))
-        if isinstance(timestep, Tensor) and timestep.dim():
-            timestep = timestep.repeat(len(conditions))
         embeds = PromptEmbeds.cat(conditions)
         with nullcontext() if keys is None else keys.lent(embeds.rows):
-            prediction = self.backbone.predict(unet, batch, timestep, embeds)
+            prediction = self.backbone.predict(unet, batch, timesteps.repeat(len(conditions)), embeds)
         return prediction.chunk(len(conditions))
 
 

@@ -37,7 +37,7 @@ def target_errors(models: Predictors, book: PromptTable, seed: int) -> list[Targ
     draw = torch.Generator().manual_seed(seed)
     backbone = models.backbone
     variants = [variants[0] for variants in book.variants]
-    total = len(backbone.alphas_cumprod)
+    total = len(backbone.noise)
     found = []
     for i in range(POINTS):
         timestep = (2 * i + 1) * total // (2 * POINTS)
@@ -51,7 +51,9 @@ def target_errors(models: Predictors, book: PromptTable, seed: int) -> list[Targ
 def _errors(models: Predictors, latents: Tensor, timestep: int, rows: tuple[int, int]) -> tuple[float, float]:
     def both(unet: Predictor) -> list[Tensor]:
         conditions = [models.backbone.embeds.select([row] * SAMPLES) for row in rows]
-        return [models.backbone.predict(unet, latents, timestep, each) for each in conditions]
+        return [
+            models.backbone.predict(unet, latents, models.noise.expand(timestep, SAMPLES), each) for each in conditions
+        ]
 
     exact, stored = both(models.sampler), both(models.teacher)
     prediction = max(_relative(s, e) for s, e in zip(stored, exact, strict=True))

@@ -112,9 +112,9 @@ class MetaSets:
         self, name: str, rows: Sequence[int], draws: Sequence[random.Random], timestep: int | None
     ) -> RetainBatch:
         backbone, pool = self.models.backbone, self.pools[name]
-        times = [draw.randrange(len(backbone.alphas_cumprod)) if timestep is None else timestep for draw in draws]
+        times = [draw.randrange(len(backbone.noise)) if timestep is None else timestep for draw in draws]
         cond = backbone.embeds.select([self.book.rows[pool.prompts[row]] for row in rows])
-        noisy = pool.noised(rows, times, draws, backbone.alphas_cumprod)
+        noisy = pool.noised(rows, times, draws, backbone.noise)
         return RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
 
 

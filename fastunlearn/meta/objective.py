@@ -109,11 +109,11 @@ class MetaObjective:
         self, prediction: Tensor, judged: QueryBatch, weights: Tensor, goal: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(weighted loss, mean of each set). ``goal``: what forbidden samples shall be predicted as, if not noise."""
-        batch, backbone = judged.batch, self.models.backbone
+        batch, process = judged.batch, self.models.noise
         forbidden = weights * torch.tensor([1.0, 0.0, 0.0], device=weights.device)
         result = weighted_noise_loss(
             prediction, batch.noise, judged.set_B, weights if goal is None else weights - forbidden, x0=batch.clean,
-            alpha_t=backbone.alphas_cumprod[batch.timesteps], prediction_type=backbone.prediction_type,
+            alpha_t=process.alpha_bar(batch.timesteps), prediction_type=process.prediction_type,
         )  # fmt: skip
         if goal is None:
             return result.loss, result.mean_S

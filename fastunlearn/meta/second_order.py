@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastunlearn.meta.inner_loop import InnerLoop
 from fastunlearn.sampling.retain import RetainBatch
-from fastunlearn_kernels.latent.prediction import prediction_number, training_target
 
 
 def attacked_prediction(attack: InnerLoop, batches: list[RetainBatch], judged: RetainBatch) -> Tensor:
@@ -45,7 +44,6 @@ def _call(attack: InnerLoop, weights: dict[str, Tensor], *args: Tensor, **kwargs
 
 def _plain_noise_loss(attack: InnerLoop, batch: RetainBatch, prediction: Tensor) -> Tensor:
     """As ``retain.noise_loss``, whose kernel has no second derivative."""
-    backbone = attack.models.backbone
-    alpha = backbone.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-    target = training_target(batch.noise, batch.clean, alpha, prediction_number(backbone.prediction_type))
+    assert batch.noise is not None and batch.clean is not None
+    target = attack.models.noise.target(batch.noise, batch.clean, batch.timesteps)
     return (prediction - target).square().mean()

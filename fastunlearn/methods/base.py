@@ -208,7 +208,7 @@ def frozen_predictions(models: Predictors, batch: UnlearnBatch, *conditions: str
     """The frozen model's predictions at a batch's conditions ("cond", "anchor", "uncond"), made now or long ago."""
     if batch.targets is not None:
         return tuple(batch.targets[name] for name in conditions)
-    return models.frozen(batch.latents, batch.timestep, *(getattr(batch, name) for name in conditions))
+    return models.frozen(batch.latents, batch.timesteps, *(getattr(batch, name) for name in conditions))
 
 
 def guided_prediction(
@@ -222,11 +222,11 @@ def guided_prediction(
     if not batch.advance:
         return None
     if cond is None and uncond is None:
-        return GuidedPrediction(*models.rollout(batch.latents, batch.timestep, batch.cond, batch.uncond))
+        return GuidedPrediction(*models.rollout(batch.latents, batch.timesteps, batch.cond, batch.uncond))
     if uncond is None:
-        (uncond,) = models.rollout(batch.latents, batch.timestep, batch.uncond)
+        (uncond,) = models.rollout(batch.latents, batch.timesteps, batch.uncond)
     if cond is None:
-        (cond,) = models.rollout(batch.latents, batch.timestep, batch.cond)
+        (cond,) = models.rollout(batch.latents, batch.timesteps, batch.cond)
     return GuidedPrediction(cond.detach(), uncond.detach())
 
 

@@ -144,12 +144,11 @@ class DoCo(Method):
         import torch
 
         judge = self._judge(batch.latents)
-        x, t = batch.latents, batch.timestep
-        assert isinstance(t, torch.Tensor)
+        x, t = batch.latents, batch.timesteps
         warming_up = not batch.trains
         (student,) = (models.rollout if warming_up else models.train)(x, t, batch.trained)
         anchor, student = self._guided(models, batch, student)
-        concept, anchor = (self._shown(predicted_x0(models, v, x, t), x) for v in (student, anchor))
+        concept, anchor = (self._shown(models.noise.to_x0(v, x, t), x) for v in (student, anchor))
         loss = None if warming_up else judge.generator_loss(concept, t)
         # The graph to the student is used up by its own backward pass, so the discriminator's turn comes on a copy.
         share = 1.0 / self.cfg.train.gradient_accumulation_steps
@@ -161,9 +160,9 @@ class DoCo(Method):
         """The frozen model's prediction at the anchor and the student's, both guided alike."""
         scale = self.cfg.doco.guidance_scale
         if scale == 1.0:
-            (anchor,) = models.frozen(batch.latents, batch.timestep, batch.anchor)
+            (anchor,) = models.frozen(batch.latents, batch.timesteps, batch.anchor)
             return anchor, student
-        anchor, uncond = models.frozen(batch.latents, batch.timestep, batch.anchor, batch.uncond)
+        anchor, uncond = models.frozen(batch.latents, batch.timesteps, batch.anchor, batch.uncond)
         n, a, u = uncond.float(), anchor.float(), student.float()  # guidance would amplify the rounding of bf16
         return n + scale * (a - n), n + scale * (u - n)
 
@@ -209,13 +208,3 @@ class DoCo(Method):
 def shown_channels(cfg: Config, latent_channels: int) -> int:
     """What the discriminator is shown: an estimate, and the noisy latents behind it where it is a conditional one."""
     return latent_channels * (2 if cfg.doco.discriminator == "conditional" else 1)
-
-
-def predicted_x0(models: Predictors, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-    """X(v) in fp32: the clean latents that a prediction at these latents implies."""
-    from fastunlearn_kernels import to_epsilon
-
-    alphas = models.backbone.alphas_cumprod[timesteps]
-    noise = to_epsilon(prediction, latents, alphas, models.backbone.prediction_type).float()
-    alpha = alphas.view(-1, 1, 1, 1)
-    return (latents.float() - (1 - alpha).sqrt() * noise) / alpha.sqrt()

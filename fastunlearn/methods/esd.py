@@ -56,7 +56,7 @@ class ESD(Method):
         """Evaluate teacher and student at the drawn step."""
         from fastunlearn_kernels import guided_noise_loss
 
-        x, t = batch.latents, batch.timestep
+        x, t = batch.latents, batch.timesteps
         teacher_cond, teacher_anchor = frozen_predictions(models, batch, "cond", "anchor")
         (student_cond,) = models.train(x, t, batch.trained)
         guided = guided_prediction(models, batch, student_cond, None)
@@ -67,7 +67,7 @@ class ESD(Method):
             teacher_anchor,
             None,
             guidance=self.cfg.esd.negative_guidance,
-            alpha_t=models.backbone.scheduler.alphas_cumprod[t],
-            prediction_type=models.backbone.prediction_type,
+            alpha_t=models.noise.alpha_bar(t),
+            prediction_type=models.noise.prediction_type,
         )
         return MethodOutput(loss, guided)

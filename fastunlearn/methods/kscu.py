@@ -98,7 +98,7 @@ class KSCU(Method):
         """Evaluate teacher and student at a key step; the student's predictions are kept for the sampler."""
         from fastunlearn_kernels import guided_noise_loss
 
-        x, t, settings = batch.latents, batch.timestep, self.cfg.kscu
+        x, t, settings = batch.latents, batch.timesteps, self.cfg.kscu
         teacher_uncond = student_uncond = None
         if trains_uncond(self.cfg):
             teacher_cond, teacher_anchor, teacher_uncond = frozen_predictions(models, batch, "cond", "anchor", "uncond")
@@ -114,10 +114,10 @@ class KSCU(Method):
             teacher_anchor,
             teacher_uncond,
             guidance=settings.negative_guidance,
-            lambda1_B=(1000 - t) * settings.uncond_slope,
+            lambda1_B=(1000 - t.double()) * settings.uncond_slope,
             uncond_weight=settings.uncond_weight,
-            alpha_t=models.backbone.scheduler.alphas_cumprod[t],
-            prediction_type=models.backbone.prediction_type,
+            alpha_t=models.noise.alpha_bar(t),
+            prediction_type=models.noise.prediction_type,
         )
         return MethodOutput(loss, guided)
 

@@ -81,11 +81,8 @@ class SDD(Method):
 
     def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:
         """Evaluate the student twice at the drawn step; only at the concept with a graph."""
-        from fastunlearn_kernels import to_epsilon
-
-        x, t = batch.latents, batch.timestep
+        x, t = batch.latents, batch.timesteps
         (target,) = models.student(x, t, batch.anchor)
         (student,) = models.train(x, t, batch.trained)
-        alpha, kind = models.backbone.scheduler.alphas_cumprod[t], models.backbone.prediction_type
-        difference = to_epsilon(student, x, alpha, kind) - to_epsilon(target, x, alpha, kind)
+        difference = models.noise.to_epsilon(student, x, t) - models.noise.to_epsilon(target, x, t)
         return MethodOutput(difference.square().mean(), guided_prediction(models, batch, None, None))

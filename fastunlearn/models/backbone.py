@@ -1,7 +1,7 @@
 """The model that is edited: prompt embeddings, added conditions, trainable scope.
 
 What this is: everything that knows how diffusers lays out a Stable Diffusion model. The rest of the package sees a
-``Backbone`` that turns (latents, timestep, embeddings) into a prediction.
+``Backbone`` that turns (latents, timesteps, embeddings) into a prediction.
 What this is not: loading (``loading.py``, whose functions are offered here too), or training: nothing here has a
 gradient rule, a loss or an optimizer.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastunlearn.models.loading import Pipeline
+from fastunlearn.models.noise_process import NoiseProcess
 
 Predictor: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
@@ -69,34 +69,18 @@ class Backbone:
     """A U-Net with what is needed to call it and to walk its sampler. ``unet`` is in the compute dtype."""
 
     unet: UNet2DConditionModel
-    scheduler: DDIMScheduler
+    noise: NoiseProcess
     embeds: PromptEmbeds
     time_ids: Tensor | None
     sample_shape: tuple[int, int, int]
     autocast: bool = False
     """Compute in bf16 from fp32 weights."""
 
-    @property
-    def prediction_type(self) -> str:
-        """ "epsilon", "v_prediction" or "sample", from the pipeline's scheduler."""
-        return self.scheduler.config["prediction_type"]
-
-    @cached_property
-    def alphas_cumprod(self) -> Tensor:
-        """The noise schedule's table on the model's device, (T,) fp32: copied there once, for ops that index it."""
-        return self.scheduler.alphas_cumprod.to(self.embeds.hidden.device)
-
-    def ddim_levels(self, timestep: int, steps: int) -> tuple[Tensor, Tensor]:
-        """(alpha-bar at ``timestep``, alpha-bar where DDIM with this many steps goes from there), on the host."""
-        after = timestep - self.scheduler.config["num_train_timesteps"] // steps
-        alphas = self.scheduler.alphas_cumprod
-        return alphas[timestep], alphas[after] if after >= 0 else self.scheduler.final_alpha_cumprod
-
-    def predict(self, unet: Predictor, latents_BCHW: Tensor, timestep: int | Tensor, embeds: PromptEmbeds) -> Tensor:
+    def predict(self, unet: Predictor, latents_BCHW: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """Call ``unet`` (the student, or the frozen teacher) in its own dtype; the prediction comes back in fp32
         (fp64 from a model in fp64, which only tests have).
 
-        ``timestep``: one for all samples, or one for each, (B,) int64.
+        ``timesteps``: (B,) int64.
         """
         kwargs = {}
         if self.time_ids is not None:
@@ -106,10 +90,9 @@ class Backbone:
                 "text_embeds": embeds.pooled,
                 "time_ids": self.time_ids.to(embeds.pooled.dtype).expand(rows, -1),
             }
-        times = torch.as_tensor(timestep, device=latents_BCHW.device, dtype=torch.long).expand(len(latents_BCHW))
         sample = latents_BCHW.to(embeds.hidden.dtype)
         with torch.autocast(sample.device.type, torch.bfloat16, enabled=self.autocast):
-            out = unet(sample, times, encoder_hidden_states=embeds.hidden, return_dict=False, **kwargs)
+            out = unet(sample, timesteps, encoder_hidden_states=embeds.hidden, return_dict=False, **kwargs)
         return out[0] if out[0].dtype == torch.float64 else out[0].float()
 
 
@@ -164,7 +147,7 @@ def build_backbone(
         time_ids = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]], device=device)
     return Backbone(
         unet=unet.to(device=device, dtype=dtype),
-        scheduler=ddim_scheduler(pipeline),
+        noise=NoiseProcess(ddim_scheduler(pipeline), device),
         embeds=embeds,
         time_ids=time_ids,
         sample_shape=(unet.config["in_channels"], size, size),

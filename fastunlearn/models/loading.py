@@ -28,6 +28,7 @@ from torch import nn
 
 from fastunlearn.config import ModelConfig
 from fastunlearn.errors import UserError
+from fastunlearn.models.checks import check_noise, check_vae
 from fastunlearn.models.formats.architectures import write_configs
 from fastunlearn.models.formats.headers import (
     ALLOWED,
@@ -40,7 +41,6 @@ from fastunlearn.models.formats.headers import (
     vae_folder,
 )
 from fastunlearn.models.formats.single_file import read_single_file
-from fastunlearn.training.preflight import check_noise, check_vae
 from fastunlearn.utils.text import first_line
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline

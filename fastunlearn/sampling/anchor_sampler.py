@@ -26,9 +26,7 @@ class AnchorSampler(StaticSampler):
         self, cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, pool: LatentPool
     ) -> None:
         self.cfg, self.models, self.book, self.layout, self.pool = cfg, models, book, layout, pool
-        scheduler = models.backbone.scheduler
-        scheduler.set_timesteps(cfg.sampler.num_inference_steps)
-        self.timesteps: list[int] = scheduler.timesteps.tolist()
+        self.timesteps = models.noise.timesteps(cfg.sampler.num_inference_steps)
         self._prompts = [
             {anchor: [v.prompt for v in variants if v.anchor == anchor] for anchor in {v.anchor for v in variants}}
             for variants in book.variants
@@ -39,18 +37,18 @@ class AnchorSampler(StaticSampler):
         """This update's micro-batches."""
         numbers, size = self.layout.global_sample_ids(), self.layout.batch
         embeds, rows = self.models.backbone.embeds, self.book.rows
-        alphas = self.models.backbone.alphas_cumprod
+        process = self.models.noise
         for first in range(0, len(numbers), size):
             draws = [random.Random(f"{self.cfg.seed}:anchor:{step.update}:{n}") for n in numbers[first : first + size]]
             chosen = [draw.choice(self._rows[step.concept]) for draw in draws]
             anchors = [self.pool.prompts[row] for row in chosen]
             prompts = [draw.choice(self._prompts[step.concept][a]) for draw, a in zip(draws, anchors, strict=True)]
-            times = [self._time(draw, step, len(alphas)) for draw in draws]
-            noisy = self.pool.noised(chosen, times, draws, alphas)
+            times = [self._time(draw, step, len(process)) for draw in draws]
+            noisy = self.pool.noised(chosen, times, draws, process)
             cond = embeds.select([rows[prompt] for prompt in prompts])
             yield UnlearnBatch(
                 latents=noisy.latents,
-                timestep=noisy.timesteps,
+                timesteps=noisy.timesteps,
                 cond=cond,
                 trained=cond,
                 anchor=embeds.select([rows[anchor] for anchor in anchors]),

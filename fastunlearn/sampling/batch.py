@@ -38,7 +38,8 @@ class UnlearnBatch:
     """One micro-batch at one key step: everything a method needs to compute its loss."""
 
     latents: Tensor
-    timestep: int | Tensor
+    timesteps: Tensor
+    """(B,) int64."""
     cond: PromptEmbeds
     trained: PromptEmbeds
     anchor: PromptEmbeds

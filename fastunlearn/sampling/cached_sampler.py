@@ -66,14 +66,14 @@ def _walker(cfg: Config, models: Predictors, book: PromptTable, batch: int) -> R
     sampler = cfg.sampler
     return Rollout(
         models, book, BatchLayout(0, 1, batch, 1), steps=sampler.num_inference_steps,
-        guidance_scale=sampler.guidance_scale, seed=cfg.seed,
+        guidance_scale=sampler.guidance_scale, seed=cfg.seed, sampler=sampler.name,
     )  # fmt: skip
 
 
 def _targets_here(models: Predictors, walker: Rollout, index: int) -> Iterator[Target]:
     """The predictions at this index; the walker goes on with two of them."""
     (window,) = walker.windows(KeyStep(0, 0, index, restart=False, continues=True), None)
-    cond, anchor, uncond = models.frozen(window.latents, window.timestep, window.cond, window.anchor, window.uncond)
+    cond, anchor, uncond = models.frozen(window.latents, window.timesteps, window.cond, window.anchor, window.uncond)
     here = [tensor.cpu() for tensor in (window.latents, cond, anchor, uncond)]
     for variant, latents, *predictions in zip(walker.variants, *here, strict=True):
         yield Target(variant.prompt, variant.anchor, latents, *predictions)
@@ -107,7 +107,7 @@ class CachedSampler(StaticSampler):
             cond = embeds.select([rows[target.prompt] for target in chosen])
             yield UnlearnBatch(
                 latents=latents,
-                timestep=self.timesteps[step.index],
+                timesteps=self.models.noise.expand(self.timesteps[step.index], size),
                 cond=cond,
                 trained=cond if augmentation is None else self._prompts.augmented(step, augmentation, mine),
                 anchor=embeds.select([rows[target.anchor_prompt] for target in chosen]),

@@ -29,12 +29,13 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
+from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.rollout import Rollout
 from fastunlearn.utils.distributed import World
-from fastunlearn_kernels import add_noise, guided_step, weighted_noise_loss
+from fastunlearn_kernels import weighted_noise_loss
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -67,14 +68,14 @@ class LatentPool:
     prompts: list[str]
 
     def noised(
-        self, rows: Sequence[int], times: Sequence[int], draws: Sequence[random.Random], alphas_cumprod: Tensor
+        self, rows: Sequence[int], times: Sequence[int], draws: Sequence[random.Random], process: NoiseProcess
     ) -> NoisyLatents:
         """These pictures at these timesteps, with noise from the next number of each sample's own generator."""
         clean = self.latents[rows]
         seeds = [torch.Generator().manual_seed(draw.getrandbits(63)) for draw in draws]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=seed) for seed in seeds]).to(clean.device)
         timesteps = torch.tensor(times, device=clean.device)
-        return NoisyLatents(add_noise(clean, noise, timesteps, alphas_cumprod), timesteps, clean, noise)
+        return NoisyLatents(process.add_noise(clean, noise, timesteps), timesteps, clean, noise)
 
 
 class RetainSource(ABC):
@@ -113,9 +114,9 @@ class PoolSource(RetainSource):
         rows = [draw.randrange(len(self.pool.prompts)) for draw in draws]
         backbone = self.models.backbone
         uniform = self.cfg.retain_timesteps == "uniform"
-        times = [draw.randrange(len(backbone.alphas_cumprod)) if uniform else timestep for draw in draws]
+        times = [draw.randrange(len(backbone.noise)) if uniform else timestep for draw in draws]
         cond = backbone.embeds.select([self.book.rows[self.pool.prompts[row]] for row in rows])
-        noisy = self.pool.noised(rows, times, draws, backbone.alphas_cumprod)
+        noisy = self.pool.noised(rows, times, draws, backbone.noise)
         return RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
 
 
@@ -131,8 +132,7 @@ class TrajectorySource(RetainSource):
             self.rollout.restart(step)
         batches = []
         for window in self.rollout.windows(step, None):
-            times = torch.as_tensor(window.timestep, device=window.latents.device).expand(len(window.latents))
-            batches.append(RetainBatch(window.latents, times, window.cond))
+            batches.append(RetainBatch(window.latents, window.timesteps, window.cond))
         if step.continues:
             self.rollout.walk(step.index)
         return batches
@@ -163,8 +163,8 @@ def noise_loss(models: Predictors, batch: RetainBatch, prediction: Tensor) -> Te
         batch.noise,
         *one_set(prediction),
         x0=batch.clean,
-        alpha_t=models.backbone.alphas_cumprod[batch.timesteps],
-        prediction_type=models.backbone.prediction_type,
+        alpha_t=models.noise.alpha_bar(batch.timesteps),
+        prediction_type=models.noise.prediction_type,
     ).loss
 
 
@@ -192,7 +192,7 @@ def build_source(
     return TrajectorySource(
         Rollout(
             models, kept, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale,
-            seed=cfg.seed + 1,
+            seed=cfg.seed + 1, sampler=sampler.name,
         )
     )  # fmt: skip
 
@@ -219,9 +219,8 @@ def generate_pool(
     while len(chosen) < count:
         chosen += order.sample(list(prompts), len(prompts))
     chosen = chosen[:count]
-    scheduler = backbone.scheduler
-    scheduler.set_timesteps(retain.num_inference_steps)
-    times = scheduler.timesteps.tolist()
+    process = backbone.noise
+    times = process.timesteps(retain.num_inference_steps)
     drawn = []
     seeds = [order.getrandbits(63) for _ in chosen]
     for first in range(0, len(chosen), retain.batch_size):
@@ -232,11 +231,11 @@ def generate_pool(
         latents = torch.stack([torch.randn(backbone.sample_shape, generator=g) for g in generators])
         latents = latents.to(cond.hidden.device)
         for time in times:
-            guided, unguided = models.frozen(latents, time, cond, uncond)
-            latents = guided_step(
-                guided, unguided, latents, *backbone.ddim_levels(time, len(times)),
-                guidance=retain.guidance_scale, prediction_type=backbone.prediction_type,
-            )  # fmt: skip
+            timesteps = process.expand(time, len(latents))
+            guided, unguided = models.frozen(latents, timesteps, cond, uncond)
+            latents = process.step(
+                guided, unguided, latents, timesteps, len(times), retain.guidance_scale, cfg.sampler.name
+            )
         drawn.append(latents)
     return LatentPool(torch.cat(drawn), chosen)
 

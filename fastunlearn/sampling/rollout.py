@@ -20,7 +20,6 @@ from fastunlearn.models.backbone import PromptEmbeds
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
 from fastunlearn.sampling.batch import Augmentation, BatchLayout, GuidedPrediction, UnlearnBatch
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn_kernels import guided_step
 
 
 class Rollout:
@@ -35,15 +34,16 @@ class Rollout:
         steps: int,
         guidance_scale: float,
         seed: int,
+        sampler: str = "ddim",
     ) -> None:
         self.models = models
         self.book = book
         self.layout = layout
         self.guidance_scale = guidance_scale
         self.seed = seed
-        self.scheduler = models.backbone.scheduler
-        self.scheduler.set_timesteps(steps)
-        self.timesteps: list[int] = self.scheduler.timesteps.tolist()
+        self.noise = models.noise
+        self.timesteps = self.noise.timesteps(steps)
+        self.sampler = sampler
         self.latents = torch.empty(0)
         self.variants: list[PromptPair] = []
 
@@ -52,7 +52,9 @@ class Rollout:
         numbers = self.layout.global_sample_ids()
         options = self.book.variants[step.concept]
         self.variants = [options[self._draw(step.update, number) % len(options)] for number in numbers]
-        self.latents = torch.stack([self._noise(step.update, number) for number in numbers]) * self._initial_sigma()
+        self.latents = (
+            torch.stack([self._initial_noise(step.update, number) for number in numbers]) * self.noise.init_noise_sigma
+        )
         self.latents = self.latents.to(self.models.backbone.embeds.hidden.device)
         for index in range(step.index):
             self.walk(index)
@@ -68,7 +70,7 @@ class Rollout:
             mine = numbers[micro * self.layout.batch : (micro + 1) * self.layout.batch]
             yield UnlearnBatch(
                 latents=latents,
-                timestep=self.timesteps[step.index],
+                timesteps=self.noise.expand(self.timesteps[step.index], len(latents)),
                 cond=cond,
                 trained=cond if augmentation is None else self.augmented(step, augmentation, mine),
                 anchor=self._embeds([variant.anchor for variant in group]),
@@ -88,7 +90,8 @@ class Rollout:
         pairs = []
         for latents, group in groups:
             cond = self._embeds([variant.prompt for variant in group])
-            pairs.append(GuidedPrediction(*self.models.rollout(latents, self.timesteps[index], cond, uncond)))
+            timesteps = self.noise.expand(self.timesteps[index], len(latents))
+            pairs.append(GuidedPrediction(*self.models.rollout(latents, timesteps, cond, uncond)))
         self._advance(index, pairs)
 
     def state_dict(self) -> dict:
@@ -105,22 +108,14 @@ class Rollout:
         self.variants = [PromptPair(p, a) for p, a in zip(state["prompts"], state["anchors"], strict=True)]
 
     def _advance(self, index: int, pairs: list[GuidedPrediction]) -> None:
-        """One DDIM step from timestep t to t - T / steps, with the guided prediction."""
-        levels = self.models.backbone.ddim_levels(self.timesteps[index], len(self.timesteps))
+        """One sampler step from this index, with the guided prediction."""
         groups = zip(self.latents.split(self.layout.batch), pairs, strict=True)
-        self.latents = torch.cat(
-            [
-                guided_step(
-                    pair.cond.detach(),
-                    pair.uncond.detach(),
-                    latents,
-                    *levels,
-                    guidance=self.guidance_scale,
-                    prediction_type=self.models.backbone.prediction_type,
-                )
-                for latents, pair in groups
-            ]
-        )
+        self.latents = torch.cat([self._stepped(index, latents, pair) for latents, pair in groups])
+
+    def _stepped(self, index: int, latents: Tensor, pair: GuidedPrediction) -> Tensor:
+        timesteps = self.noise.expand(self.timesteps[index], len(latents))
+        cond, uncond = pair.cond.detach(), pair.uncond.detach()
+        return self.noise.step(cond, uncond, latents, timesteps, len(self.timesteps), self.guidance_scale, self.sampler)
 
     def augmented(self, step: KeyStep, augmentation: Augmentation, numbers: list[int]) -> PromptEmbeds:
         """Perturbed conditions for trajectories with these numbers."""
@@ -138,10 +133,7 @@ class Rollout:
     def _embeds(self, prompts: list[str]) -> PromptEmbeds:
         return self.models.backbone.embeds.select([self.book.rows[prompt] for prompt in prompts])
 
-    def _initial_sigma(self) -> float:
-        return float(self.scheduler.init_noise_sigma)
-
-    def _noise(self, update: int, number: int) -> Tensor:
+    def _initial_noise(self, update: int, number: int) -> Tensor:
         shape = self.models.backbone.sample_shape
         return torch.randn(shape, generator=self._generator(update, number, 0))
 

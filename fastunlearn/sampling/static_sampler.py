@@ -41,8 +41,7 @@ class EmptySampler(StaticSampler):
     """Of a method that has no loss of its own: UCE and RECE, followed by a meta term."""
 
     def __init__(self, models: Predictors, steps: int) -> None:
-        models.backbone.scheduler.set_timesteps(steps)
-        self.timesteps = models.backbone.scheduler.timesteps.tolist()
+        self.timesteps = models.noise.timesteps(steps)
 
     def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """None."""

@@ -147,7 +147,11 @@ class OptimizerConfig(ConfigModel):
 
 
 class SamplerConfig(ConfigModel):
-    """The sampler of the training trajectories (DDIM, eta 0)."""
+    """The sampler of the training trajectories."""
+
+    name: Literal["ddim", "euler"] = "ddim"
+    """DDIM with eta 0, or Euler, SDXL's usual one: also of the generated pictures. The same steps but for the last,
+    which Euler takes to no noise at all. Evaluation pictures are drawn with DDIM."""
 
     num_inference_steps: SamplerSteps = 50
     """Steps from noise to image."""

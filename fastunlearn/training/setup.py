@@ -222,7 +222,13 @@ def build_sampler(
         return CachedSampler(cfg, models, book, layout, targets)
     sampler = cfg.sampler
     return Rollout(
-        models, book, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale, seed=cfg.seed
+        models,
+        book,
+        layout,
+        steps=sampler.num_inference_steps,
+        guidance_scale=sampler.guidance_scale,
+        seed=cfg.seed,
+        sampler=sampler.name,
     )
 
 

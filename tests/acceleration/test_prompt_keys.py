@@ -59,7 +59,7 @@ def test_nothing_is_projected_where_the_table_has_it(scope: str, spared: set[str
     conditions = embeds.select([0, 0]), embeds.select([1, 0])
     for name in ("frozen", "rollout", "student", "train"):
         calls.clear()
-        getattr(models, name)(latents, 500, *conditions)
+        getattr(models, name)(latents, models.noise.expand(500, len(latents)), *conditions)
         assert bool(calls) == (name not in spared), name
 
 
@@ -67,14 +67,15 @@ def test_predictions_are_those_of_the_original_after_training() -> None:
     run = the_run("attn2", cached=True)
     latents, embeds = torch.randn(3, 4, 8, 8), run.models.backbone.embeds
     cond = embeds.select([1, 0, 1])
-    (before,) = run.models.frozen(latents, 300, cond)
+    times = run.models.noise.expand(300, len(latents))
+    (before,) = run.models.frozen(latents, times, cond)
     update_all(run)
-    (after,) = run.models.frozen(latents, 300, cond)
+    (after,) = run.models.frozen(latents, times, cond)
     assert torch.equal(before, after)
     run.models.frozen_keys = None
-    (projected,) = run.models.frozen(latents, 300, cond)
+    (projected,) = run.models.frozen(latents, times, cond)
     torch.testing.assert_close(after, projected, rtol=1e-5, atol=1e-6)
-    (other,) = run.models.frozen(latents, 300, embeds.select([0, 1, 0]))
+    (other,) = run.models.frozen(latents, times, embeds.select([0, 1, 0]))
     assert not torch.allclose(after, other, atol=1e-3)  # else this test could not see a wrong row
 
 
@@ -82,8 +83,8 @@ def test_embeddings_with_noise_are_projected() -> None:
     run = the_run("noxattn", cached=True)
     cond = run.models.backbone.embeds.select([1])
     noisy = type(cond)(cond.hidden + 1.0, cond.pooled)
-    latents = torch.randn(1, 4, 8, 8)
-    assert not torch.equal(run.models.frozen(latents, 300, cond)[0], run.models.frozen(latents, 300, noisy)[0])
+    latents, times = torch.randn(1, 4, 8, 8), run.models.noise.expand(300, 1)
+    assert not torch.equal(run.models.frozen(latents, times, cond)[0], run.models.frozen(latents, times, noisy)[0])
 
 
 def test_the_planner_knows_the_tables() -> None:

@@ -79,7 +79,7 @@ def test_the_loss_is_the_models_own(prediction: str) -> None:
     with edit(Settings(), backbone, BOOK.rows, 0) as change:
         losses = list(islice(attack_steps(backbone, pool(scale=0.0), change, OPTIONS, 7), 3))
     for loss, (noisy, times, predicted) in zip(losses, seen, strict=True):
-        level = backbone.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+        level = backbone.noise.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
         noise = noisy / (1 - level).sqrt()
         target = noise if prediction == "epsilon" else level.sqrt() * noise
         assert loss == pytest.approx(((predicted - target) ** 2).mean().item(), rel=1e-4)

@@ -16,7 +16,7 @@ from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.errors import UserError
-from fastunlearn.methods.doco import DoCo, predicted_x0
+from fastunlearn.methods.doco import DoCo
 from fastunlearn.methods.parts.discriminator import Discriminator, DiscriminatorTrainer, bce_to
 from fastunlearn.methods.tables import build_method
 from fastunlearn.models.parameter_names import trainable_names
@@ -67,10 +67,10 @@ def the_window(windows: AnchorSampler, method: DoCo, update: int) -> UnlearnBatc
 
 
 def estimate_by_hand(models: Predictors, prediction: Tensor, window: UnlearnBatch) -> Tensor:
-    assert isinstance(window.timestep, Tensor)
+    assert isinstance(window.timesteps, Tensor)
     rows = []
-    for row, t in enumerate(window.timestep.tolist()):
-        a = models.backbone.scheduler.alphas_cumprod[t]
+    for row, t in enumerate(window.timesteps.tolist()):
+        a = models.backbone.noise.scheduler.alphas_cumprod[t]
         rows.append((window.latents[row] - (1 - a).sqrt() * prediction[row]) / a.sqrt())
     return torch.stack(rows)
 
@@ -82,16 +82,16 @@ def test_losses_equal_their_equations(guidance: float, discriminator: str) -> No
     window = the_window(windows, method, 3)
     outcome = method.loss(models, window)
     judge = method.judge
-    assert judge is not None and outcome.loss is not None and isinstance(window.timestep, Tensor)
+    assert judge is not None and outcome.loss is not None and isinstance(window.timesteps, Tensor)
     with torch.no_grad():
-        u = models.backbone.predict(models.backbone.unet, window.latents, window.timestep, window.cond)
-        (a,) = models.frozen(window.latents, window.timestep, window.anchor)
-        (n,) = models.frozen(window.latents, window.timestep, window.uncond)
+        u = models.backbone.predict(models.backbone.unet, window.latents, window.timesteps, window.cond)
+        (a,) = models.frozen(window.latents, window.timesteps, window.anchor)
+        (n,) = models.frozen(window.latents, window.timesteps, window.uncond)
         u, a = guidance * u + (1 - guidance) * n, guidance * a + (1 - guidance) * n
         estimates = [estimate_by_hand(models, prediction, window) for prediction in (u, a)]
         if discriminator == "conditional":
             estimates = [torch.cat([estimate, window.latents], dim=1) for estimate in estimates]
-        concept, anchor = (judge.network(estimate, window.timestep) for estimate in estimates)
+        concept, anchor = (judge.network(estimate, window.timesteps) for estimate in estimates)
     torch.testing.assert_close(outcome.loss.detach(), torch.nn.functional.softplus(concept).mean())
     expected = torch.nn.functional.softplus(-concept).mean() + torch.nn.functional.softplus(anchor).mean()
     torch.testing.assert_close(method.judge_losses[0], expected)
@@ -168,11 +168,11 @@ def test_the_discriminator_fits_every_latent_size(size: int, released: bool) -> 
 def test_image_estimate_recovers_the_picture_from_the_true_noise() -> None:
     models, windows, method = the_parts(a_config())
     window = the_window(windows, method, 3)
-    assert isinstance(window.timestep, Tensor)
+    assert isinstance(window.timesteps, Tensor)
     picture, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    a = models.backbone.scheduler.alphas_cumprod[window.timestep].view(-1, 1, 1, 1)
+    a = models.backbone.noise.scheduler.alphas_cumprod[window.timesteps].view(-1, 1, 1, 1)
     noisy = a.sqrt() * picture + (1 - a).sqrt() * noise
-    torch.testing.assert_close(predicted_x0(models, noise, noisy, window.timestep), picture, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(models.noise.to_x0(noise, noisy, window.timesteps), picture, rtol=1e-3, atol=1e-4)
 
 
 def test_key_timesteps_come_from_the_samplers_tail() -> None:
@@ -181,7 +181,7 @@ def test_key_timesteps_come_from_the_samplers_tail() -> None:
     allowed = set(windows.timesteps[step.index :])
     for update in range(6):
         (window,) = windows.windows(method.table()[update], None)
-        assert isinstance(window.timestep, Tensor) and set(window.timestep.tolist()) <= allowed
+        assert isinstance(window.timesteps, Tensor) and set(window.timesteps.tolist()) <= allowed
 
 
 def test_timesteps_begin_at_the_smallest_one_allowed() -> None:
@@ -190,8 +190,8 @@ def test_timesteps_begin_at_the_smallest_one_allowed() -> None:
     drawn: list[int] = []
     for update in range(200):
         (window,) = windows.windows(replace(method.table()[0], update=update), None)
-        assert isinstance(window.timestep, torch.Tensor)
-        drawn += window.timestep.tolist()
+        assert isinstance(window.timesteps, torch.Tensor)
+        drawn += window.timesteps.tolist()
     assert 700 <= min(drawn) < 705 and 994 < max(drawn) < 1000
     with pytest.raises(UserError, match=r"^doco\.min_timestep: 5 is for uniform timesteps"):
         a_config(min_timestep=5, timesteps="key")
@@ -216,7 +216,9 @@ def test_no_gradient_passes_through_the_first_token() -> None:
     assert stop_first_token_gradient(backbone.unet) == 2 * len(keys) > 0
     embeds = backbone.embeds.select([1])
     hidden = embeds.hidden.clone().requires_grad_()
-    out = backbone.predict(backbone.unet, torch.randn(1, 4, 8, 8), 500, type(embeds)(hidden, embeds.pooled))
+    out = backbone.predict(
+        backbone.unet, torch.randn(1, 4, 8, 8), torch.tensor([500]), type(embeds)(hidden, embeds.pooled)
+    )
     out.square().sum().backward()
     assert hidden.grad is not None
     assert not bool(hidden.grad[:, 0].any()) and bool(hidden.grad[:, 1:].any())

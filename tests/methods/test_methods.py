@@ -40,11 +40,11 @@ def perturbed_models(book: PromptTable, prediction_type: str = "epsilon") -> tup
     return Predictors(backbone, unet, unet, teacher), original
 
 
-def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: int | Tensor, embeds: object) -> Tensor:
+def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: Tensor, embeds: object) -> Tensor:
     """One unbatched prediction, turned into noise by the definition of the prediction type."""
     out = models.backbone.predict(unet, x, t, embeds)  # type: ignore[arg-type]
-    a = models.backbone.scheduler.alphas_cumprod[t]
-    return out if models.backbone.prediction_type == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * x
+    a = models.backbone.noise.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    return out if models.backbone.noise.prediction_type == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * x
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -59,14 +59,14 @@ def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> N
     (window,) = rollout.windows(STEP, None)
     outcome = build_method(cfg).loss(models, window)
 
-    x, t = window.latents, window.timestep
+    x, t = window.latents, window.timesteps
     with torch.no_grad():
         e_c, e_0 = (literal(models, original, x, t, cond) for cond in (window.cond, window.uncond))
         s_c, s_0 = (literal(models, models.backbone.unet, x, t, cond) for cond in (window.cond, window.uncond))
         direction = e_c - e_0
         expected = ((s_c - (e_0 - 1.5 * direction)) ** 2).mean()
         if uncond:
-            expected += weight * ((s_0 - (e_0 - (1000 - t) * 2e-5 * direction)) ** 2).mean()
+            expected += weight * ((s_0 - (e_0 - (1000 - t).view(-1, 1, 1, 1) * 2e-5 * direction)) ** 2).mean()
     assert outcome.loss is not None
     assert torch.allclose(outcome.loss, expected, rtol=1e-4)
     assert outcome.guided is not None
@@ -83,7 +83,7 @@ def test_kscu_starts_at_twice_the_erased_direction() -> None:
     rollout = tiny_rollout(models, book)
     rollout.restart(STEP)
     (window,) = rollout.windows(STEP, None)
-    cond, uncond = models.frozen(window.latents, window.timestep, window.cond, window.uncond)
+    cond, uncond = models.frozen(window.latents, window.timesteps, window.cond, window.uncond)
     loss = build_method(a_config()).loss(models, window).loss
     assert loss is not None
     assert torch.allclose(loss, 4 * ((cond - uncond) ** 2).mean(), rtol=1e-4)
@@ -121,7 +121,7 @@ def test_esd_loss_equals_its_equation() -> None:
     (window,) = rollout.windows(STEP, None)
     loss = build_method(cfg).loss(models, window).loss
     assert loss is not None
-    x, t = window.latents, window.timestep
+    x, t = window.latents, window.timesteps
     with torch.no_grad():
         e_c, e_0 = (literal(models, original, x, t, cond) for cond in (window.cond, window.uncond))
         s_c = literal(models, models.backbone.unet, x, t, window.cond)
@@ -133,9 +133,10 @@ def test_the_teacher_never_moves_and_the_student_is_left_alone() -> None:
     models, original = perturbed_models(book)
     x, embeds = torch.randn(2, 4, 8, 8), models.backbone.embeds.select([1, 1])
     before = {name: tensor.clone() for name, tensor in models.backbone.unet.state_dict().items()}
-    (frozen,) = models.frozen(x, 500, embeds)
+    times = models.noise.expand(500, len(x))
+    (frozen,) = models.frozen(x, times, embeds)
     with torch.no_grad():
-        assert torch.equal(frozen, models.backbone.predict(original, x, 500, embeds))
+        assert torch.equal(frozen, models.backbone.predict(original, x, times, embeds))
     assert not frozen.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in models.backbone.unet.state_dict().items())
 

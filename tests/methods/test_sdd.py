@@ -52,12 +52,12 @@ def test_the_loss_is_the_distance_of_two_predictions_of_the_student(kind: str) -
     (window,) = rollout.windows(STEP, None)
     counted = Evaluations(**models.state_dict())
     outcome = build_method(a_config()).loss(models, window)
-    x, t = window.latents, window.timestep
+    x, t = window.latents, window.timesteps
     with torch.no_grad():
         target = backbone.predict(student, x, t, window.anchor)
     prediction = backbone.predict(student, x, t, window.cond)
-    alpha = backbone.scheduler.alphas_cumprod[t]
-    factor = alpha if kind == "v_prediction" else 1.0  # of a difference, squared, in terms of the noise
+    alpha = backbone.noise.scheduler.alphas_cumprod[t]
+    factor = alpha[0] if kind == "v_prediction" else 1.0  # of a difference, squared, in terms of the noise
     differences = [a - b for a, b in zip(prediction.flatten(), target.flatten(), strict=True)]
     literal = factor * torch.stack([d * d for d in differences]).sum() / x.numel()
     assert outcome.loss is not None and outcome.guided is None

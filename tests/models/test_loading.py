@@ -18,12 +18,12 @@ from fastunlearn import cli
 from fastunlearn.config import ModelConfig
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import build_backbone, ddim_scheduler
+from fastunlearn.models.checks import check_hub_cache
 from fastunlearn.models.formats.architectures import ARCHITECTURES, write_tokenizer
 from fastunlearn.models.formats.headers import Entry, read_header
 from fastunlearn.models.formats.random_weights import write_file, write_folder
 from fastunlearn.models.formats.single_file import identify, read_single_file
 from fastunlearn.models.loading import load_pipeline, stored_dtype
-from fastunlearn.training.preflight import check_hub_cache
 
 KINDS = ("tiny-sdxl", "tiny-sd15", "tiny-sd21")
 SHARED = "conditioner.embedders."
@@ -99,13 +99,14 @@ def guided_step(kind: str, folder: Path, prompt: str, latents: Tensor, side: int
     backbone = build_backbone(pipeline, ["", prompt], side, torch.device("cpu"), torch.float32)
     assert backbone.sample_shape == tuple(latents.shape[1:])
     time = 1 + (steps - 1) * (1000 // steps)
-    uncond, cond = (backbone.predict(backbone.unet, latents, time, backbone.embeds.select([row])) for row in (0, 1))
+    times = backbone.noise.expand(time, len(latents))
+    uncond, cond = (backbone.predict(backbone.unet, latents, times, backbone.embeds.select([row])) for row in (0, 1))
     out = uncond + scale * (cond - uncond)
-    now, after = (level.double() for level in backbone.ddim_levels(time, steps))
+    now, after = (level.double()[0] for level in backbone.noise.levels(times, steps))
     noise, clean = out, (latents - (1 - now).sqrt() * out) / now.sqrt()
-    if backbone.prediction_type == "v_prediction":
+    if backbone.noise.prediction_type == "v_prediction":
         clean, noise = now.sqrt() * latents - (1 - now).sqrt() * out, now.sqrt() * out + (1 - now).sqrt() * latents
-    assert (backbone.prediction_type == "v_prediction") == (kind == "tiny-sd21")
+    assert (backbone.noise.prediction_type == "v_prediction") == (kind == "tiny-sd21")
     return after.sqrt() * clean + (1 - after).sqrt() * noise
 
 

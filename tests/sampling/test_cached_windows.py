@@ -60,7 +60,7 @@ def test_targets_are_the_originals_predictions_whatever_the_student_has_become()
     (window,) = run.rollout.windows(run.table[3], None)
     assert window.targets is not None
     for name in ("cond", "anchor", "uncond"):
-        wanted = run.models.backbone.predict(original, window.latents, window.timestep, getattr(window, name))
+        wanted = run.models.backbone.predict(original, window.latents, window.timesteps, getattr(window, name))
         torch.testing.assert_close(window.targets[name], wanted, rtol=1e-4, atol=1e-5)
     assert not torch.equal(window.targets["cond"], window.targets["uncond"])
     assert book.rows  # the same book that the targets were made with
@@ -71,9 +71,10 @@ def test_the_latents_are_those_of_the_originals_guided_trajectory() -> None:
     run = cached_run(config())
     assert isinstance(run.rollout, CachedSampler)
     first, second = (run.rollout.targets[0, index][1] for index in (run.table[0].index, run.table[1].index))
-    scheduler, scale = run.models.backbone.scheduler, 3.0
+    scheduler, scale = run.models.backbone.noise.scheduler, 3.0
     guided = first.uncond + scale * (first.cond - first.uncond)
     time = run.rollout.timesteps[run.table[0].index]
+    scheduler.set_timesteps(len(run.rollout.timesteps))
     wanted = scheduler.step(guided, time, first.latents, eta=0.0).prev_sample
     torch.testing.assert_close(second.latents, wanted, rtol=1e-4, atol=1e-5)
 
@@ -91,7 +92,7 @@ def test_the_teacher_is_gone() -> None:
     run = cached_run(config())
     (window,) = run.rollout.windows(run.table[0], None)
     with pytest.raises(RuntimeError, match="cached"):
-        run.models.frozen(window.latents, window.timestep, window.cond)
+        run.models.frozen(window.latents, window.timesteps, window.cond)
 
 
 def test_what_needs_a_frozen_model_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastunlearn.config import Concept, PromptsConfig
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.models.backbone import Backbone, PromptEmbeds
+from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.rollout import Rollout
@@ -55,7 +56,7 @@ def tiny_backbone(book: PromptTable, prediction_type: str = "epsilon", unet: obj
     pooled = torch.randn(len(book.texts), POOLED_WIDTH, generator=draw)
     return Backbone(
         unet=tiny_unet() if unet is None else unet,
-        scheduler=tiny_scheduler(prediction_type),
+        noise=NoiseProcess(tiny_scheduler(prediction_type), torch.device("cpu")),
         embeds=PromptEmbeds(hidden, pooled).numbered(),
         time_ids=torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]),
         sample_shape=(4, 8, 8),

@@ -14,6 +14,7 @@ import pytest
 from fastunlearn import cli
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
+from fastunlearn.models import checks
 from fastunlearn.training import preflight
 from fastunlearn.utils.run_folder import list_checkpoints
 from fastunlearn_kernels.common import backend
@@ -126,7 +127,7 @@ DAMAGE: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
 
 
 def test_a_good_model_passes(model: Path) -> None:
-    assert preflight.check_model(config(model)) == model
+    assert checks.check_model(config(model)) == model
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGE)
@@ -134,26 +135,26 @@ def test_a_damaged_model_is_refused_by_name(
     damage: Callable[[Path], object], words: tuple[str, ...], model: Path
 ) -> None:
     damage(model)
-    message = refusal(preflight.check_model, config(model))
+    message = refusal(checks.check_model, config(model))
     assert not [word for word in words if word not in message], message
 
 
 def test_a_variant_is_found_or_named(model: Path) -> None:
-    assert "'bf16'" in refusal(preflight.check_model, config(model, "out", "--variant", "bf16"))
+    assert "'bf16'" in refusal(checks.check_model, config(model, "out", "--variant", "bf16"))
     rename_to_variant(model)  # the other components have no such variant, and diffusers then takes their plain files
-    assert preflight.check_model(config(model, "out", "--variant", "fp16")) == model
+    assert checks.check_model(config(model, "out", "--variant", "fp16")) == model
 
 
 def test_names_that_are_no_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent.parent)
-    assert "HF_HUB_OFFLINE is set" in refusal(preflight.check_model, config("org/some-model"))  # a hub id
+    assert "HF_HUB_OFFLINE is set" in refusal(checks.check_model, config("org/some-model"))  # a hub id
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    assert preflight.check_model(config("org/some-model")) is None
-    assert "nearest: tiny-sd" in refusal(preflight.check_model, config("models/tiny-ds"))
-    assert "nearest: tiny-sd" in refusal(preflight.check_model, config(f"{model}x"))
-    assert "nearest: minicanvas" in refusal(preflight.check_model, config("minicanva"))
-    assert "does not exist" in refusal(preflight.check_model, config("/no/such/folder"))
-    assert "no model that is known" in refusal(preflight.check_model, config(model / UNET))  # one file, but of what?
+    assert checks.check_model(config("org/some-model")) is None
+    assert "nearest: tiny-sd" in refusal(checks.check_model, config("models/tiny-ds"))
+    assert "nearest: tiny-sd" in refusal(checks.check_model, config(f"{model}x"))
+    assert "nearest: minicanvas" in refusal(checks.check_model, config("minicanva"))
+    assert "does not exist" in refusal(checks.check_model, config("/no/such/folder"))
+    assert "no model that is known" in refusal(checks.check_model, config(model / UNET))  # one file, but of what?
 
 
 def write_vae(folder: Path, **fields: object) -> Path:
@@ -165,8 +166,8 @@ def write_vae(folder: Path, **fields: object) -> Path:
 def test_another_vae_must_be_one_for_this_model(model: Path, tmp_path: Path) -> None:
     write_vae(model / "vae", scaling_factor=0.18215, latent_channels=4)
     good = write_vae(tmp_path / "good", scaling_factor=0.18215, latent_channels=4)
-    preflight.check_model(config(model, "out", "--model.vae", str(good)))
-    preflight.check_model(config(model, "out", "--model.vae", str(model)))  # that of a whole pipeline
+    checks.check_model(config(model, "out", "--model.vae", str(good)))
+    checks.check_model(config(model, "out", "--model.vae", str(model)))  # that of a whole pipeline
     sdxl = write_vae(tmp_path / "sdxl", scaling_factor=0.13025, latent_channels=4)
     damaged = write_vae(tmp_path / "damaged", scaling_factor=0.18215)
     (damaged / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 20)
@@ -179,7 +180,7 @@ def test_another_vae_must_be_one_for_this_model(model: Path, tmp_path: Path) -> 
         (tmp_path / "goof", ("model.vae", "does not exist", "nearest: good")),
         (model / UNET, ("model.vae", "is no VAE")),
     ):
-        message = refusal(preflight.check_model, config(model, "out", "--model.vae", str(place)))
+        message = refusal(checks.check_model, config(model, "out", "--model.vae", str(place)))
         assert not [word for word in words if word not in message], message
 
 
@@ -188,13 +189,13 @@ def test_a_schedule_that_ends_in_noise_needs_v_prediction(model: Path) -> None:
     (model / "scheduler").mkdir()
     scheduler = model / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps({"prediction_type": "epsilon"}))
-    message = refusal(preflight.check_model, config(model, "out", *zero_snr))
+    message = refusal(checks.check_model, config(model, "out", *zero_snr))
     assert "model.rescale_betas_zero_snr" in message and "v_prediction" in message
-    preflight.check_model(config(model, "out", *zero_snr, "--model.prediction_type", "v_prediction"))
+    checks.check_model(config(model, "out", *zero_snr, "--model.prediction_type", "v_prediction"))
     scheduler.write_text(json.dumps({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}))
-    preflight.check_model(config(model))
-    assert "epsilon" in refusal(preflight.check_model, config(model, "out", "--model.prediction_type", "epsilon"))
-    preflight.check_model(
+    checks.check_model(config(model))
+    assert "epsilon" in refusal(checks.check_model, config(model, "out", "--model.prediction_type", "epsilon"))
+    checks.check_model(
         config(model, "out", "--model.prediction_type", "epsilon", "--model.rescale_betas_zero_snr", "false")
     )
 
@@ -203,10 +204,10 @@ def test_a_single_file_passes_and_says_how_much_space_it_needs(tmp_path: Path) -
     file = tmp_path / "model.safetensors"
     make_random = ["doctor", "--make-random", "tiny-sd15", str(tmp_path / "d"), "--single-file", str(file)]
     assert cli.main(make_random) == 0
-    assert preflight.check_model(config(file)) == file
+    assert checks.check_model(config(file)) == file
     # The U-Net in fp16, and the changed tensors (attn2: 22 %) in fp32.
     assert preflight.needed_bytes(config(file), file) == 32 * 2**20 + int(1_106_212 * (2 + 0.22 * 4))
-    assert "model.variant" in refusal(preflight.check_model, config(file, "out", "--variant", "fp16"))
+    assert "model.variant" in refusal(checks.check_model, config(file, "out", "--variant", "fp16"))
 
 
 @pytest.mark.parametrize("trace", ["config.toml", "unet/config.json", "README.md", "checkpoint-20/state.json"])

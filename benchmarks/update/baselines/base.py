@@ -32,9 +32,9 @@ UNCOND, CONCEPT, ANCHOR = range(3)
 class Calls(Predictors):
     """Student and teacher, counted."""
 
-    def train(self, latents_BCHW: Tensor, timestep: int | Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+    def train(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student with a graph; its backward pass is counted by ``backward``."""
-        predictions = super().train(latents_BCHW, timestep, *conditions)
+        predictions = super().train(latents_BCHW, timesteps, *conditions)
         self.evaluations.student_backward -= len(conditions) * len(latents_BCHW)
         return predictions
 
@@ -75,8 +75,8 @@ class Baseline(ABC):
         if row["checkpointing"] == "true":
             unet.enable_gradient_checkpointing()
         self.models = self.make_models(self.backbone, unet, teacher)
-        self.backbone.scheduler.set_timesteps(STEPS)
-        self.timesteps: list[int] = self.backbone.scheduler.timesteps.tolist()
+        self.backbone.noise.scheduler.set_timesteps(STEPS)
+        self.timesteps: list[int] = self.backbone.noise.scheduler.timesteps.tolist()
         self.of_meta = Evaluations()
         self.optimizer = self.make_optimizer()
         self.latents = self.noise(0)
@@ -135,11 +135,14 @@ class Baseline(ABC):
 
     def walk(self, index: int) -> None:
         """One guided sampler step: conditional and unconditional in one call."""
-        cond, uncond = self.models.rollout(
-            self.latents, self.timesteps[index], self.embeds(CONCEPT), self.embeds(UNCOND)
-        )
+        cond, uncond = self.models.rollout(self.latents, self.at(index), self.embeds(CONCEPT), self.embeds(UNCOND))
         guided = uncond + self.guidance * (cond - uncond)
-        self.latents = self.backbone.scheduler.step(guided, self.timesteps[index], self.latents, return_dict=False)[0]
+        scheduler = self.backbone.noise.scheduler
+        self.latents = scheduler.step(guided, self.timesteps[index], self.latents, return_dict=False)[0]
+
+    def at(self, index: int) -> Tensor:
+        """The timestep of a sampler's step, for every sample."""
+        return self.backbone.noise.expand(self.timesteps[index], len(self.latents))
 
     guidance: float = 3.0
 

@@ -55,7 +55,7 @@ class DocoLoop(Baseline):
         self.judge = Discriminator(channels, side, released=True, seed=0).to(self.device)
         self.judge_optimizer = torch.optim.Adam(self.judge.parameters(), lr=5e-4, betas=(0.5, 0.999))
         self.pictures = torch.randn(2 * self.batch, *self.backbone.sample_shape, device=self.device)
-        self.alphas = self.backbone.alphas_cumprod
+        self.alphas = self.backbone.noise.alphas_cumprod
         return torch.optim.AdamW(self.trained, lr=4.8e-5, weight_decay=1e-2)
 
     def steps(self) -> list[KeyStep]:

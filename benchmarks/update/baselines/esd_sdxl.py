@@ -55,7 +55,7 @@ class EsdSdxl(Baseline):
 
     def update(self, step: KeyStep) -> None:
         """Three calls and a step."""
-        x, t = self.latents, self.timesteps[step.index]
+        x, t = self.latents, self.at(step.index)
         cond, uncond = self.embeds(CONCEPT), self.embeds(UNCOND)
         (concept,) = self.models.frozen(x, t, cond)
         (null,) = self.models.frozen(x, t, uncond)

@@ -53,7 +53,7 @@ class PaperKscu(Baseline):
 
     def update(self, step: KeyStep) -> None:
         """Two frozen pairs, two trained ones."""
-        x, t = self.latents, self.timesteps[step.index]
+        x, t = self.latents, self.at(step.index)
         cond, uncond = self.embeds(CONCEPT), self.embeds(UNCOND)
         positive = unguided(self.models.frozen(x, t, cond, uncond))
         neutral = unguided(self.models.frozen(x, t, uncond, uncond))

@@ -57,7 +57,7 @@ class QuickKscu(Baseline):
 
     def update(self, step: KeyStep) -> None:
         """Four calls, a step, and the sampler's call."""
-        x, t = self.latents, self.timesteps[step.index]
+        x, t = self.latents, self.at(step.index)
         cond, uncond = self.embeds(CONCEPT), self.embeds(UNCOND)
         (positive,) = self.models.frozen(x, t, cond)
         (neutral,) = self.models.frozen(x, t, uncond)

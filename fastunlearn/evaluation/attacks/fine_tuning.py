@@ -78,13 +78,13 @@ def attack_steps(backbone: Backbone, pool: LatentPool, change: Edit, options: Op
 def denoising_error(backbone: Backbone, pool: LatentPool, embed: Embed, batch_size: int = 16) -> float:
     """Mean squared error of the predictions on these pictures: timesteps spread evenly, always the same noise."""
     models = Predictors(backbone, backbone.unet, backbone.unet, backbone.unet)
-    pictures, timesteps = len(pool.prompts), len(backbone.alphas_cumprod)
+    pictures, timesteps = len(pool.prompts), len(backbone.noise)
     total = 0.0
     for first in range(0, pictures, batch_size):
         rows = list(range(first, min(first + batch_size, pictures)))
         times = [(2 * row + 1) * timesteps // (2 * pictures) for row in rows]
         draws = [random.Random(f"held-out:{row}") for row in rows]
-        noisy = pool.noised(rows, times, draws, backbone.alphas_cumprod)
+        noisy = pool.noised(rows, times, draws, backbone.noise)
         cond = embed([pool.prompts[row] for row in rows])
         batch = RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
         total += retain_loss(models, batch, "noise").item() * len(rows)
@@ -164,8 +164,8 @@ def _batch(
     backbone: Backbone, pool: LatentPool, embed: Embed, rows: Sequence[int], options: Options, key: str
 ) -> RetainBatch:
     draws = [random.Random(f"{key}:{place}") for place in range(len(rows))]
-    times = [draw.randrange(len(backbone.alphas_cumprod)) for draw in draws]
-    noisy = pool.noised(rows, times, draws, backbone.alphas_cumprod)
+    times = [draw.randrange(len(backbone.noise)) for draw in draws]
+    noisy = pool.noised(rows, times, draws, backbone.noise)
     dropped = [draw.random() < options.caption_dropout for draw in draws]
     texts = [UNCONDITIONAL if drop else pool.prompts[row] for row, drop in zip(rows, dropped, strict=True)]
     return RetainBatch(noisy.latents, noisy.timesteps, embed(texts), noisy.clean, noisy.noise)

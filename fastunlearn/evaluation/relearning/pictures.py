@@ -68,10 +68,10 @@ class Pictures:
 
 
 def _digest_of(backbone: Backbone) -> str:
-    key = hashlib.blake2b(f"{torch.__version__} {backbone.prediction_type} {backbone.sample_shape}".encode())
+    key = hashlib.blake2b(f"{torch.__version__} {backbone.noise.prediction_type} {backbone.sample_shape}".encode())
     for name, tensor in backbone.unet.state_dict().items():
         key.update(name.encode() + _bytes(tensor))
-    key.update(_bytes(backbone.scheduler.alphas_cumprod))
+    key.update(_bytes(backbone.noise.alphas_cumprod))
     if backbone.time_ids is not None:
         key.update(_bytes(backbone.time_ids))
     return f"{key.hexdigest()} {backbone.embeds.hidden.device.type} {backbone.autocast}"

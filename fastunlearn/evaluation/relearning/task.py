@@ -15,9 +15,9 @@ from fastunlearn.evaluation.evaluate import draws_minicanvas, why_not_judged
 from fastunlearn.evaluation.grid import Erased, known_concepts
 from fastunlearn.evaluation.relearning.prompts import forbidden_prompts, other_prompts
 from fastunlearn.evaluation.relearning.settings import Settings, check_size
+from fastunlearn.models.checks import check_model
 from fastunlearn.models.loading import resolve_model
 from fastunlearn.sampling.retain import read_captions
-from fastunlearn.training.preflight import check_model
 from fastunlearn.utils.run_folder import check_results
 
 

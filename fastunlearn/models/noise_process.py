@@ -1,0 +1,110 @@
+"""The noise process of a model: its levels, what noising does, what a prediction says, and one step of a sampler.
+
+Everything that depends on alpha-bar is here, always for (B,) timesteps: methods, samplers and losses speak to this
+object and to ``denoisers.Predictors`` only. The arithmetic is that of ``fastunlearn_kernels``.
+
+Legend, at timestep t: A alpha-bar, x the noisy latents, x0 the clean ones, n the noise, s the noise level of a sampler
+that works on x0 + s n:
+    x = sqrt(A) x0 + sqrt(1 - A) n          s = sqrt((1 - A) / A)
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from fastunlearn_kernels import add_noise, guided_euler_step, guided_step, to_epsilon
+from fastunlearn_kernels.prediction import prediction_number, training_target
+
+SAMPLERS = ("ddim", "euler")
+
+
+class NoiseProcess:
+    """The noise schedule and prediction type of one loaded model, on its device."""
+
+    def __init__(self, scheduler: DDIMScheduler, device: torch.device) -> None:
+        self.scheduler = scheduler
+        self.device = device
+        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+        """(T,) fp32, alpha-bar of each timestep."""
+
+    def __len__(self) -> int:
+        """T, the number of timesteps of the training schedule."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def prediction_type(self) -> str:
+        """ "epsilon", "v_prediction" or "sample"."""
+        return self.scheduler.config["prediction_type"]
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the latents from which sampling starts."""
+        return float(self.scheduler.init_noise_sigma)
+
+    def timesteps(self, num_inference_steps: int) -> list[int]:
+        """Those of a sampler with so many steps, from the noisy end, spaced as the model's scheduler says."""
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler.timesteps.tolist()
+
+    def expand(self, timestep: int, batch: int) -> Tensor:
+        """One timestep for a whole batch: (B,) int64 on the device."""
+        return torch.full((batch,), timestep, dtype=torch.long, device=self.device)
+
+    def alpha_bar(self, timesteps: Tensor) -> Tensor:
+        """(B,) fp32."""
+        return self.alphas_cumprod[timesteps]
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x of x0 and n, (B, C, H, W) each."""
+        return add_noise(clean, noise, timesteps, self.alphas_cumprod)
+
+    def to_epsilon(self, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that a prediction implies; gradients flow."""
+        return to_epsilon(prediction, latents, self.alpha_bar(timesteps), self.prediction_type)
+
+    def to_x0(self, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents that a prediction implies, in fp32; gradients flow."""
+        noise = self.to_epsilon(prediction, latents, timesteps).float()
+        alpha = self.alpha_bar(timesteps).view(-1, 1, 1, 1)
+        return (latents.float() - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+
+    def target(self, noise: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model is to predict where ``clean`` was noised with ``noise``."""
+        alpha = self.alpha_bar(timesteps).view(-1, 1, 1, 1)
+        return training_target(noise, clean, alpha, prediction_number(self.prediction_type))
+
+    def levels(self, timesteps: Tensor, num_inference_steps: int) -> tuple[Tensor, Tensor]:
+        """(alpha-bar at the timesteps, alpha-bar where a sampler with so many steps goes from there), (B,) each."""
+        after = timesteps - len(self) // num_inference_steps
+        final = self.scheduler.final_alpha_cumprod.to(self.device)
+        return self.alpha_bar(timesteps), torch.where(after >= 0, self.alphas_cumprod[after.clamp(min=0)], final)
+
+    def step(
+        self,
+        cond: Tensor,
+        uncond: Tensor,
+        latents: Tensor,
+        timesteps: Tensor,
+        num_inference_steps: int,
+        guidance_scale: float,
+        sampler: str = "ddim",
+    ) -> Tensor:
+        """One step with classifier-free guidance, no noise added: the latents at the next timestep.
+
+        ``sampler``: "ddim" (arXiv 2010.02502, eta 0), or "euler" (arXiv 2206.00364, algorithm 2 without churn), which
+        takes the same steps on x0 + s n and ends at s = 0 where DDIM ends at the schedule's first level.
+        """
+        now, after = self.levels(timesteps, num_inference_steps)
+        kind = self.prediction_type
+        if sampler == "ddim":
+            return guided_step(cond, uncond, latents, now, after, guidance=guidance_scale, prediction_type=kind)
+        last = timesteps < len(self) // num_inference_steps
+        sigma, sigma_next = ((1 - now) / now).sqrt(), torch.where(last, 0.0, ((1 - after) / after).sqrt())
+        scale, scale_next = ((level * level + 1).sqrt().view(-1, 1, 1, 1) for level in (sigma, sigma_next))
+        moved = guided_euler_step(
+            cond, uncond, latents * scale, sigma, sigma_next, guidance=guidance_scale, prediction_type=kind
+        )
+        return moved / scale_next
