@@ -16,7 +16,7 @@ from fastunlearn.sampling.retain import RetainBatch
 
 
 def attacked_prediction(attack: InnerLoop, batches: list[RetainBatch], judged: RetainBatch) -> Tensor:
-    """InnerLoop with plain SGD and predict ``judged``; the graph reaches the weights before the attack.
+    """Attack with plain SGD and predict ``judged``; the graph reaches the weights before the attack.
 
     The attacked weights must require a gradient. One rank only: what other ranks add is not recorded.
     """

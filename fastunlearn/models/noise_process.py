@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from fastunlearn_kernels import add_noise, guided_euler_step, guided_step, to_epsilon
-from fastunlearn_kernels.prediction import prediction_number, training_target
+from fastunlearn_kernels.latent.prediction import prediction_number, training_target
 
 SAMPLERS = ("ddim", "euler")
 
