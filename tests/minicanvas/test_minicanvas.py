@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,30 @@ def test_captions_are_known_and_short():
     assert max(len(ids) for ids in tokenizer(sorted(captions)).input_ids) <= tokenizer.model_max_length
     words = {word for caption in captions for word in caption.replace(",", "").split()}
     assert all(len(tokenizer(word).input_ids) == 3 for word in words), "every known word is one token"
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_the_files_for_older_transformers_give_the_same_ids(part, tmp_path):
+    """They read `vocab.json` and `merges.txt`, which are what the build writes from the shipped `tokenizer.json`."""
+    from transformers import CLIPTokenizer
+
+    from fastunlearn.minicanvas.build.text import write_vocabulary
+
+    folder = minicanvas.pipeline_path() / part
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    write_vocabulary(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
+    shipped = CLIPTokenizer.from_pretrained(folder)
+    end = "<|endoftext|>"
+    older = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=end, bos_token="<|startoftext|>",
+        eos_token=end, pad_token=end, model_max_length=shipped.model_max_length,
+    )  # fmt: skip
+    texts = [*vocabulary.all_captions(), "a painting by Van Gogh", "Kitty's 12 fish, neon!", "naïve café"]
+    assert older(texts, padding="max_length", truncation=True).input_ids == (
+        shipped(texts, padding="max_length", truncation=True).input_ids
+    )
 
 
 def test_path_needs_no_torch():

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastunlearn.minicanvas import networks
+from fastunlearn.minicanvas.build.text import write_vocabulary
 
 
 def make_pipeline(folder: Path, unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:
@@ -41,6 +42,8 @@ def write_pipeline(pipe: StableDiffusionXLPipeline, output: Path) -> None:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(partial, safe_serialization=True)
+    for part in ("tokenizer", "tokenizer_2"):
+        write_vocabulary(partial / part)
     for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
         path = partial / part / "config.json"
         settings = json.loads(path.read_text()) | ({"dtype": "float32"} if part.startswith("text") else {})

@@ -39,8 +39,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     entries = [*start, *(left + right for left, right in learned), START, END]
     vocabulary = {entry: i for i, entry in enumerate(dict.fromkeys(entries))}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, learned)]) + "\n")
+    _write_files(folder, vocabulary, learned)
     tokenizer = CLIPTokenizer(
         str(folder / "vocab.json"),
         str(folder / "merges.txt"),
@@ -52,3 +51,18 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Write `vocab.json` and `merges.txt` beside the `tokenizer.json` of `folder`, with what that holds.
+
+    Versions of transformers before 5 read these two, and nothing else, for a `CLIPTokenizer`.
+    """
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    _write_files(folder, model["vocab"], model["merges"])
+
+
+def _write_files(folder: Path, vocabulary: dict[str, int], merges: list[list[str]]) -> None:
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
