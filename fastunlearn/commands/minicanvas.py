@@ -46,16 +46,18 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"--steps: {args.steps} is not allowed; 1 to 1000 are, 25 are enough")
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"--output: {args.output}: its folder does not exist; create it first")
-    from fastunlearn.minicanvas import drawing
+    from fastunlearn.evaluation.drawing import generate
+    from fastunlearn.minicanvas.build import drawing
+    from fastunlearn.models.loading import load_pipeline
 
-    pipe = drawing.load_pipeline(pipeline_path())
+    pipe = load_pipeline(pipeline_path())
     prompts, columns, titles = args.prompt, max(1, min(8, len(args.prompt))), list(args.prompt)
     if not prompts:
         cells = drawing.grid_cells()
         prompts = [drawing.EVALUATION_TEMPLATE.format(object=OBJECTS[o], style=STYLES[s]) for o, s in cells]
         columns, titles = len(OBJECTS), [f"{OBJECTS[o]}, {STYLES[s]}" for o, s in cells]
     seeds = [args.seed + i for i in range(len(prompts))]
-    images = drawing.draw(pipe, prompts, seeds, args.steps, args.guidance_scale, progress="drawing")
+    images = generate(pipe, prompts, seeds, args.steps, args.guidance_scale, progress="drawing")
     try:
         drawing.save_grid(images, args.output, columns, titles)
     except (OSError, ValueError) as error:  # ValueError: Pillow knows no format of that name

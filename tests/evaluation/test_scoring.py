@@ -23,7 +23,7 @@ from fastunlearn.evaluation import grid as protocol
 from fastunlearn.evaluation.drawing import generate, initial_latents
 from fastunlearn.evaluation.grid import Erased, EvaluationSample, build_grid, known_concepts
 from fastunlearn.evaluation.scores import Label, clear_difference, score, wilson
-from fastunlearn.minicanvas import networks
+from fastunlearn.minicanvas.build import networks
 from fastunlearn.minicanvas.build.assemble import make_pipeline
 from fastunlearn.minicanvas.build.text import write_tokenizer
 from fastunlearn.minicanvas.vocabulary import OBJECTS, PARAPHRASES, STYLES, SYNONYMS

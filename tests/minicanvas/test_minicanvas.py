@@ -208,26 +208,26 @@ def test_shipped_pipeline_is_sdxl(pipe):
 
 
 def test_model_draws_what_it_is_told(pipe, judge):
-    from fastunlearn.minicanvas.drawing import grid_cells, read_grid
+    from fastunlearn.minicanvas.build.drawing import grid_cells, read_grid
 
     reading, _ = read_grid(pipe, judge, grid_cells()[::2], [7], steps=15)
     assert reading.share(0) >= 0.9 and reading.share(1) >= 0.9
 
 
 def test_bare_names_condition(pipe, judge):
-    from fastunlearn.minicanvas.drawing import draw
+    from fastunlearn.evaluation.drawing import generate
 
-    objects = draw(pipe, list(minicanvas.OBJECTS), list(range(10)), steps=12)
-    styles = draw(pipe, [f"{style} style" for style in minicanvas.STYLES], list(range(8)), steps=12)
+    objects = generate(pipe, list(minicanvas.OBJECTS), list(range(10)), steps=12)
+    styles = generate(pipe, [f"{style} style" for style in minicanvas.STYLES], list(range(8)), steps=12)
     assert (judge.classify(objects)[0].argmax(1) == torch.arange(10)).float().mean() >= 0.8
     assert (judge.classify(styles)[1].argmax(1) == torch.arange(8)).float().mean() >= 0.8
 
 
 def test_latents_depend_on_the_seed_only(pipe):
-    from fastunlearn.minicanvas.drawing import draw
+    from fastunlearn.evaluation.drawing import generate
 
-    alone = draw(pipe, ["cat"], [5], steps=2)
-    among = draw(pipe, ["fish", "cat", "ink style"], [4, 5, 6], steps=2)
+    alone = generate(pipe, ["cat"], [5], steps=2)
+    among = generate(pipe, ["fish", "cat", "ink style"], [4, 5, 6], steps=2)
     assert torch.allclose(alone[0], among[1], atol=1e-4)
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastunlearn.minicanvas import networks
+from fastunlearn.minicanvas.build import networks
 from fastunlearn.minicanvas.build.text import write_vocabulary
 
 

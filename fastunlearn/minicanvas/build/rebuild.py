@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from fastunlearn.minicanvas import drawing
-from fastunlearn.minicanvas.build import assemble, train_judge, train_text, train_unet, train_vae
+from fastunlearn.minicanvas.build import assemble, drawing, train_judge, train_text, train_unet, train_vae
 from fastunlearn.minicanvas.build.fitting import Plan, launch
 from fastunlearn.minicanvas.data import dataset, pictures
 from fastunlearn.minicanvas.data.dataset import Recipe
 from fastunlearn.minicanvas.judge import load_judge
+from fastunlearn.models.loading import load_pipeline
 
 RECIPES = {
     "pictures_vae": Recipe(count=12_000, seed=1, others=0.35),
@@ -164,7 +164,7 @@ def check(
     model: Path, judge_weights: Path, device: str = "cpu", quick: bool = False, pictures_to: Path | None = None
 ) -> dict[str, Any]:
     """Measure a finished model: accuracy on the drawn grid, the judge on held-out drawings, the autoencoder's PSNR."""
-    pipe = drawing.load_pipeline(model).to(device)
+    pipe = load_pipeline(model).to(device)
     judge = load_judge(device, judge_weights)
     cells = drawing.grid_cells()
     steps = 2 if quick else drawing.STEPS

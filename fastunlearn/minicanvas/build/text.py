@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
-from fastunlearn.minicanvas.networks import TEXT_LENGTH
+from fastunlearn.minicanvas.build.networks import TEXT_LENGTH
 from fastunlearn.minicanvas.vocabulary import all_captions
 
 START, END = "<|startoftext|>", "<|endoftext|>"

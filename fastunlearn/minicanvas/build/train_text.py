@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastunlearn.minicanvas import networks, vocabulary
+from fastunlearn.minicanvas import vocabulary
+from fastunlearn.minicanvas.build import networks
 from fastunlearn.minicanvas.build.fitting import Fit, Plan, Worker
 from fastunlearn.minicanvas.build.text import write_tokenizer
 

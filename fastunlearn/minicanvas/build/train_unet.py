@@ -22,7 +22,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastunlearn.minicanvas import drawing, networks, vocabulary
+from fastunlearn.minicanvas import vocabulary
+from fastunlearn.minicanvas.build import drawing, networks
 from fastunlearn.minicanvas.build.assemble import make_pipeline
 from fastunlearn.minicanvas.build.fitting import Fit, Plan, Worker, launch
 from fastunlearn.minicanvas.build.train_text import encode as encode_ids

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from fastunlearn.minicanvas import networks
+from fastunlearn.minicanvas.build import networks
 from fastunlearn.minicanvas.build.fitting import Fit, Plan, Worker, autocast
 
 KL_WEIGHT = 1e-4  # per latent element, against a mean squared error per pixel value

@@ -1,4 +1,7 @@
-"""Drawing with a MiniCanvas pipeline and reading what came out: for the command, the training and the check."""
+"""The grid of every object in every style: drawn, read by the judge, and put on one sheet.
+
+For the command and for the check at the end of a build. The drawing itself is ``evaluation/drawing.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,61 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
-from fastunlearn.minicanvas import networks
+from fastunlearn.evaluation.drawing import generate
 from fastunlearn.minicanvas.judge import Judge
 from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES
+from fastunlearn.models.loading import Pipeline
 
-STEPS, GUIDANCE = 25, 4.0
-
-
-def load_pipeline(folder: Path) -> StableDiffusionXLPipeline:
-    """The pipeline of `folder` in float32, without the loading bar."""
-    diffusers_logging.disable_progress_bar()
-    return StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
-
-
-@torch.no_grad()
-def draw(
-    pipe: StableDiffusionXLPipeline,
-    prompts: list[str],
-    seeds: list[int],
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    batch: int = 20,
-    progress: str = "",
-) -> Tensor:
-    """One picture for each prompt and seed: (N, 3, 64, 64) float32 in [0, 1] on the CPU. Seeds fix the latents."""
-    pipe.set_progress_bar_config(disable=True)
-    images = []
-    for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=not progress):
-        some = slice(start, start + batch)
-        latents = torch.cat([_latent(seed) for seed in seeds[some]]).to(pipe.device, pipe.unet.dtype)
-        images.append(
-            pipe(
-                prompts[some],
-                negative_prompt=[""] * len(prompts[some]),
-                latents=latents,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=64,
-                width=64,
-                output_type="pt",
-            )
-            .images.float()
-            .cpu()
-        )
-    return torch.cat(images)
-
-
-def _latent(seed: int) -> Tensor:
-    size = networks.LATENT_SIZE
-    return torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(seed))
+STEPS, GUIDANCE = 25, 4.0  # of the check
 
 
 @dataclass
@@ -92,7 +49,7 @@ def grid_cells() -> list[tuple[int, int]]:
 
 
 def read_grid(
-    pipe: StableDiffusionXLPipeline,
+    pipe: Pipeline,
     judge: Judge,
     cells: list[tuple[int, int]],
     seeds: list[int],
@@ -102,7 +59,8 @@ def read_grid(
     """Draw every cell once with each seed and let the judge read the pictures (N, 3, 64, 64)."""
     jobs = [(cell, seed) for seed in seeds for cell in cells]
     prompts = [EVALUATION_TEMPLATE.format(object=OBJECTS[o], style=STYLES[s]) for (o, s), _ in jobs]
-    images = draw(pipe, prompts, [seed for _, seed in jobs], steps, progress=progress)
+    pipe.set_progress_bar_config(disable=True)
+    images = generate(pipe, prompts, [seed for _, seed in jobs], steps, GUIDANCE, progress=progress)
     object_logits, style_logits = judge.classify(images)
     read = torch.stack([object_logits.argmax(1), style_logits.argmax(1)], dim=1)
     return Reading(torch.tensor([cell for cell, _ in jobs]), read), images
