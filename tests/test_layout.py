@@ -63,7 +63,7 @@ MAX_MODULES = 12  # of one package, its sub-packages apart
 
 # Foreign library -> the only files that import it.
 ONE_FILE_KNOWS = {
-    "deepspeed": {"fastunlearn/engines/zero.py", "fastunlearn/utils/distributed.py"},
+    "deepspeed": {"fastunlearn/engines/zero/engine.py", "fastunlearn/utils/distributed.py"},
     "bitsandbytes": {"fastunlearn/engines/optimizers"},
     "xformers": {"fastunlearn/acceleration/attention.py"},
 }

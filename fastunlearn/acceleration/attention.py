@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.schema.attention_rules import CHOICES, Capability, attention_refusal
+from fastunlearn.utils.text import first_line
 
 # (query_BNHD, key_BMHD, value_BMHD, mask or None, scale or None for 1 / sqrt(D)) -> output_BNHD
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
@@ -228,7 +229,7 @@ def _xformers() -> Kernel:
         import xformers.ops
     except (ImportError, OSError) as error:
         raise UserError(
-            f"model.attention: 'xformers' cannot be loaded ({_first_line(error)}); "
+            f"model.attention: 'xformers' cannot be loaded ({first_line(error)}); "
             "install the 'gpu' extra again, or use 'auto'"
         ) from error
     return TokensFirst("xformers", xformers.ops.memory_efficient_attention, "scale")
@@ -243,7 +244,7 @@ def _flash3() -> tuple[Kernel, str]:
             return Sdpa((SDPBackend.FLASH_ATTENTION,), ()), "attention: flash3, behind PyTorch's flash backend"
         interface = importlib.import_module("flash_attn_interface")
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"model.attention: 'flash3' cannot be loaded ({_first_line(error)}); use 'auto'") from error
+        raise UserError(f"model.attention: 'flash3' cannot be loaded ({first_line(error)}); use 'auto'") from error
     kernel = TokensFirst("flash3", interface.flash_attn_func, "softmax_scale")
     return kernel, "attention: flash3, from flash_attn_interface"
 
@@ -268,16 +269,12 @@ def _try_out(kernel: Kernel, choice: str, widths: Collection[int], device: torch
             short = SHORT.get(dtype, str(dtype))
             raise UserError(
                 f"model.attention: {choice!r} cannot run heads of width {width} in {short} on this {device.type} "
-                f"({_first_line(error)}); use 'auto' or 'sdpa'"
+                f"({first_line(error)}); use 'auto' or 'sdpa'"
             ) from error
 
 
 def _capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def stop_first_token_gradient(unet: nn.Module) -> int:

@@ -1,8 +1,7 @@
 """Low-rank additions to the attention projections (LoRA, arXiv:2106.09685), as an attacker would train them: one that
 is simulated (``meta/``), or one that tests a finished model (``relearning/``).
 
-What this is: y = W x + B A x on every q, k, v and output projection, A random, B zero: at first nothing changes.
-What this is not: a file format, or an adapter framework.
+    y = W x + B A x     on every q, k, v and output projection; A random, B zero: at first nothing changes
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Predictions of the frozen model, without a second U-Net.
 
-What this is: a copy of the tensors that training changes, put in place for the duration of a call: as they were, or in
-8 bits, brought back one layer at a time.
-What this is not: an EMA or any other moving teacher, or the judgement whether 8 bits are good enough
-(``teacher_error.py``). ZeRO-3 shards the student's parameters, so there, and only there, the teacher is a whole second
-module.
+A copy of the tensors that training changes is put in place for the duration of a call: as they were, or in 8 bits,
+brought back one layer at a time. ZeRO-3 shards the student's parameters, so there, and only there, the teacher is a
+whole second module. ``teacher_check.py`` judges whether 8 bits are good enough; a moving teacher is in ``ema.py``.
 """
 
 from __future__ import annotations

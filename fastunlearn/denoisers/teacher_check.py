@@ -1,7 +1,7 @@
 """How far a teacher in 8 bits is from the exact one, at each timestep, before any update is based on it.
 
-What this is: a few predictions with both, while the student still is the exact teacher. What this is not: part of the
-training; these evaluations are not in the run's count.
+A few predictions with both, while the student still is the exact teacher. They are not part of the training, nor in the
+run's count of evaluations.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The three sets of the meta term: pictures as latents, made by the original model or read from folders, cached once.
 
-What this is: the pools, and the samples that an update draws from them: those that the simulated attack trains on, and
-those that are judged before and after it. No VAE is in the loop.
-What this is not: a loss.
+The pools, and the samples that an update draws from them: those that the simulated attack trains on, and those that are
+judged before and after it. No VAE is in the loop. The losses are in ``objective.py``.
 
 Everything random is drawn from (seed, update, sample number), so that the same global batch gives the same samples on
 any world size.

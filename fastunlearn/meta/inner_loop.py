@@ -1,8 +1,8 @@
 """The simulated attack: a few steps of ordinary fine-tuning on forbidden pictures, in place, and the way back.
 
-What this is: ``with attack.applied(batches)``; inside, the U-Net's weights are those that an attacker would have. It
-works on the weights themselves, behind the engine's back: what DeepSpeed accumulates and steps is left alone.
-What this is not: the losses that are taken inside (``term.py``), or an attack on a finished model (``relearning/``).
+Inside ``with attack.applied(batches)`` the U-Net's weights are those that an attacker would have. It works on the
+weights themselves, behind the engine's back: what DeepSpeed accumulates and steps is left alone. The losses that are
+taken inside are in ``objective.py``, attacks on a finished model in ``evaluation/attacks/``.
 
 On several ranks every rank takes the same steps, by the mean of their gradients. With ``restart_every`` 1 the
 attacker starts from the weights as they are, each time. Above that it goes on from where it was, as far from the

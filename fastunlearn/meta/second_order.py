@@ -1,7 +1,7 @@
 """The prediction after a simulated attack as a function of the weights before it: the exact meta gradient.
 
-What this is: steps of SGD that are themselves recorded, for small models; the check of the first-order rule.
-What this is not: the way to train a large model. Every step of the attack keeps its whole graph and its weights.
+Steps of SGD that are themselves recorded, as a check of the first-order rule. For small models only: every step of the
+attack keeps its whole graph and its weights.
 """
 
 from __future__ import annotations

@@ -3,5 +3,5 @@
     from fastunlearn.planning.plan import make_plan, read_model
     plan = make_plan(config, 1, read_model(config))
 
-What this is not: a measurement. Nothing here is imported by the update loop.
+Nothing is measured here, and nothing here is imported by the update loop.
 """

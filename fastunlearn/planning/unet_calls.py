@@ -1,8 +1,7 @@
 """How many U-Net evaluations a run will make, from its key-step table.
 
-What this is: the same four counters as ``predictors.Evaluations``, added up per update from the configuration alone. It
-is exact, and ``tests/planning/test_planning.py`` holds it against runs.
-What this is not: seconds.
+The same four counters as ``predictors.Evaluations``, added up per update from the configuration alone. They are exact:
+``tests/planning/test_planning.py`` holds them against runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Resumable checkpoints: optimizer, trained weights, key-step position, and whatever else carries state.
 
-What this is: the layout of ``checkpoint-N/``, how it comes to be whole, which ones are kept, and what a resume refuses.
-What this is not: the exported model (``exporting.py``).
+The layout of ``checkpoint-N/``, how it becomes whole, which ones are kept, and what a resume refuses. The exported
+model is written in ``export/weights.py``.
 
     checkpoint-N/state.json        position, world size, configuration fingerprint, evaluation counts
     checkpoint-N/parts-rank-R.pt   what rank R's trajectories, method, surgery and retain source carry on, if anything
