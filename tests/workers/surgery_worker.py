@@ -4,6 +4,7 @@ Usage: deepspeed --num_gpus N tests/workers/surgery_worker.py FOLDER WHAT ...
     cases, or the name of one   ``cases()``, for two ranks; writes FOLDER/<case>.safetensors and <case>-start
     few                         ``cases_for_other_worlds()``, the same files
     faults                      those of surgery_faults.py; every rank writes what it sees
+    broken                      those of broken_updates.py, without surgery; every rank writes what it sees
     mutations                   those of surgery_mutations.py; writes FOLDER/mutation-<number>.safetensors
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ if __name__ == "__main__":
     prepare_environment(1)
 
 import torch
+from broken_updates import ZERO_RUNS, BrokenRun, broken_config, suffer_broken_updates
 from safetensors.torch import save_file
 from surgery_faults import FAULTS, UPDATES, Fault, suffer
 from surgery_mutations import MUTATIONS, applied
@@ -179,6 +182,10 @@ def build_run(case: Case, world: World) -> Run:
     return tiny_run(config_of(case, world.world_size), world, the_book(), trained_names(tiny_unet()), the_pool())
 
 
+def build_broken_run(case: BrokenRun, world: World) -> Run:
+    return tiny_run(broken_config(case), world, tiny_book(), trained_names(tiny_unet()))
+
+
 def train_case(case: Case, world: World) -> dict[str, torch.Tensor]:
     run = build_run(case, world)
     update_all(run)
@@ -210,6 +217,9 @@ def main(folder: Path, what: list[str]) -> None:
             save_file(weights, folder / f"{case.name}.safetensors")
     for fault in FAULTS if "faults" in what else []:
         suffer(fault, build_run(faulty_case(fault), world), folder)
+    for broken in ZERO_RUNS if "broken" in what else []:
+        seen = suffer_broken_updates(broken, build_broken_run(broken, world))
+        (folder / f"{broken.name}-rank-{world.rank}.json").write_text(json.dumps(seen))
     for number, mutation in enumerate(MUTATIONS if "mutations" in what else []):
         with applied(mutation), contextlib.suppress(LookupError, RuntimeError, AttributeError):
             weights = train_case(mutated_case(mutation.case), world)

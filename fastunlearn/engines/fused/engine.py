@@ -60,6 +60,8 @@ class Layer:
         self.meta = GradientBuffer(cfg.meta.gradient_dtype, stream=number)
         """The meta term's gradient, which is added after the projection."""
         self.missing = len(parameters)
+        self.held: Tensor | None = None
+        """Whether its last step was held back, since something was not finite; still on the device."""
 
     def gradients(self) -> list[Tensor]:
         """Of all parameters; zeros where the backward pass had none to give."""
@@ -73,6 +75,12 @@ class Layer:
         for parameter in self.parameters:
             parameter.grad = None
         self.missing = len(self.parameters)
+
+    def uncount_held_step(self) -> None:
+        """The optimizer counts a step before the device finds that it must not be taken; bias correction goes by it."""
+        if self.held is not None and bool(self.held):
+            for parameter in self.parameters:
+                self.optimizer.state[parameter]["step"] -= 1
 
     def second_moments(self) -> tuple[list[Tensor], list[Tensor]] | list[Tensor] | None:
         """AdamW's, as ``surgery_dots`` takes them; None before the first update."""
@@ -167,6 +175,7 @@ class FusedEngine(Engine):
             for layer in self._layers:  # no average is continued with what is not finite
                 layer.kept.reset()
                 layer.meta.reset()
+                layer.uncount_held_step()
             return Applied(False, projection)
         self._norm = seen[-1].plan.norm
         self._schedule.optimizer.step()  # a scheduler warns where it is ahead of its optimizer
@@ -260,6 +269,7 @@ class FusedEngine(Engine):
             retain, plan = self._added(layer, gradients, retain, plan)
         layer.optimizer.param_groups[0]["lr"] = self.learning_rate
         layer.optimizer.step(retain=retain, plan=plan, segments=segments)
+        layer.held = plan.found_inf
         layer.kept.free()
         layer.meta.free()
         if layer.moments is not None:
