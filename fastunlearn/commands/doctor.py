@@ -11,19 +11,19 @@ import json
 import os
 import platform
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.models.formats.architectures import ARCHITECTURES
 from fastunlearn.registry import OPTIMIZERS
-from fastunlearn.utils.text import GIB
-from fastunlearn.utils.versions import package_version
 
 PACKAGES = (
     "fastunlearn", "torch", "diffusers", "transformers", "safetensors", "deepspeed", "bitsandbytes", "triton",
     "xformers",
 )  # fmt: skip
+GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,20 +118,18 @@ def examine() -> dict[str, Any]:
     """What is here: versions, GPUs, cores, memory, and what can be chosen."""
     import torch
 
-    from fastunlearn.utils.memory import host_memory_bytes
-
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    total, free = (host_memory_bytes(field) for field in ("MemTotal", "MemAvailable"))
+    total, free = host_memory()
     return {
         "python": platform.python_version(),
-        "versions": {name: package_version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "gpus": [
             {"name": gpu.name, "memory_gib": round(gpu.total_memory / GIB, 1), "sm": f"{gpu.major}{gpu.minor}"}
             for gpu in gpus
         ],
         "cuda": torch.version.cuda if gpus else None,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": {"total": _in_gib(total), "available": _in_gib(free)},
+        "memory_gib": {"total": total, "available": free},
         "attention": attention(torch),
         "optimizers": optimizers(bool(gpus)),
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
@@ -157,8 +155,21 @@ def optimizers(gpu: bool) -> dict[str, str]:
     return {name: spec.availability(gpu) for name, spec in OPTIMIZERS.items()}
 
 
-def _in_gib(count: int | None) -> float | None:
-    return None if count is None else round(count / GIB, 1)
+def host_memory() -> tuple[float | None, float | None]:
+    """(total, available) GiB of this machine, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return round(kib["MemTotal"] / 2**20, 1), round(kib["MemAvailable"] / 2**20, 1)
+    except (OSError, KeyError, ValueError, IndexError):
+        return None, None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _flag(variable: str) -> bool:

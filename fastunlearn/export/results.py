@@ -11,6 +11,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.memory import peak_memory_bytes
 from fastunlearn.utils.run_folder import LATER_FILES, RUN_FILES, SURGERY_LOG, list_checkpoints
-from fastunlearn.utils.versions import package_version
 
 PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "triton", "xformers")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -114,10 +114,16 @@ def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:
         "engine": cfg.engine if cfg.trains else None,
         "zero_stage": cfg.zero_stage,
         "evaluation": None,
-        "versions": {"python": platform.python_version()}
-        | {name: found for name in PACKAGES if (found := package_version(name))},
+        "versions": {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := _version(name))},
         "device": torch.cuda.get_device_name(figures.device) if figures.device.type == "cuda" else "cpu",
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _summary(folder: Path, metrics: Mapping[str, Any]) -> str:

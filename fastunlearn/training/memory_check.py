@@ -1,10 +1,12 @@
 """Before a training begins: is it certain that memory will not suffice?
 
-The plan against the GPU, or on a CPU against what is free, with room for the plan's own error. A run that may start may
-still not fit; ``fastunlearn plan`` shows how close it is.
+What this is: the plan against the GPU, or on a CPU against what is free, with room for the plan's own error.
+What this is not: a promise that a run that may start will fit; ``fastunlearn plan`` shows how close it is.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -12,7 +14,6 @@ from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.planning.advice import smallest_change
 from fastunlearn.planning.plan import ALLOWANCE, Plan, make_plan, read_model
-from fastunlearn.utils.memory import host_memory_bytes
 from fastunlearn.utils.text import size
 
 PLAN_ERROR = 0.1  # how far a plan may be off; only beyond that is the end certain
@@ -48,4 +49,13 @@ def _gpu(plan: Plan) -> tuple[int | None, int]:
 def _host(plan: Plan) -> tuple[int | None, int]:
     """What is free, and what all ranks need of it: everything is on the host."""
     state = max((device + host for device, host in plan.phases.values()), default=0)
-    return host_memory_bytes("MemAvailable"), plan.world * max(state, plan.loading)
+    return available_host_bytes(), plan.world * max(state, plan.loading)
+
+
+def available_host_bytes(table: Path = Path("/proc/meminfo")) -> int | None:
+    """What the system could give without swapping; None where it does not say."""
+    try:
+        lines = table.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None

@@ -13,7 +13,6 @@ from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.planning.plan import Model, make_plan
 from fastunlearn.training import memory_check as guard
-from fastunlearn.utils.memory import host_memory_bytes
 
 UNET = json.dumps(dict(tiny_unet().config) | {"_class_name": "UNet2DConditionModel"})
 MODEL = Model(UNET, 5, 8, 10_000)
@@ -24,7 +23,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What the machine is said to have free."""
     memory = {"bytes": 0}
     monkeypatch.setattr(guard, "read_model", lambda _: MODEL)
-    monkeypatch.setattr(guard, "host_memory_bytes", lambda _: memory["bytes"])
+    monkeypatch.setattr(guard, "available_host_bytes", lambda: memory["bytes"])
     monkeypatch.setattr(guard.torch.cuda, "is_available", lambda: False)
     return memory
 
@@ -64,7 +63,7 @@ def test_loading_counts_too(free: dict[str, int], monkeypatch: pytest.MonkeyPatc
 def test_a_system_that_does_not_say_is_not_asked(tmp_path: Path) -> None:
     table = tmp_path / "meminfo"
     table.write_text("MemTotal:  100 kB\nMemAvailable:    7 kB\n")
-    assert host_memory_bytes("MemAvailable", table) == 7 * 1024
+    assert guard.available_host_bytes(table) == 7 * 1024
     table.write_text("MemTotal:  100 kB\n")
-    assert host_memory_bytes("MemAvailable", table) is None
-    assert host_memory_bytes("MemAvailable", tmp_path / "none") is None
+    assert guard.available_host_bytes(table) is None
+    assert guard.available_host_bytes(tmp_path / "none") is None
