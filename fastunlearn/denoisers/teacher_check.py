@@ -42,7 +42,7 @@ def target_errors(models: Predictors, book: PromptTable, seed: int) -> list[Targ
     for i in range(POINTS):
         timestep = (2 * i + 1) * total // (2 * POINTS)
         latents = torch.randn(SAMPLES, *backbone.sample_shape, generator=draw).to(backbone.embeds.hidden.device)
-        rows = [(book.rows[variant.prompt], book.rows[variant.anchor]) for variant in variants]
+        rows = [(book.index[variant.prompt], book.index[variant.anchor]) for variant in variants]
         errors = [_errors(models, latents, timestep, pair) for pair in rows]
         found.append(TargetError(timestep, max(e[0] for e in errors), max(e[1] for e in errors)))
     return found

@@ -25,8 +25,10 @@ from fastunlearn.models.backbone import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.batch import BatchLayout
+from fastunlearn.sampling.captions import read_captions
+from fastunlearn.sampling.image_pool import LatentPool, encode_images, generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import LatentPool, RetainBatch, encode_images, generate_pool, read_captions
+from fastunlearn.sampling.retain import RetainBatch
 from fastunlearn.schema.meta import SETS, set_weights
 from fastunlearn.utils.distributed import World
 
@@ -93,7 +95,7 @@ class MetaSets:
             prompts = [self.pools[name].prompts[row] for row in rows]
             anchors += [self._anchors.get(prompt, UNCONDITIONAL) for prompt in prompts]
         device = batches[0].latents.device
-        embeds = self.models.backbone.embeds.select([self.book.rows[anchor] for anchor in anchors])
+        embeds = self.models.backbone.embeds.select([self.book.index[anchor] for anchor in anchors])
         return QueryBatch(_joined(batches), torch.tensor(sets, device=device), embeds)
 
     def _forbidden(self, step: KeyStep) -> tuple[Sequence[int], Sequence[int]]:
@@ -112,7 +114,7 @@ class MetaSets:
     ) -> RetainBatch:
         backbone, pool = self.models.backbone, self.pools[name]
         times = [draw.randrange(len(backbone.noise)) if timestep is None else timestep for draw in draws]
-        cond = backbone.embeds.select([self.book.rows[pool.prompts[row]] for row in rows])
+        cond = backbone.embeds.select([self.book.index[pool.prompts[row]] for row in rows])
         noisy = pool.noised(rows, times, draws, backbone.noise)
         return RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
 

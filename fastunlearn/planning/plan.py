@@ -34,7 +34,7 @@ from fastunlearn.planning.activations import Activations, Shape, build_unet, mea
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.prompts.variants import build_prompt_table
-from fastunlearn.sampling.retain import folder_captions
+from fastunlearn.sampling.captions import folder_captions
 from fastunlearn.schema.meta import meta_weights, set_weights
 from fastunlearn.utils.memory_rows import Row, Sizes, peak, totals
 from fastunlearn.utils.text import GIB

@@ -41,19 +41,27 @@ class PromptTable:
     retained: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     """Whatever else a run asks for."""
-    rows: dict[str, int] = field(default_factory=dict)
+    index: dict[str, int] = field(default_factory=dict)
+    """Prompt -> row; not given: numbered as they come."""
 
     def __post_init__(self) -> None:
+        if self.index:
+            return
         texts = [UNCONDITIONAL]
         for variants, augmented in zip(self.variants, self.augmented, strict=True):
             texts += [text for variant in variants for text in (variant.prompt, variant.anchor)] + augmented
         texts += [*self.retained, *self.others]
-        self.rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        self.index = {text: row for row, text in enumerate(dict.fromkeys(texts))}
 
     @property
     def texts(self) -> list[str]:
         """Every distinct prompt, in table order."""
-        return list(self.rows)
+        return list(self.index)
+
+    def of_retained(self) -> PromptTable:
+        """The retained prompts in the place of every concept's own, with the rows of this table."""
+        variants = [[PromptPair(prompt, UNCONDITIONAL) for prompt in self.retained]] * len(self.variants)
+        return PromptTable(variants, [[]] * len(self.variants), index=self.index)
 
 
 def build_prompt_table(

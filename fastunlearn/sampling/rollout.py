@@ -1,29 +1,32 @@
 """On-policy trajectories: b denoising trajectories per micro-batch, walked in lockstep with the model being edited.
 
-What this is: the latents at which a run trains, how they get there, and what must be saved to resume them exactly.
-What this is not: a loss. A trajectory carries no gradient.
+Here are the latents at which a run trains, how they get there, and what must be saved to resume them exactly. A
+trajectory carries no gradient.
 
-Every trajectory has a number that does not depend on how it is spread over ranks and micro-batches, and its noise and
-prompt are drawn from (seed, update, number) alone: the same global batch gives the same trajectories on any world size.
+Every trajectory has a sample id that does not depend on how it is spread over ranks and micro-batches, and its noise
+and prompt are drawn from (seed, update, sample id) alone (``draws.py``): the same global batch gives the same
+trajectories on any world size.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.models.backbone import PromptEmbeds
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
+from fastunlearn.sampling.base import BatchSampler
 from fastunlearn.sampling.batch import Augmentation, BatchLayout, GuidedPrediction, UnlearnBatch
+from fastunlearn.sampling.draws import INITIAL_NOISE, augment_embeddings, draw_choice, noise_generator
 from fastunlearn.sampling.key_steps import KeyStep
 
 
-class Rollout:
-    """The trajectories of one rank. ``step`` is the key step at which they stand."""
+class Rollout(BatchSampler):
+    """The trajectories of one rank. A ``step`` is the key step at which they stand."""
 
     def __init__(
         self,
@@ -49,50 +52,47 @@ class Rollout:
 
     def restart(self, step: KeyStep) -> None:
         """Bring fresh trajectories from pure noise to ``step.index`` with the guided student."""
-        numbers = self.layout.global_sample_ids()
-        options = self.book.variants[step.concept]
-        self.variants = [options[self._draw(step.update, number) % len(options)] for number in numbers]
-        self.latents = (
-            torch.stack([self._initial_noise(step.update, number) for number in numbers]) * self.noise.init_noise_sigma
-        )
-        self.latents = self.latents.to(self.models.backbone.embeds.hidden.device)
+        samples, options = self.layout.global_sample_ids(), self.book.variants[step.concept]
+        self.variants = [options[draw_choice(self.seed, step.update, sample) % len(options)] for sample in samples]
+        initial = torch.stack([self._initial_noise(step.update, sample) for sample in samples])
+        self.latents = (initial * self.noise.init_noise_sigma).to(self.noise.device)
         for index in range(step.index):
-            self.walk(index)
+            self.sampler_step(index)
 
-    def windows(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
+    def batches(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """This update's micro-batches. ``augmentation`` replaces the trained condition in the tail of a run."""
-        uncond = self._embeds([UNCONDITIONAL] * self.layout.batch)
-        numbers = self.layout.global_sample_ids()
-        for micro, (latents, group) in enumerate(
-            zip(self.latents.split(self.layout.batch), self._groups(), strict=True)
-        ):
-            cond = self._embeds([variant.prompt for variant in group])
-            mine = numbers[micro * self.layout.batch : (micro + 1) * self.layout.batch]
+        size, samples = self.layout.batch, self.layout.global_sample_ids()
+        uncond = self._embeds([UNCONDITIONAL] * size)
+        for micro, (latents, group) in enumerate(self._micro_batches()):
+            cond = trained = self._embeds([variant.prompt for variant in group])
+            if augmentation is not None:
+                mine = samples[micro * size : (micro + 1) * size]
+                embeds = self.models.backbone.embeds
+                trained = augment_embeddings(embeds, self.book, step, augmentation, mine, self.seed)
             yield UnlearnBatch(
                 latents=latents,
                 timesteps=self.noise.expand(self.timesteps[step.index], len(latents)),
                 cond=cond,
-                trained=cond if augmentation is None else self.augmented(step, augmentation, mine),
+                trained=trained,
                 anchor=self._embeds([variant.anchor for variant in group]),
                 uncond=uncond,
                 augmented=augmentation is not None,
                 advance=step.continues,
             )
 
-    def advance(self, step: KeyStep, pairs: list[GuidedPrediction]) -> None:
+    def advance(self, step: KeyStep, predictions: list[GuidedPrediction]) -> None:
         """One guided sampler step from predictions that training already made: the weights are one update stale."""
-        self._advance(step.index, pairs)
+        self._advance(step.index, predictions)
 
-    def walk(self, index: int) -> None:
+    def sampler_step(self, index: int) -> None:
         """One guided sampler step from ``index`` with predictions made for it."""
         uncond = self._embeds([UNCONDITIONAL] * self.layout.batch)
-        groups = zip(self.latents.split(self.layout.batch), self._groups(), strict=True)
-        pairs = []
-        for latents, group in groups:
+        predictions = []
+        for latents, group in self._micro_batches():
             cond = self._embeds([variant.prompt for variant in group])
             timesteps = self.noise.expand(self.timesteps[index], len(latents))
-            pairs.append(GuidedPrediction(*self.models.rollout(latents, timesteps, cond, uncond)))
-        self._advance(index, pairs)
+            predictions.append(GuidedPrediction(*self.models.rollout(latents, timesteps, cond, uncond)))
+        self._advance(index, predictions)
 
     def state_dict(self) -> dict:
         """What a checkpoint needs besides the key-step position."""
@@ -104,42 +104,35 @@ class Rollout:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue the saved trajectories."""
-        self.latents = state["latents"].to(self.models.backbone.embeds.hidden.device)
+        self.latents = state["latents"].to(self.noise.device)
         self.variants = [PromptPair(p, a) for p, a in zip(state["prompts"], state["anchors"], strict=True)]
 
-    def _advance(self, index: int, pairs: list[GuidedPrediction]) -> None:
-        """One sampler step from this index, with the guided prediction."""
-        groups = zip(self.latents.split(self.layout.batch), pairs, strict=True)
-        self.latents = torch.cat([self._stepped(index, latents, pair) for latents, pair in groups])
+    def _advance(self, index: int, predictions: list[GuidedPrediction]) -> None:
+        groups = zip(self.latents.split(self.layout.batch), predictions, strict=True)
+        self.latents = torch.cat([self._stepped(index, latents, prediction) for latents, prediction in groups])
 
-    def _stepped(self, index: int, latents: Tensor, pair: GuidedPrediction) -> Tensor:
+    def _stepped(self, index: int, latents: Tensor, prediction: GuidedPrediction) -> Tensor:
         timesteps = self.noise.expand(self.timesteps[index], len(latents))
-        cond, uncond = pair.cond.detach(), pair.uncond.detach()
+        cond, uncond = prediction.cond.detach(), prediction.uncond.detach()
         return self.noise.step(cond, uncond, latents, timesteps, len(self.timesteps), self.guidance_scale, self.sampler)
 
-    def augmented(self, step: KeyStep, augmentation: Augmentation, numbers: list[int]) -> PromptEmbeds:
-        """Perturbed conditions for trajectories with these numbers."""
-        pool = self.book.augmented[step.concept]
-        clean = self._embeds([pool[self._draw(step.update, number) % len(pool)] for number in numbers])
-        noise = torch.stack(
-            [torch.randn(clean.hidden.shape[1:], generator=self._generator(step.update, n, 1)) for n in numbers]
-        )
-        return PromptEmbeds(clean.hidden + augmentation.noise * noise.to(clean.hidden), clean.pooled)
-
-    def _groups(self) -> list[list[PromptPair]]:
+    def _micro_batches(self) -> Iterator[tuple[Tensor, list[PromptPair]]]:
         size = self.layout.batch
-        return [self.variants[i : i + size] for i in range(0, len(self.variants), size)]
+        groups = [self.variants[i : i + size] for i in range(0, len(self.variants), size)]
+        return zip(self.latents.split(size), groups, strict=True)
 
     def _embeds(self, prompts: list[str]) -> PromptEmbeds:
-        return self.models.backbone.embeds.select([self.book.rows[prompt] for prompt in prompts])
+        return self.models.backbone.embeds.select([self.book.index[prompt] for prompt in prompts])
 
-    def _initial_noise(self, update: int, number: int) -> Tensor:
-        shape = self.models.backbone.sample_shape
-        return torch.randn(shape, generator=self._generator(update, number, 0))
+    def _initial_noise(self, update: int, sample: int) -> Tensor:
+        generator = noise_generator(self.seed, update, sample, INITIAL_NOISE)
+        return torch.randn(self.models.backbone.sample_shape, generator=generator)
 
-    def _draw(self, update: int, number: int) -> int:
-        return random.Random(f"{self.seed}:{update}:{number}").getrandbits(32)
 
-    def _generator(self, update: int, number: int, stream: int) -> torch.Generator:
-        seed = random.Random(f"{self.seed}:{update}:{number}:{stream}").getrandbits(63)
-        return torch.Generator().manual_seed(seed)
+def build_rollout(cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, seed: int) -> Rollout:
+    """Trajectories as ``[sampler]`` says."""
+    sampler = cfg.sampler
+    return Rollout(
+        models, book, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale, seed=seed,
+        sampler=sampler.name,
+    )  # fmt: skip

@@ -32,21 +32,14 @@ from fastunlearn.methods.tables import build_method, rank_table
 from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.models.parameter_names import set_trainable, trainable_names, trained_tensors
-from fastunlearn.prompts.variants import PromptTable, build_prompt_table
-from fastunlearn.sampling.anchor_sampler import AnchorSampler
+from fastunlearn.prompts.variants import build_prompt_table
+from fastunlearn.sampling.base import BatchSampler
 from fastunlearn.sampling.batch import BatchLayout
-from fastunlearn.sampling.cached_sampler import CachedSampler, Targets, sample_targets
+from fastunlearn.sampling.cached_sampler import sample_targets
+from fastunlearn.sampling.factory import build_sampler
+from fastunlearn.sampling.image_pool import encode_folder, generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import (
-    LatentPool,
-    RetainSource,
-    anchor_prompts,
-    build_source,
-    encode_folder,
-    generate_pool,
-)
-from fastunlearn.sampling.rollout import Rollout
-from fastunlearn.sampling.static_sampler import EmptySampler, StaticSampler
+from fastunlearn.sampling.retain import RetainSource, anchor_prompts, build_source
 from fastunlearn.training.checkpoint import Part, Position, find_checkpoint, load_checkpoint
 from fastunlearn.utils.distributed import World
 from fastunlearn_kernels.common.backend import describe
@@ -61,7 +54,7 @@ class Run:
     method: Method
     table: list[KeyStep]
     models: Predictors
-    rollout: Rollout | StaticSampler
+    rollout: BatchSampler
     engine: Engine
     retain: RetainSource | None = None
     meta: MetaObjective | None = None
@@ -202,34 +195,6 @@ def exponential_average(cfg: Config, engine: Engine) -> Ema | None:
         return None
     decay, warmup = settings
     return Ema(engine.sampler, engine.named, decay, warmup=warmup)
-
-
-def build_sampler(
-    cfg: Config,
-    models: Predictors,
-    book: PromptTable,
-    layout: BatchLayout,
-    pool: LatentPool | None = None,
-    targets: Targets | None = None,
-) -> Rollout | StaticSampler:
-    """Where the unlearning windows come from: trajectories of the student, those that the original walked before the
-    training, or noised pictures of the anchors; from nowhere after an edit in closed form."""
-    if cfg.closed_form:
-        return EmptySampler(models, cfg.sampler.num_inference_steps)
-    if pool is not None:
-        return AnchorSampler(cfg, models, book, layout, pool)
-    if targets is not None:
-        return CachedSampler(cfg, models, book, layout, targets)
-    sampler = cfg.sampler
-    return Rollout(
-        models,
-        book,
-        layout,
-        steps=sampler.num_inference_steps,
-        guidance_scale=sampler.guidance_scale,
-        seed=cfg.seed,
-        sampler=sampler.name,
-    )
 
 
 def _resume(run: Run, folder: Path) -> None:

@@ -85,7 +85,7 @@ def one_update(run: Run, step: KeyStep) -> Update:
     First the gradients that wait: that of the meta term, at the attacked weights, and that of what must be kept. Then
     that of what is erased, which the engine transforms with them, refuses where it is not finite, and applies.
     """
-    batches = list(run.rollout.windows(step, run.method.augmentation(step)))
+    batches = list(run.rollout.batches(step, run.method.augmentation(step)))
     update, trains = Update(), all(batch.trains for batch in batches)
     if trains and run.meta is not None and run.meta.is_due(step):
         update.figures |= run.meta.capture(step, run.rollout.timesteps[step.index])

@@ -54,7 +54,7 @@ def reference(clip: float) -> tuple[Tensor, Tensor]:
     for step in table:
         if step.restart:
             rollout.restart(step)
-        (window,) = rollout.windows(step, method.augmentation(step))
+        (window,) = rollout.batches(step, method.augmentation(step))
         outcome = method.loss(models, window)
         optimizer.zero_grad()
         assert outcome.loss is not None

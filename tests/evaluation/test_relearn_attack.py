@@ -21,7 +21,7 @@ from fastunlearn.evaluation.relearning.pictures import Pictures
 from fastunlearn.models.backbone import Backbone, build_backbone, encode_prompts
 from fastunlearn.models.loading import load_pipeline
 from fastunlearn.prompts.variants import PromptTable
-from fastunlearn.sampling.retain import LatentPool
+from fastunlearn.sampling.image_pool import LatentPool
 
 PROMPTS = ["a cat", "the cat", "cat, ink style", "cat art"]
 BOOK = PromptTable([], [], PROMPTS)
@@ -48,7 +48,7 @@ def output(unet: torch.nn.Module) -> Tensor:
 def attacked(
     backbone: Backbone, settings: Settings, steps: int, seed: int = 0
 ) -> tuple[list[float], dict[str, Tensor]]:
-    with edit(settings, backbone, BOOK.rows, seed) as change:
+    with edit(settings, backbone, BOOK.index, seed) as change:
         losses = list(islice(attack_steps(backbone, pool(), change, OPTIONS, seed), steps))
         return losses, weights(backbone)
 
@@ -57,8 +57,8 @@ def attacked(
 def test_an_attack_learns_and_changes_its_scope_only(attack: str, left: float) -> None:
     backbone = tiny_backbone(BOOK)
     before = weights(backbone)
-    start = denoising_error(backbone, pool(), table(backbone, BOOK.rows))
-    with edit(Settings(attack=attack), backbone, BOOK.rows, 0) as change:
+    start = denoising_error(backbone, pool(), table(backbone, BOOK.index))
+    with edit(Settings(attack=attack), backbone, BOOK.index, 0) as change:
         for _ in islice(attack_steps(backbone, pool(), change, OPTIONS, 0), 40):
             assert all(parameter.grad is None for parameter in backbone.unet.parameters())
         error = denoising_error(backbone, pool(), change.embed)
@@ -76,7 +76,7 @@ def test_the_loss_is_the_models_own(prediction: str) -> None:
     backbone = tiny_backbone(BOOK, prediction)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     backbone.unet.register_forward_hook(lambda _, args, out: seen.append((args[0], args[1], out[0].detach())))
-    with edit(Settings(), backbone, BOOK.rows, 0) as change:
+    with edit(Settings(), backbone, BOOK.index, 0) as change:
         losses = list(islice(attack_steps(backbone, pool(scale=0.0), change, OPTIONS, 7), 3))
     for loss, (noisy, times, predicted) in zip(losses, seen, strict=True):
         level = backbone.noise.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
@@ -100,9 +100,9 @@ def test_every_picture_is_seen_once_an_epoch() -> None:
 
     def embed(prompts: list[str]) -> object:
         seen.extend(prompts)
-        return table(backbone, BOOK.rows)(prompts)
+        return table(backbone, BOOK.index)(prompts)
 
-    with edit(Settings(), backbone, BOOK.rows, 0) as change:
+    with edit(Settings(), backbone, BOOK.index, 0) as change:
         change = type(change)(change.parameters, embed)  # type: ignore[arg-type]
         list(islice(attack_steps(backbone, pool(), change, Options(1e-4, batch_size=2), 0), 4))
         assert sorted(seen[:4]) == sorted(seen[4:]) == sorted(PROMPTS)
@@ -131,19 +131,19 @@ def test_low_rank_starts_at_the_original_and_merges() -> None:
 def test_a_low_rank_attack_learns_without_touching_the_weights() -> None:
     backbone = tiny_backbone(BOOK)
     before = weights(backbone)
-    start = denoising_error(backbone, pool(), table(backbone, BOOK.rows))
-    with edit(Settings(attack="lora"), backbone, BOOK.rows, 0) as change:
+    start = denoising_error(backbone, pool(), table(backbone, BOOK.index))
+    with edit(Settings(attack="lora"), backbone, BOOK.index, 0) as change:
         assert denoising_error(backbone, pool(), change.embed) == start
         list(islice(attack_steps(backbone, pool(), change, Options(1e-2, 4), 0), 40))
         assert denoising_error(backbone, pool(), change.embed) < 0.97 * start
         assert all(torch.equal(before[name], tensor) for name, tensor in weights(backbone).items())
-    assert denoising_error(backbone, pool(), table(backbone, BOOK.rows)) == start
+    assert denoising_error(backbone, pool(), table(backbone, BOOK.index)) == start
 
 
 def test_the_held_out_error_is_that_of_noise_for_a_model_that_says_nothing() -> None:
     backbone = tiny_backbone(BOOK, unet=lambda sample, *_, **__: (torch.zeros_like(sample),))
     many = pool([PROMPTS[i % 4] for i in range(24)])
-    embed = table(backbone, BOOK.rows)
+    embed = table(backbone, BOOK.index)
     error = denoising_error(backbone, many, embed)
     assert error == pytest.approx(1.0, abs=0.05)  # 6144 squares of standard normal numbers
     assert denoising_error(backbone, many, embed, batch_size=5) == pytest.approx(error, rel=1e-6)
@@ -166,10 +166,10 @@ def test_textual_inversion_learns_the_word_and_nothing_else(canvas: tuple) -> No
     encoders = copy.deepcopy([pipeline.text_encoder.state_dict(), pipeline.text_encoder_2.state_dict()])
     pictures = pool(shape=(4, 16, 16))
     own = encode_prompts(pipeline, ["a cat", "a fish"])
-    with edit(Settings(attack="textual-inversion"), backbone, BOOK.rows, 0, pipeline, ["cat"]) as change:
+    with edit(Settings(attack="textual-inversion"), backbone, BOOK.index, 0, pipeline, ["cat"]) as change:
         start = [vector.detach().clone() for vector in change.parameters]
         assert [tuple(vector.shape) for vector in start] == [(1, 32), (1, 64)]
-        assert torch.equal(change.embed(["a cat", ""]).hidden, table(backbone, BOOK.rows)(["a cat", ""]).hidden)
+        assert torch.equal(change.embed(["a cat", ""]).hidden, table(backbone, BOOK.index)(["a cat", ""]).hidden)
         list(islice(attack_steps(backbone, pictures, change, Options(1e-1, 4), 0), 2))
         assert all(not torch.equal(old, new) for old, new in zip(start, change.parameters, strict=True))
         # Whatever the pipeline encodes now uses the new vectors, and only where the word stands.

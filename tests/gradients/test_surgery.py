@@ -20,15 +20,10 @@ from fastunlearn.errors import UserError
 from fastunlearn.gradients.shard import GradientShard
 from fastunlearn.models.parameter_names import block_of
 from fastunlearn.sampling.batch import BatchLayout
+from fastunlearn.sampling.captions import folder_captions
+from fastunlearn.sampling.image_pool import generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import (
-    PoolSource,
-    TrajectorySource,
-    build_source,
-    folder_captions,
-    generate_pool,
-    retain_loss,
-)
+from fastunlearn.sampling.retain import PoolSource, TrajectorySource, build_source, retain_loss
 
 STEP = KeyStep(update=0, concept=0, index=3, restart=True, continues=True)
 

@@ -123,7 +123,7 @@ def reference(clip: bool, granularity: str, extra: tuple, half: str = "", batch:
         assert kept.noise is not None
         r = gradients((student - kept.noise).square().mean(), trained)
         mean = {name: decay * mean[name] + (1 - decay) * r[name] for name in r}
-        (window,) = rollout.windows(step, None)
+        (window,) = rollout.batches(step, None)
         outcome = method.loss(models, window)
         assert outcome.loss is not None
         u = gradients(outcome.loss, trained)

@@ -23,7 +23,7 @@ from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptPair, PromptTable
 from fastunlearn.sampling.anchor_sampler import AnchorSampler
 from fastunlearn.sampling.batch import BatchLayout, UnlearnBatch
-from fastunlearn.sampling.retain import LatentPool
+from fastunlearn.sampling.image_pool import LatentPool
 
 ANCHORS = ["a cat", "a tree"]
 
@@ -62,7 +62,7 @@ def the_parts(cfg: Config) -> tuple[Predictors, AnchorSampler, DoCo]:
 
 
 def the_window(windows: AnchorSampler, method: DoCo, update: int) -> UnlearnBatch:
-    (window,) = windows.windows(method.table()[update], None)
+    (window,) = windows.batches(method.table()[update], None)
     return window
 
 
@@ -180,7 +180,7 @@ def test_key_timesteps_come_from_the_samplers_tail() -> None:
     step = method.table()[3]
     allowed = set(windows.timesteps[step.index :])
     for update in range(6):
-        (window,) = windows.windows(method.table()[update], None)
+        (window,) = windows.batches(method.table()[update], None)
         assert isinstance(window.timesteps, Tensor) and set(window.timesteps.tolist()) <= allowed
 
 
@@ -189,7 +189,7 @@ def test_timesteps_begin_at_the_smallest_one_allowed() -> None:
     _, windows, method = the_parts(cfg)
     drawn: list[int] = []
     for update in range(200):
-        (window,) = windows.windows(replace(method.table()[0], update=update), None)
+        (window,) = windows.batches(replace(method.table()[0], update=update), None)
         assert isinstance(window.timesteps, torch.Tensor)
         drawn += window.timesteps.tolist()
     assert 700 <= min(drawn) < 705 and 994 < max(drawn) < 1000
@@ -202,9 +202,9 @@ def test_a_batch_does_not_depend_on_how_it_is_spread() -> None:
     models, _, method = the_parts(cfg)
     pool = LatentPool(torch.randn(5, 4, 8, 8), [ANCHORS[i % 2] for i in range(5)])
     step = method.table()[4]
-    (whole,) = AnchorSampler(cfg, models, a_book(), BatchLayout(0, 1, 4, 1), pool).windows(step, None)
+    (whole,) = AnchorSampler(cfg, models, a_book(), BatchLayout(0, 1, 4, 1), pool).batches(step, None)
     parts = [
-        next(AnchorSampler(cfg, models, a_book(), BatchLayout(r, 2, 2, 1), pool).windows(step, None)) for r in (0, 1)
+        next(AnchorSampler(cfg, models, a_book(), BatchLayout(r, 2, 2, 1), pool).batches(step, None)) for r in (0, 1)
     ]
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
     assert torch.equal(whole.cond.hidden, torch.cat([part.cond.hidden for part in parts]))

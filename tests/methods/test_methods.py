@@ -56,7 +56,7 @@ def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> N
     cfg = a_config(kscu={"uncond_gradient": uncond, "uncond_weight": weight, "negative_guidance": 1.5})
     rollout = tiny_rollout(models, book)
     rollout.restart(STEP)
-    (window,) = rollout.windows(STEP, None)
+    (window,) = rollout.batches(STEP, None)
     outcome = build_method(cfg).loss(models, window)
 
     x, t = window.latents, window.timesteps
@@ -82,7 +82,7 @@ def test_kscu_starts_at_twice_the_erased_direction() -> None:
     models = Predictors(backbone, backbone.unet, backbone.unet, Teacher(backbone.unet, [], whole_copy=True))
     rollout = tiny_rollout(models, book)
     rollout.restart(STEP)
-    (window,) = rollout.windows(STEP, None)
+    (window,) = rollout.batches(STEP, None)
     cond, uncond = models.frozen(window.latents, window.timesteps, window.cond, window.uncond)
     loss = build_method(a_config()).loss(models, window).loss
     assert loss is not None
@@ -101,7 +101,7 @@ def test_the_unconditional_gradient_is_negligible_at_the_published_weight() -> N
                     parameter.copy_(models.teacher.frozen[name])  # type: ignore[attr-defined]
         rollout = tiny_rollout(models, book)
         rollout.restart(STEP)
-        (window,) = rollout.windows(STEP, None)
+        (window,) = rollout.batches(STEP, None)
         cfg = a_config(kscu={"uncond_gradient": only, "uncond_weight": uncond_weight})
         loss = build_method(cfg).loss(models, window).loss
         assert loss is not None
@@ -118,7 +118,7 @@ def test_esd_loss_equals_its_equation() -> None:
     cfg = a_config(method="esd", esd={"negative_guidance": 2.0})
     rollout = tiny_rollout(models, book)
     rollout.restart(STEP)
-    (window,) = rollout.windows(STEP, None)
+    (window,) = rollout.batches(STEP, None)
     loss = build_method(cfg).loss(models, window).loss
     assert loss is not None
     x, t = window.latents, window.timesteps
@@ -156,7 +156,7 @@ def count_run(cfg: Config, batch: int = 1) -> dict[str, int]:
         if step.restart:
             rollout.restart(step)
         pairs: list[GuidedPrediction] = []
-        for window in rollout.windows(step, method.augmentation(step)):
+        for window in rollout.batches(step, method.augmentation(step)):
             pair = method.loss(models, window).guided
             pairs += [pair] if pair is not None else []
         if step.continues:

@@ -49,7 +49,7 @@ def test_the_loss_is_the_distance_of_two_predictions_of_the_student(kind: str) -
     models.sampler = other
     rollout = tiny_rollout(models, book)
     rollout.restart(STEP)
-    (window,) = rollout.windows(STEP, None)
+    (window,) = rollout.batches(STEP, None)
     counted = Evaluations(**models.state_dict())
     outcome = build_method(a_config()).loss(models, window)
     x, t = window.latents, window.timesteps

@@ -42,8 +42,8 @@ def test_an_anchor_concept_replaces_the_concept_everywhere() -> None:
 
 def test_every_prompt_has_one_row_and_the_empty_prompt_is_row_zero() -> None:
     book = build_prompt_table([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1)
-    assert book.rows[""] == 0
-    assert len(book.texts) == len(set(book.texts)) == len(book.rows)
+    assert book.index[""] == 0
+    assert len(book.texts) == len(set(book.texts)) == len(book.index)
     assert {"cat", "dog", "a dog in neon style", "a picture in ink style", *book.augmented[0]} <= set(book.texts)
     assert book.texts == build_prompt_table([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1).texts
 

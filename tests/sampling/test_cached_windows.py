@@ -57,13 +57,13 @@ def test_targets_are_the_originals_predictions_whatever_the_student_has_become()
     run, book = cached_run(config()), the_book()
     update_all(run)
     original = tiny_unet()
-    (window,) = run.rollout.windows(run.table[3], None)
+    (window,) = run.rollout.batches(run.table[3], None)
     assert window.targets is not None
     for name in ("cond", "anchor", "uncond"):
         wanted = run.models.backbone.predict(original, window.latents, window.timesteps, getattr(window, name))
         torch.testing.assert_close(window.targets[name], wanted, rtol=1e-4, atol=1e-5)
     assert not torch.equal(window.targets["cond"], window.targets["uncond"])
-    assert book.rows  # the same book that the targets were made with
+    assert book.index  # the same book that the targets were made with
 
 
 def test_the_latents_are_those_of_the_originals_guided_trajectory() -> None:
@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
 
 def test_the_teacher_is_gone() -> None:
     run = cached_run(config())
-    (window,) = run.rollout.windows(run.table[0], None)
+    (window,) = run.rollout.batches(run.table[0], None)
     with pytest.raises(RuntimeError, match="cached"):
         run.models.frozen(window.latents, window.timesteps, window.cond)
 

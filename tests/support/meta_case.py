@@ -27,8 +27,9 @@ from fastunlearn.methods.tables import build_method
 from fastunlearn.models.parameter_names import set_trainable
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.batch import BatchLayout
+from fastunlearn.sampling.image_pool import LatentPool
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import LatentPool, PoolSource, RetainBatch
+from fastunlearn.sampling.retain import PoolSource, RetainBatch
 from fastunlearn.schema.meta import meta_weights
 from fastunlearn.training.setup import Run
 from fastunlearn.utils.distributed import World
@@ -159,7 +160,7 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
         if cfg.closed_form:
             u, pair = {name: torch.zeros_like(p) for name, p in trained.items()}, None
         else:
-            (window,) = rollout.windows(step, None)
+            (window,) = rollout.batches(step, None)
             outcome = method.loss(models, window)
             assert outcome.loss is not None
             u, pair = gradients(outcome.loss, trained), outcome.guided

@@ -15,10 +15,10 @@ from fastunlearn.methods.tables import build_method
 from fastunlearn.models import parameter_names
 from fastunlearn.models.parameter_names import set_trainable, trained_tensors
 from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.sampling.base import BatchSampler, EmptySampler
 from fastunlearn.sampling.batch import BatchLayout
-from fastunlearn.sampling.retain import LatentPool, PoolSource
-from fastunlearn.sampling.rollout import Rollout
-from fastunlearn.sampling.static_sampler import EmptySampler
+from fastunlearn.sampling.image_pool import LatentPool
+from fastunlearn.sampling.retain import PoolSource
 from fastunlearn.training.setup import Run, shard, weights_dtype
 from fastunlearn.training.trainer import one_update
 from fastunlearn.utils.distributed import World
@@ -38,7 +38,7 @@ def tiny_run(cfg: Config, world: World, book: PromptTable, names: Sequence[str],
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
     )
-    rollout: Rollout | EmptySampler
+    rollout: BatchSampler
     if cfg.closed_form:
         rollout = EmptySampler(models, cfg.sampler.num_inference_steps)
     else:

@@ -36,8 +36,9 @@ from fastunlearn.models.parameter_names import set_trainable, trainable_names, t
 from fastunlearn.planning.activations import LiveBytes
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.batch import BatchLayout
+from fastunlearn.sampling.image_pool import LatentPool, generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.retain import LatentPool, anchor_prompts, build_source, generate_pool, retain_loss
+from fastunlearn.sampling.retain import anchor_prompts, build_source, retain_loss
 from fastunlearn.training.setup import Run, build_sampler, shard, weights_dtype
 from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
@@ -182,7 +183,7 @@ def _all_tensors() -> list[Tensor]:
 
 
 def _unlearn(run: Run, step: KeyStep) -> None:
-    windows = list(run.rollout.windows(step, None))
+    windows = list(run.rollout.batches(step, None))
     for number, window in enumerate(windows, start=1):
         loss = run.method.loss(run.models, window).loss
         assert loss is not None

@@ -37,7 +37,7 @@ from tiny_run import tiny_run, update_all
 from fastunlearn.config import Config
 from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptTable
-from fastunlearn.sampling.retain import LatentPool
+from fastunlearn.sampling.image_pool import LatentPool
 from fastunlearn.training.setup import Run
 from fastunlearn.utils.distributed import World, disconnect, init_distributed
 

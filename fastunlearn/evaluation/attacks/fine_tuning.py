@@ -30,7 +30,8 @@ from fastunlearn.models.backbone import Backbone, PromptEmbeds
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.parameter_names import set_trainable, trainable_names
 from fastunlearn.prompts.variants import UNCONDITIONAL
-from fastunlearn.sampling.retain import LatentPool, RetainBatch, retain_loss
+from fastunlearn.sampling.image_pool import LatentPool
+from fastunlearn.sampling.retain import RetainBatch, retain_loss
 
 Embed = Callable[[Sequence[str]], PromptEmbeds]
 

@@ -41,7 +41,7 @@ from fastunlearn.minicanvas.judge import Judge
 from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import Pipeline, load_pipeline, load_unet, resolve_model
 from fastunlearn.prompts.variants import PromptTable
-from fastunlearn.sampling.retain import LatentPool, encode_images
+from fastunlearn.sampling.image_pool import LatentPool, encode_images
 
 Point = dict[str, float | None]
 
@@ -100,7 +100,7 @@ def load(task: Task, bar: tqdm) -> Subject:
     if cfg.model.gradient_checkpointing:
         backbone.unet.enable_gradient_checkpointing()
     backbone.unet.register_forward_pre_hook(lambda _, args: _count(bar, len(args[0])))
-    subject = Subject(task, pipeline, backbone, book.rows, bar)
+    subject = Subject(task, pipeline, backbone, book.index, bar)
     if task.not_judged is None:
         subject.judge, subject.protocol = (
             minicanvas.load_judge(device.type),

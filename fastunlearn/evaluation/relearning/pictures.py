@@ -22,7 +22,7 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
-from fastunlearn.sampling.retain import LatentPool, generate_pool
+from fastunlearn.sampling.image_pool import LatentPool, generate_pool
 from fastunlearn.utils.files import atomic_file, cache_folder
 
 ATTACK_SEED, HELD_OUT_SEED = 1001, 2002  # of the drawings; the run's own seed makes the pictures it keeps
@@ -52,7 +52,7 @@ class Pictures:
     def file(self, prompts: Sequence[str], number: int, seed: int) -> Path:
         """Where they are kept: named by everything that they depend on."""
         key = hashlib.blake2b(self._model.encode(), digest_size=16)
-        rows = self.backbone.embeds.select([self.book.rows[text] for text in (*prompts, UNCONDITIONAL)])
+        rows = self.backbone.embeds.select([self.book.index[text] for text in (*prompts, UNCONDITIONAL)])
         for tensor in (rows.hidden, rows.pooled):
             if tensor is not None:
                 key.update(_bytes(tensor))
