@@ -1,0 +1,121 @@
+"""What is added to the package is one file and one line in `fastunlearn/registry.py`.
+
+Each test writes such a file to a folder of its own, enters the line, and goes the whole way that a user goes: help,
+refusals, planner, a run, and what the run leaves. Nothing of the package is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+from extension import Extension, run_with
+
+# The smallest run that there is.
+QUICK = (
+    "--concepts", "cat", "--max_train_steps", "2", "--sampler.num_inference_steps", "4", "--train.cpu_threads", "1",
+    "--evaluation.mode", "off", "--evaluation.num_inference_steps", "2", "--report.num_validation_seeds", "1",
+    "--report.report_to", "none",
+)  # fmt: skip
+
+METHOD = Extension(
+    "METHODS",
+    "push",
+    "Push",
+    '''
+"""A method: away from the concept's prediction, at uniformly drawn steps."""
+
+from fastunlearn.errors import UserError
+from fastunlearn.methods.base import Method, MethodOutput, MethodSpec, UNetCalls, frozen_predictions, guided_prediction
+from fastunlearn.sampling.key_steps import uniform_table
+from fastunlearn.schema.fields import ConfigModel, PositiveFloat
+
+
+class PushConfig(ConfigModel):
+    """A toy."""
+
+    strength: PositiveFloat = 1.0
+    """How far from the concept."""
+
+
+class PushSpec(MethodSpec):
+    title = "Push, a toy"
+    paper = "0000.00000"
+    Settings = PushConfig
+    steps = 321
+    scope = "selfattn"
+
+    def calls(self, cfg):
+        return UNetCalls(teacher=2, trained=1)
+
+    def refuse(self, cfg):
+        if cfg.push.strength > 10:
+            raise UserError(f"push.strength: {cfg.push.strength} is too far; use at most 10")
+
+    def facts(self, cfg):
+        return [("pushed by", f"{cfg.push.strength:g}")]
+
+    def memory_rows(self, cfg, latent_channels, latent_size):
+        return [("what the toy holds", 1 << 20)]
+
+
+class Push(Method):
+    spec = PushSpec()
+
+    def table(self):
+        cfg = self.cfg
+        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, cfg.max_train_steps, cfg.seed)
+
+    def loss(self, models, batch):
+        from torch.nn.functional import mse_loss
+
+        cond, anchor = frozen_predictions(models, batch, "cond", "anchor")
+        target = anchor.float() - self.cfg.push.strength * (cond.float() - anchor.float())
+        (prediction,) = models.train(batch.latents, batch.timesteps, batch.trained)
+        return MethodOutput(mse_loss(prediction.float(), target), guided_prediction(models, batch, prediction, None))
+''',
+)
+
+
+def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
+    """Its section, defaults, refusals, calls, memory, loss and card facts reach every place that asks for them."""
+    out = tmp_path / "run"
+    push = ("--concepts", "cat", "--method", "push")
+    help_, unknown, wrong, misspelt, refused, plan, trained = run_with(
+        METHOD,
+        tmp_path,
+        ("train", "--help"),
+        ("train", "--concepts", "cat", "--method", "pusch"),
+        ("train", *push, "--push.strength", "0"),
+        ("train", *push, "--push.strenght", "1"),
+        ("train", *push, "--push.strength", "11"),
+        ("plan", *push, "--json"),
+        ("train", *QUICK, "--method", "push", "--push.strength", "2.5", "--output_dir", str(out)),
+    )
+
+    assert help_.status == 0
+    assert "--push.strength" in help_.out and "How far from the concept." in help_.out
+    expected = {
+        unknown: "error: method: 'pusch' is not allowed; allowed are 'kscu', 'esd', 'doco', 'sdd', 'uce', 'rece' or "
+        "'push' (nearest: push)",
+        wrong: "error: push.strength: 0 is not allowed; it must be greater than 0.0",
+        misspelt: "error: --push.strenght: unknown option (nearest: --push.strength)",
+        refused: "error: push.strength: 11.0 is too far; use at most 10",
+    }
+    for done, line in expected.items():
+        assert (done.status, done.err) == (2, line + "\n")
+
+    assert plan.status == 0, plan.err
+    planned = json.loads(plan.out)
+    assert "what the toy holds" in {row["name"] for row in planned["rows"]}
+    evaluations = planned["unet_evaluations"]
+    assert evaluations["student_backward"] == 321 and evaluations["teacher"] == 2 * 321
+
+    assert trained.status == 0, trained.err
+    config = tomllib.loads((out / "config.toml").read_text())
+    assert config["push"] == {"strength": 2.5} and config["train"]["scope"] == "selfattn"
+    log = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and all(entry["loss"] > 0 for entry in log)
+    card = (out / "README.md").read_text()
+    assert "Push, a toy (arXiv:0000.00000)" in card and "pushed by" in card and "2.5" in card
