@@ -1,7 +1,7 @@
 """Text in and out of a configuration: TOML, command-line overrides, one-line errors, and the listing for ``--help``.
 
-What this is: everything is derived from the pydantic schema that the caller passes, so that a new field needs no entry
-here. What this is not: it knows no field by name, except diffusers' names in ``ALIASES``.
+Everything is derived from the pydantic schema that the caller passes, so that a new field needs no entry here. No field
+is known by name, except for diffusers' names in ``ALIASES``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -274,30 +275,14 @@ def _nearest_field(location: tuple[int | str, ...], schema: Schema) -> str:
 
 
 def emit_toml(data: dict[str, Any]) -> str:
-    """TOML of a dict of plain values and one level of sections; None is left out. ``tomllib`` reads it back equal."""
-    lines = [f"{key} = {_toml_value(value)}" for key, value in data.items() if _is_plain(value)]
-    for name, section in data.items():
-        if isinstance(section, dict):
-            lines += ["", f"[{name}]"]
-            lines += [f"{key} = {_toml_value(value)}" for key, value in section.items() if value is not None]
-    return "\n".join(lines) + "\n"
+    """TOML of nested plain values; None, which TOML does not have, is left out. ``tomllib`` reads it back equal."""
+    return tomli_w.dumps(_without_none(data))
 
 
-def _is_plain(value: Any) -> bool:
-    return value is not None and not isinstance(value, dict)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON leaves DEL, TOML forbids it
+def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        inside = ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None)
-        return f"{{ {inside} }}"
-    return f"[{', '.join(_toml_value(item) for item in value)}]"
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def train_help(schema: Schema) -> str:
@@ -313,7 +298,7 @@ def options_help(schema: Schema) -> str:
     lines = []
     for dotted, info in fields_of(schema):
         value = info.get_default(call_default_factory=True)
-        default = "none" if value is None else _toml_value(value)
+        default = "none" if value is None else json.dumps(value, ensure_ascii=False)
         lines.append(f"  --{dotted} {_type_name(info.annotation)} (default {default})")
         also = f" Also {', '.join(aliases[dotted])}." if dotted in aliases else ""
         lines.append(f"      {info.description}{also}")

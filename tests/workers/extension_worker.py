@@ -1,8 +1,8 @@
 """Command lines of `fastunlearn` with one more entry in a registry.
 
-`python extension_worker.py FOLDER` reads FOLDER/extension.json: {"registry": "METHODS", "entries": {name: "module:attribute"},
-"commands": [[word, ...], ...]}, finds modules in FOLDER, and writes what each command returned and printed to
-FOLDER/done.json. The entries have to be there before the configuration is imported, which is why this is a process.
+`python extension_worker.py FOLDER` reads FOLDER/extension.json, {"registry": "METHODS", "entries": {name:
+"module:attribute"}, "commands": [[word, ...], ...]}, finds modules in FOLDER, and writes what each command returned and
+printed to FOLDER/done.json. An entry has to be there before the configuration is imported, hence the process.
 """
 
 from __future__ import annotations
