@@ -12,7 +12,9 @@ from fastunlearn.config import Config, concept_kind, load_config, resolved_keep,
 from fastunlearn.config import loader as config_text
 from fastunlearn.engines.zero.deepspeed_config import deepspeed_config
 from fastunlearn.errors import UserError
+from fastunlearn.gradients.transforms import build_transforms
 from fastunlearn.methods.kscu import first_key_step
+from fastunlearn.utils.distributed import single_process
 
 SDXL = ["--pretrained_model_name_or_path", "org/sdxl"]  # free-form concept names; nothing is loaded here
 
@@ -276,7 +278,9 @@ def test_deepspeed_config(stage: int, precision: str) -> None:
     assert found["train_batch_size"] == 24
     assert found["train_micro_batch_size_per_gpu"] == 3
     assert found["gradient_accumulation_steps"] == 2
-    assert found["gradient_clipping"] == 0.5
+    # Clipping has one owner, which is not DeepSpeed.
+    assert found["gradient_clipping"] == 0.0
+    assert build_transforms(cfg, ["weight"], single_process()).clip.limit == 0.5
     assert found["zero_optimization"]["stage"] == stage
     assert found["zero_allow_untested_optimizer"] and not found["zero_force_ds_cpu_optimizer"]
     assert found.get("bf16", {}).get("enabled", False) == (precision == "bf16" and stage > 0)
