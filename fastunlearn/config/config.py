@@ -3,7 +3,8 @@
     cfg = load_config("configs/minicanvas_style.toml", ["--train.max_train_steps", "100"])
 
 The fields are in ``schema/`` and in the files of methods and engines, what follows from them in ``base.py`` and
-``defaults.py``, refusals in ``*_rules.py``, TOML and command-line text in ``py``. Nothing here imports torch.
+``defaults.py``, refusals in the files that end in ``_rules``, TOML and command-line text in ``loader.py``. Nothing here
+imports torch.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ patch discriminator; X(v) is the image that a noise prediction v implies:
     X(v) = (x_t - sqrt(1 - A) v) / sqrt(A)
     L_adv = BCE(D(X(u)), 0)                                     the student, D left alone
     L_D   = BCE(D(X(u)), 1) + BCE(D(X(a)), 0)                   D, on the same predictions, in every update
-With ``doco.guidance_scale`` w other than 1, which is ours, D sees what a guided sampler would: n + w (v - n) in the
-place of v, with n = e(x_t, t, unconditional prompt) on both sides. What is left of the concept is then as loud to D as
-it would be in a picture.
+With ``doco.guidance_scale`` w other than 1, which is ours, D sees what a guided sampler would: n + w (v - n)
+instead of v, with n = e(x_t, t, unconditional prompt) on both sides. What is left of the concept is then as loud to D
+as it would be in a picture.
 The student joins after ``doco.discriminator_warmup`` updates. Until then its predictions are made without a graph.
 """
 

@@ -3,8 +3,8 @@
 Rounds of deriving, in closed form, the tokens with which the edited projections answer most like the original ones did
 to the concept, and of erasing those too. The algebra is in ``parts/closed_form.py``.
 
-One round, from the projections W of the round before; W0 are the original ones, c the concept's tokens, a what takes
-their place, p what is preserved:
+One round, from the projections W of the round before; W0 are the original ones, c the concept's tokens, a their
+replacements, p what is preserved:
     c' = argmin  sum over projections ||W c' - W0 c||^2 + embedding_regularisation ||c'||^2
     W  = argmin  e ||W' c' - W0 a||^2 + r ||W' p - W0 p||^2 + l ||W' - W||^2      over W'
 Where ``rece.cumulative``, which is ours, the second line also holds every c and c' of before.

@@ -38,7 +38,7 @@ class UceConfig(ConfigModel):
     preserve_scale: NonNegativeFloat = 1.0
     """Weight of what is preserved."""
     negative_guidance: NonNegativeFloat = 1.0
-    """How far beyond the anchor the concept is moved, a + g (a - c) in the place of a; published: 0. What a picture
+    """How far beyond the anchor the concept is moved, a + g (a - c) instead of a; published: 0. What a picture
     shows where nothing is asked for may by chance be the concept."""
     regularisation: PositiveFloat = 0.5
     """Weight lambda with which the projections are held to what they were."""

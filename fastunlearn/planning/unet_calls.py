@@ -56,7 +56,7 @@ def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int
 
 
 def _add_targets(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int) -> None:
-    """The original's trajectories, which every rank walks: ``cached_windows.sample_targets``."""
+    """The original's trajectories, which every rank walks: ``sampling.cached_sampler.sample_targets``."""
     trajectories = cfg.teacher.trajectories * ranks
     for concept in {step.concept for step in table}:
         wanted = {step.index for step in table if step.concept == concept}

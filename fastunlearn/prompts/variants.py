@@ -1,8 +1,7 @@
 """Prompts of a run: what each trajectory is asked to draw, what its concept is measured against, and augmentations.
 
-What this is: text only. Every prompt that a run can ask for is known before it starts, so that all of them are encoded
-once and the text encoders are freed.
-What this is not: an embedding or a loss.
+Text only. Every prompt that a run can ask for is known before it starts, so that all of them are encoded once and the
+text encoders are freed.
 """
 
 from __future__ import annotations

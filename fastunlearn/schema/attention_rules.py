@@ -1,7 +1,7 @@
 """Which attention backend can run where: the refusals, known before PyTorch or any weights are loaded.
 
-What this is: one table and one function that looks up nothing but whether a package is installed.
-What this is not: attention (``attention.py``, which also tries an explicit choice once on the device).
+One table, and one function that looks up nothing but whether a package is installed. Attention itself is
+``acceleration/attention.py``, which also tries an explicit choice once on the device.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
-CHOICES = (
-    "auto", "eager", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "xformers", "flash3",
-)  # fmt: skip
+from fastunlearn.schema.fields import AttentionBackend
+
+CHOICES: tuple[str, ...] = get_args(AttentionBackend)
 Capability = tuple[int, int]
 
 

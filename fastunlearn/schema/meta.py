@@ -44,7 +44,7 @@ class MetaConfig(ConfigModel):
     concept is removed from the prompt, and beyond. ascent: have a large loss, as published; it has no bound, so give it
     a small forbidden_weight, such as 0.1."""
     negative_guidance: NonNegativeFloat = 1.0
-    """erased: how far beyond the prompt without the concept the goal lies, a + g (a - c) in the place of a."""
+    """erased: how far beyond the prompt without the concept the goal lies, a + g (a - c) instead of a."""
     coefficients: Literal["tied", "released"] = "tied"
     """tied: the loss on what must be kept enters as the difference of before and after, so that nothing is pushed away
     from it unless somebody attacks. released: the five coefficients of the published script, as it reads them, and its

@@ -53,7 +53,7 @@ class ModelConfig(ConfigModel):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     variant: str | None = None
-    """PromptPair of the weight files, such as "fp16"."""
+    """Variant of the weight files, such as "fp16"."""
     cache_dir: PathStr | None = None
     """Where hub models are kept; none: the hub's own cache (HF_HOME)."""
     local_files_only: bool = False

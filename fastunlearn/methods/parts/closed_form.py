@@ -1,10 +1,10 @@
 """The linear algebra of erasing without training: UCE (arXiv 2308.14761) and RECE (arXiv 2407.12383).
 
-What this is: pure functions on tensors, solved in fp64. What this is not: prompts, tokens or a U-Net
-(``concept_edit.py``), or the rounds of RECE (``methods/rece.py``).
+Pure functions on tensors, solved in fp64. Prompts, tokens and the U-Net are in ``concept_edit.py``, the rounds of RECE
+in ``methods/rece.py``.
 
-Legend: W0 is a key or value projection of a cross-attention as it was, W as it becomes; c a token to be erased and a
-what takes its place, both rows of D numbers as the text encoders give them; p a token to be preserved. UCE minimises
+Legend: W0 is a key or value projection of a cross-attention before the edit, W the one after; c a token to be erased
+and a its replacement, both (D,) as the text encoders give them; p a token to be preserved. UCE minimises
 
     e sum ||W c - W0 a||^2 + r sum ||W p - W0 p||^2 + l ||W - W0||^2       (e erase, r preserve, l regularisation)
 

@@ -1,8 +1,8 @@
 """A closed-form edit of a loaded model: from prompts to tokens, and from tokens to new keys and values.
 
-What this is: the one step in which UCE and RECE change a U-Net. It needs no engine, no optimizer and no trajectory, and
-may come before a training that starts from what it leaves.
-What this is not: the algebra (``closed_form.py``) or the methods' settings (``methods/uce.py``, ``methods/rece.py``).
+The one step in which UCE and RECE change a U-Net. It needs no engine, no optimizer and no trajectory, and may come
+before a training that starts from what it leaves. The algebra is in ``closed_form.py``, the settings are in
+``methods/uce.py`` and ``methods/rece.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DoCo's patch discriminator: does this image estimate come from the concept, or from its anchor?
 
-What this is: the network, its losses and its optimizer step, averaged over ranks.
-What this is not: the image estimates (``methods/doco.py``).
+The network, its losses and its optimizer step, averaged over ranks. The image estimates are made in
+``methods/doco.py``.
 
 The released network is four strided convolutions with batch norm and sees the estimate alone. Estimates are up to 14.6
 times as loud at the noisy end as at the clean one, so by default ours is told the timestep, and it uses group norm,
