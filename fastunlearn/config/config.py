@@ -10,6 +10,7 @@ imports torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import ValidationError, model_validator
 
@@ -17,6 +18,8 @@ from fastunlearn.config.base import RunConfig
 from fastunlearn.config.concept_rules import check_config, check_runtime
 from fastunlearn.config.defaults import resolved_keep, resolved_scope, resolved_steps
 from fastunlearn.config.loader import emit_toml, merge, one_line, parse_overrides, read_toml, take_option, train_help
+
+OF_ONE_MODEL = ("revision", "variant")
 
 
 class Config(RunConfig):
@@ -53,6 +56,8 @@ class Config(RunConfig):
 def load_config(path: str | None, overrides: list[str]) -> Config:
     """Read a TOML file (None: defaults only) and apply command-line overrides on top.
 
+    Where they name another model than the file does, the file's ``revision`` and ``variant`` are dropped with it.
+
     Args:
         path: the file, or None.
         overrides: arguments such as ``["--train.learning_rate", "1e-4", "--concepts=cat; dog"]``.
@@ -61,11 +66,21 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         UserError: the file cannot be read, or a field is unknown, of the wrong type or out of range.
     """
     data = read_toml(path) if path is not None else {}
-    merge(data, parse_overrides(overrides, Config))
+    given = parse_overrides(overrides, Config)
+    _forget_the_files_model(data, given)
+    merge(data, given)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         raise one_line(error, Config) from None
+
+
+def _forget_the_files_model(data: dict[str, Any], given: dict[str, Any]) -> None:
+    """Drop, in place, what a file says of its own model where the command line names another one."""
+    model, named = data.get("model"), "pretrained_model_name_or_path"
+    if isinstance(model, dict) and f"model.{named}" in given and given[f"model.{named}"] != model.get(named):
+        for field in OF_ONE_MODEL:
+            model.pop(field, None)
 
 
 def config_from_arguments(arguments: Sequence[str]) -> Config:

@@ -185,6 +185,17 @@ def test_a_missing_config_names_its_nearest_sibling(tmp_path: Path) -> None:
     assert "cannot be read" in refusal([], str(tmp_path))
 
 
+@pytest.mark.parametrize(("model", "kept"), [("org/one", True), ("org/other", False), ("mine.safetensors", False)])
+def test_variant_and_revision_of_a_file_go_with_its_own_model(model: str, kept: bool, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    text = 'pretrained_model_name_or_path = "org/one"\nvariant = "fp16"\nrevision = "abc"\n'
+    file.write_text(f'concepts = ["a horse"]\n[model]\n{text}')
+    arguments = ["--pretrained_model_name_or_path", model]
+    found = load_config(str(file), arguments).model
+    assert (found.variant, found.revision) == (("fp16", "abc") if kept else (None, None))
+    assert load_config(str(file), [*arguments, "--variant", "ema"]).model.variant == "ema"
+
+
 def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('concepts = ["cat"]\nseed = 1\n[train]\nlearning_rate = 1e-4\nmax_train_steps = 9\n')
