@@ -10,8 +10,13 @@ import json
 import tomllib
 from pathlib import Path
 
+import numpy as np
 from extension import Extension, run_with
+from safetensors.numpy import load_file
 
+from fastunlearn.minicanvas import pipeline_path
+
+UNET = "diffusion_pytorch_model.safetensors"
 # The smallest run that there is.
 QUICK = (
     "--concepts", "cat", "--max_train_steps", "2", "--sampler.num_inference_steps", "4", "--train.cpu_threads", "1",
@@ -119,3 +124,62 @@ def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
     assert len(log) == 2 and all(entry["loss"] > 0 for entry in log)
     card = (out / "README.md").read_text()
     assert "Push, a toy (arXiv:0000.00000)" in card and "pushed by" in card and "2.5" in card
+
+
+EDIT = Extension(
+    "METHODS",
+    "mute",
+    "Mute",
+    '''
+"""A method in closed form: the keys of the cross-attentions, scaled."""
+
+from fastunlearn.methods.edit import EditMethod, EditSpec
+from fastunlearn.schema.fields import ConfigModel, Fraction
+
+
+class MuteConfig(ConfigModel):
+    """A toy."""
+
+    scale: Fraction = 0.5
+    """What is left of the keys."""
+
+
+class MuteSpec(EditSpec):
+    title = "Mute, a toy"
+    paper = "0000.00001"
+    Settings = MuteConfig
+
+
+class Mute(EditMethod):
+    spec = MuteSpec()
+
+    def edit(self, pipeline, device):
+        scale, named = self.cfg.mute.scale, pipeline.unet.named_parameters()
+        return {name: scale * p.detach().float() for name, p in named if name.endswith("attn2.to_k.weight")}
+''',
+)
+
+
+def test_a_method_in_closed_form_is_one_file_and_one_line(tmp_path: Path) -> None:
+    """It makes no updates, so that settings of a training are refused, and what it leaves is the edit."""
+    out = tmp_path / "run"
+    mute = ("--concepts", "cat", "--method", "mute")
+    refused, plan, edited = run_with(
+        EDIT,
+        tmp_path,
+        ("train", *mute, "--learning_rate", "1e-3"),
+        ("plan", *mute, "--json"),
+        ("train", *QUICK[:2], *QUICK[6:], "--method", "mute", "--mute.scale", "0.25", "--output_dir", str(out)),
+    )
+
+    why = "error: train.learning_rate: 0.001 has no meaning for method 'mute', which makes no updates; drop it\n"
+    assert (refused.status, refused.err) == (2, why)
+    assert plan.status == 0, plan.err
+    assert json.loads(plan.out)["unet_evaluations"]["total"] == 0
+    assert edited.status == 0, edited.err
+    assert tomllib.loads((out / "config.toml").read_text())["mute"] == {"scale": 0.25}
+    original, found = (load_file(folder / "unet" / UNET) for folder in (pipeline_path(), out))
+    for name, weight in original.items():
+        left = 0.25 if name.endswith("attn2.to_k.weight") else 1.0
+        np.testing.assert_allclose(found[name], left * weight, atol=1e-6)
+    assert "Mute, a toy (arXiv:0000.00001)" in (out / "README.md").read_text()

@@ -115,6 +115,11 @@ class MethodSpec:
         """Whether no gradient goes through the keys and values of the first token."""
         return False
 
+    def edit_rows(self, cfg: Config, prompts: int, tokens: int, width: int) -> list[tuple[str, int]]:
+        """(name, bytes on the device) of what an edit in closed form holds beside one projection; ``prompts`` of
+        ``tokens`` tokens each enter, ``width`` wide."""
+        return []
+
     def facts(self, cfg: Config) -> list[tuple[str, str]]:
         """Rows of the model card that only this method has."""
         return []

@@ -127,9 +127,9 @@ class DoCo(Method):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
-        self.judge: DiscriminatorTrainer | None = None
+        self.discriminator: DiscriminatorTrainer | None = None
         self._saved: dict | None = None
-        self.judge_losses: list[Tensor] = []
+        self.discriminator_losses: list[Tensor] = []
 
     def table(self) -> list[KeyStep]:
         """Concepts take turns; the index is the first key step, from which key timesteps are drawn."""
@@ -143,17 +143,17 @@ class DoCo(Method):
         """The student's side, and the gradient of the discriminator's, which ``finish`` applies."""
         import torch
 
-        judge = self._judge(batch.latents)
+        discriminator = self._get_discriminator(batch.latents)
         x, t = batch.latents, batch.timesteps
         warming_up = not batch.trains
         (student,) = (models.rollout if warming_up else models.train)(x, t, batch.trained)
         anchor, student = self._guided(models, batch, student)
         concept, anchor = (self._shown(models.noise.to_x0(v, x, t), x) for v in (student, anchor))
-        loss = None if warming_up else judge.generator_loss(concept, t)
+        loss = None if warming_up else discriminator.generator_loss(concept, t)
         # The graph to the student is used up by its own backward pass, so the discriminator's turn comes on a copy.
         share = 1.0 / self.cfg.train.gradient_accumulation_steps
         with torch.enable_grad():
-            self.judge_losses.append(judge.discriminator_loss(concept.detach(), anchor, t, share))
+            self.discriminator_losses.append(discriminator.discriminator_loss(concept.detach(), anchor, t, share))
         return MethodOutput(loss, None)
 
     def _guided(self, models: Predictors, batch: UnlearnBatch, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,14 +170,14 @@ class DoCo(Method):
         """The discriminator's step, after the student's."""
         import torch
 
-        assert self.judge is not None
-        self.judge.step()
-        losses, self.judge_losses = torch.stack(self.judge_losses), []
+        assert self.discriminator is not None
+        self.discriminator.step()
+        losses, self.discriminator_losses = torch.stack(self.discriminator_losses), []
         return {"discriminator_loss": losses.mean()}
 
     def state_dict(self) -> dict[str, Any]:
         """The discriminator."""
-        return {} if self.judge is None else self.judge.state_dict()
+        return {} if self.discriminator is None else self.discriminator.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Kept until the first batch tells the shape."""
@@ -190,19 +190,19 @@ class DoCo(Method):
 
         return torch.cat([estimate, latents.float()], 1) if self.cfg.doco.discriminator == "conditional" else estimate
 
-    def _judge(self, latents: Tensor) -> DiscriminatorTrainer:
+    def _get_discriminator(self, latents: Tensor) -> DiscriminatorTrainer:
         from fastunlearn.methods.parts.discriminator import DiscriminatorTrainer
 
-        if self.judge is None:
+        if self.discriminator is None:
             doco = self.cfg.doco
-            self.judge = DiscriminatorTrainer(
+            self.discriminator = DiscriminatorTrainer(
                 shown_channels(self.cfg, latents.shape[1]), latents.shape[-1], latents.device,
                 released=doco.discriminator == "released", learning_rate=doco.discriminator_learning_rate,
                 seed=self.cfg.seed,
             )  # fmt: skip
             if self._saved is not None:
-                self.judge.load_state_dict(self._saved)
-        return self.judge
+                self.discriminator.load_state_dict(self._saved)
+        return self.discriminator
 
 
 def shown_channels(cfg: Config, latent_channels: int) -> int:

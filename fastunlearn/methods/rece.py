@@ -75,7 +75,7 @@ class RECE(UCE):
         from fastunlearn.methods.parts import closed_form as algebra
 
         rece = self.cfg.rece
-        weights = algebra.Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
+        weights = algebra.EditWeights(rece.erase_scale, rece.preserve_scale, rece.regularisation)
         moved = erased = algebra.with_negative_guidance(tokens, self.cfg.uce.negative_guidance)
         found = algebra.erase(moved, self.weights)
         answers = algebra.gram(projections.values(), tokens.erased.device)

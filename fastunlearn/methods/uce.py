@@ -1,7 +1,7 @@
 """UCE, Unified Concept Editing (arXiv 2308.14761): concepts erased in closed form, without training.
 
-Here are the settings, what they exclude, and the one edit of all keys and values. The algebra is in
-``parts/closed_form.py``; which prompts and tokens enter, in ``parts/concept_edit.py``.
+One edit of all keys and values of the cross-attentions. The algebra is in ``parts/closed_form.py``; which prompts and
+tokens enter, in ``parts/concept_edit.py``; what any edit excludes, in ``edit.py``.
 """
 
 from __future__ import annotations
@@ -10,21 +10,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastunlearn.errors import UserError
-from fastunlearn.methods.base import Method, MethodOutput, MethodSpec, UNetCalls
-from fastunlearn.sampling.batch import UnlearnBatch
-from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.methods.edit import EditMethod, EditSpec
 from fastunlearn.schema.fields import ConfigModel, NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fastunlearn.config import Config
-    from fastunlearn.denoisers.predictors import Predictors
-    from fastunlearn.methods.parts.closed_form import Tokens, Weights
-
-# What a run without updates never reads, and the fields of these sections that it does.
-OF_TRAINING = ("optimizer", "zero", "fused", "teacher", "surgery", "retain", "sampler", "checkpoint", "train")
-STILL_READ = {"train.scope", "train.resolution", "train.cpu_threads", "train.memory_check", "retain.prompts"}
+    from fastunlearn.methods.parts.closed_form import EditWeights, Tokens
 
 
 class UceConfig(ConfigModel):
@@ -44,20 +37,12 @@ class UceConfig(ConfigModel):
     """Weight lambda with which the projections are held to what they were."""
 
 
-class UceSpec(MethodSpec):
+class UceSpec(EditSpec):
     """Facts; RECE shares them."""
 
     title = "UCE, Unified Concept Editing"
     paper = "2308.14761"
     Settings: type[ConfigModel] | None = UceConfig
-    scope = "attn2_kv"
-    samples = "none"
-    closed_form = True
-    retain_timesteps = "uniform"
-
-    def calls(self, cfg: Config) -> UNetCalls:
-        """None: the updates of a meta term are not the method's."""
-        return UNetCalls(teacher=0, trained=0)
 
     def facts(self, cfg: Config) -> list[tuple[str, str]]:
         """What the edit was made with."""
@@ -85,41 +70,16 @@ class UceSpec(MethodSpec):
             ("matrices of the edit (fp64)", MATRICES * width * width * FP64),
         ]
 
-    def refuse(self, cfg: Config) -> None:
-        """What belongs to updates that there are not, and a preserved prompt that names what is erased."""
-        if cfg.has_meta:
-            _check_meta_after_edit(cfg)
-        elif cfg.train.scope not in ("auto", self.scope):
-            raise UserError(
-                f"train.scope: {cfg.train.scope!r}, but method {cfg.method!r} edits the keys and values of the "
-                "cross-attentions; use 'attn2_kv' or 'auto'"
-            )
-        self.refuse_settings(cfg)
-        if not cfg.trains:
-            _refuse_training(cfg)
-        from fastunlearn.config.run_prompts import preserve_prompts
-
-        preserve_prompts(cfg)
-
     def refuse_settings(self, cfg: Config) -> None:
         """Settings of RECE's rounds, which UCE does not have."""
         if cfg.rece != type(cfg.rece)():
             raise UserError("rece: its settings do not apply to method 'uce'; drop them, or use method 'rece'")
 
 
-class UCE(Method):
-    """One edit, no updates but those of a meta term."""
+class UCE(EditMethod):
+    """One edit of all keys and values."""
 
     spec: ClassVar[UceSpec] = UceSpec()
-
-    def table(self) -> list[KeyStep]:
-        """There are no updates, unless a meta term makes them: then concepts take turns."""
-        concepts = len(self.cfg.concepts)
-        return [KeyStep(i, i % concepts, 0, restart=False, continues=False) for i in range(self.cfg.max_train_steps)]
-
-    def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:
-        """There is no loss to descend."""
-        raise RuntimeError(f"method {self.cfg.method!r} edits in closed form and has no loss")
 
     def edit(self, pipeline: Any, device: Any) -> dict[str, Tensor]:
         """New keys and values of the cross-attentions."""
@@ -134,43 +94,9 @@ class UCE(Method):
         return erase(with_negative_guidance(tokens, self.cfg.uce.negative_guidance), self.weights)
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> EditWeights:
         """Of the objective's sums."""
-        from fastunlearn.methods.parts.closed_form import Weights
+        from fastunlearn.methods.parts.closed_form import EditWeights
 
         uce = self.cfg.uce
-        return Weights(uce.erase_scale, uce.preserve_scale, uce.regularisation)
-
-
-def _check_meta_after_edit(cfg: Config) -> None:
-    """The meta term after an edit: there is no gradient of a method beside it, and no trajectory."""
-    why = f"with method {cfg.method!r}, which edits in closed form and has no updates but those of the meta term"
-    if cfg.meta.every > 1:
-        raise UserError(f"meta.every: {cfg.meta.every} {why}; use 1")
-    if cfg.teacher.storage == "cached":
-        raise UserError(f"teacher.storage: 'cached' {why}, so no trajectories; use 'exact' or 'int8'")
-    if cfg.meta.timesteps == "key":
-        raise UserError(f"meta.timesteps: 'key' {why}, so no key steps; use 'uniform'")
-    if not cfg.retains:
-        return
-    if cfg.retain_timesteps == "key":
-        raise UserError(f"retain.timesteps: 'key' {why}, so no key steps; use 'uniform'")
-    if cfg.retain_source == "prompts":
-        raise UserError(f"retain.source: 'prompts' {why}, so no trajectories; use 'generated'")
-
-
-def _refuse_training(cfg: Config) -> None:
-    """A run without updates: what belongs to updates is a mistake."""
-    why = f"has no meaning for method {cfg.method!r}, which makes no updates; drop it"
-    for section in OF_TRAINING:
-        values = getattr(cfg, section)
-        for field in type(values).model_fields:
-            value, default = getattr(values, field), type(values).model_fields[field].default
-            if value != default and f"{section}.{field}" not in STILL_READ:
-                raise UserError(f"{section}.{field}: {value!r} {why}")
-    if cfg.engine != type(cfg).model_fields["engine"].default:
-        raise UserError(f"engine: {cfg.engine!r} {why}")
-    if cfg.resume_from_checkpoint is not None:
-        raise UserError(
-            f"resume_from_checkpoint: {cfg.resume_from_checkpoint!r} {why}, and start again with overwrite_output_dir"
-        )
+        return EditWeights(uce.erase_scale, uce.preserve_scale, uce.regularisation)

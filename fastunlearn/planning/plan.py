@@ -189,7 +189,7 @@ def latent_side(cfg: Config, model: Model) -> int:
 
 
 def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
-    """Prompt embeddings, pictures as latents, and DoCo's discriminator with gradient and Adam."""
+    """Prompt embeddings, pictures as latents, and what the method itself holds."""
     config, side = model.config, latent_side(cfg, model)
     pictures = 0
     retained: list[str] = []

@@ -87,7 +87,7 @@ class MetaConfig(ConfigModel):
         return self.restart_every or (1 if starts_again else STEPS_PER_ATTACK)
 
 
-class Weights(NamedTuple):
+class MetaWeights(NamedTuple):
     """What each loss counts for; each is a mean over the samples of its set. Negative: pushed up."""
 
     before_related: float
@@ -99,16 +99,16 @@ class Weights(NamedTuple):
 
 # As the argument parser of the published ESD script reads its own command line, where one flag stands three times and
 # the last one wins; and a loss is the sum over three batches. What was meant is the default of the three weights.
-RELEASED = Weights(3 * 0.01, 3 * 0.1, 3 * -0.01, 3 * -1.0, 3 * -1.0)
+RELEASED = MetaWeights(3 * 0.01, 3 * 0.1, 3 * -0.01, 3 * -1.0, 3 * -1.0)
 
 
-def meta_weights(meta: MetaConfig) -> Weights:
+def meta_weights(meta: MetaConfig) -> MetaWeights:
     """Of the five losses; ``forbidden_loss`` "erased" is pulled down, where "ascent" is pushed up."""
     if meta.coefficients == "released":
         return RELEASED
     forbidden, related, unrelated = meta.forbidden_weight, meta.related_weight, meta.unrelated_weight
     sign = -1.0 if meta.ascends else 1.0
-    return Weights(related, unrelated, sign * forbidden, -related, -unrelated)
+    return MetaWeights(related, unrelated, sign * forbidden, -related, -unrelated)
 
 
 def set_weights(meta: MetaConfig) -> dict[str, float]:

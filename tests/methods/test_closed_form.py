@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
-from fastunlearn.methods.parts.closed_form import Tokens, Weights, edit_weights, erase, gram, solve_evoking_tokens
+from fastunlearn.methods.parts.closed_form import EditWeights, Tokens, edit_weights, erase, gram, solve_evoking_tokens
 from fastunlearn.methods.parts.concept_edit import Text, collect_tokens, edited_weights, put_in_place
 from fastunlearn.methods.tables import build_method
 from fastunlearn.methods.uce import UCE
@@ -25,7 +25,7 @@ from fastunlearn.models.parameter_names import trainable_names
 
 WIDTH, OUTPUTS = 7, (5, 4, 9)
 CPU = torch.device("cpu")
-WEIGHTS = Weights(erase=1.7, preserve=0.6, regularisation=0.4)
+WEIGHTS = EditWeights(erase=1.7, preserve=0.6, regularisation=0.4)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,7 +41,7 @@ def some_layers() -> list[Tensor]:
     return [draw(rows, WIDTH) for rows in OUTPUTS]
 
 
-def objective(w: Tensor, start: Tensor, original: Tensor, tokens: Tokens, weights: Weights) -> Tensor:
+def objective(w: Tensor, start: Tensor, original: Tensor, tokens: Tokens, weights: EditWeights) -> Tensor:
     """UCE's, literally: a sum over tokens."""
     total = weights.regularisation * (w - start).square().sum()
     for c, a in zip(tokens.erased, tokens.anchors, strict=True):
@@ -51,7 +51,7 @@ def objective(w: Tensor, start: Tensor, original: Tensor, tokens: Tokens, weight
     return total
 
 
-def literal_uce(original: Tensor, tokens: Tokens, weights: Weights) -> Tensor:
+def literal_uce(original: Tensor, tokens: Tokens, weights: EditWeights) -> Tensor:
     """Equation 7 of the paper, token by token, with an explicit inverse."""
     left, right = weights.regularisation * original.clone(), weights.regularisation * torch.eye(WIDTH).double()
     for c, a in zip(tokens.erased, tokens.anchors, strict=True):
@@ -122,7 +122,7 @@ def literal_rece(layers: list[Tensor], tokens: Tokens, cfg: Config) -> list[Tens
     pairs = [(c, a + uce.negative_guidance * (a - c)) for c, a in zip(tokens.erased, tokens.anchors, strict=True)]
     aims = [a for _, a in pairs]
 
-    def solve(now: list[Tensor], pairs: list[tuple[Tensor, Tensor]], scales: Weights) -> list[Tensor]:
+    def solve(now: list[Tensor], pairs: list[tuple[Tensor, Tensor]], scales: EditWeights) -> list[Tensor]:
         new = []
         for w, original in zip(now, layers, strict=True):
             top, bottom = scales.regularisation * w, scales.regularisation * torch.eye(WIDTH).double()
@@ -133,7 +133,7 @@ def literal_rece(layers: list[Tensor], tokens: Tokens, cfg: Config) -> list[Tens
             new.append(torch.linalg.solve(bottom, top, left=False))
         return new
 
-    now = solve(layers, pairs, Weights(uce.erase_scale, uce.preserve_scale, uce.regularisation))
+    now = solve(layers, pairs, EditWeights(uce.erase_scale, uce.preserve_scale, uce.regularisation))
     for _ in range(rece.rounds):
         left = rece.embedding_regularisation * torch.eye(WIDTH).double() + sum(w.T @ w for w in now)
         right = torch.stack([w.T @ original for w, original in zip(now, layers, strict=True)]).sum(0)
@@ -141,7 +141,7 @@ def literal_rece(layers: list[Tensor], tokens: Tokens, cfg: Config) -> list[Tens
         derived = [torch.linalg.solve(left, right @ tokens.erased[row]) for row in rows]
         new = list(zip(derived, [aims[row] for row in rows], strict=True))
         pairs = [*pairs, *new] if rece.cumulative else new
-        now = solve(now, pairs, Weights(rece.erase_scale, rece.preserve_scale, rece.regularisation))
+        now = solve(now, pairs, EditWeights(rece.erase_scale, rece.preserve_scale, rece.regularisation))
     return now
 
 
@@ -172,10 +172,10 @@ def test_rece_is_its_rounds(rounds: int, cumulative: bool, which: str) -> None:
 def test_published_uce_is_equation_7_and_the_default_goes_beyond_the_anchor() -> None:
     tokens, layer = some_tokens(), draw(5, WIDTH)
     published = closed_form(config("uce", uce={"negative_guidance": 0.0})).text_map(tokens, {"w": layer})
-    literal = literal_uce(layer, tokens, Weights(1.0, 1.0, 0.5))
+    literal = literal_uce(layer, tokens, EditWeights(1.0, 1.0, 0.5))
     torch.testing.assert_close(layer @ published, literal, rtol=1e-9, atol=1e-9)
     further = Tokens(tokens.erased, 2 * tokens.anchors - tokens.erased, tokens.preserved)
-    literal = literal_uce(layer, further, Weights(1.0, 1.0, 0.5))
+    literal = literal_uce(layer, further, EditWeights(1.0, 1.0, 0.5))
     default = closed_form(config("uce")).text_map(tokens, {"w": layer})
     torch.testing.assert_close(layer @ default, literal, rtol=1e-9, atol=1e-9)
 

@@ -81,7 +81,7 @@ def test_losses_equal_their_equations(guidance: float, discriminator: str) -> No
     models, windows, method = the_parts(a_config(guidance_scale=guidance, discriminator=discriminator))
     window = the_window(windows, method, 3)
     outcome = method.loss(models, window)
-    judge = method.judge
+    judge = method.discriminator
     assert judge is not None and outcome.loss is not None and isinstance(window.timesteps, Tensor)
     with torch.no_grad():
         u = models.backbone.predict(models.backbone.unet, window.latents, window.timesteps, window.cond)
@@ -94,7 +94,7 @@ def test_losses_equal_their_equations(guidance: float, discriminator: str) -> No
         concept, anchor = (judge.network(estimate, window.timesteps) for estimate in estimates)
     torch.testing.assert_close(outcome.loss.detach(), torch.nn.functional.softplus(concept).mean())
     expected = torch.nn.functional.softplus(-concept).mean() + torch.nn.functional.softplus(anchor).mean()
-    torch.testing.assert_close(method.judge_losses[0], expected)
+    torch.testing.assert_close(method.discriminator_losses[0], expected)
 
 
 def test_guidance_costs_one_more_frozen_evaluation_a_sample() -> None:
@@ -111,7 +111,7 @@ def test_the_students_backward_leaves_no_gradient_in_the_discriminator() -> None
     models, windows, method = the_parts(a_config())
     window = the_window(windows, method, 3)
     outcome = method.loss(models, window)
-    judge = method.judge
+    judge = method.discriminator
     assert judge is not None and outcome.loss is not None
     before = [p.grad.clone() for p in judge.network.parameters() if p.grad is not None]
     outcome.loss.backward()
@@ -125,11 +125,11 @@ def test_warming_up_trains_the_discriminator_only() -> None:
     window = the_window(windows, method, 0)
     assert not window.trains
     outcome = method.loss(models, window)
-    assert outcome.loss is None and method.judge is not None
-    start = copy.deepcopy(method.judge.network.state_dict())
+    assert outcome.loss is None and method.discriminator is not None
+    start = copy.deepcopy(method.discriminator.network.state_dict())
     figures = method.finish()
     assert figures["discriminator_loss"] > 0
-    assert any(not torch.equal(start[name], value) for name, value in method.judge.network.state_dict().items())
+    assert any(not torch.equal(start[name], value) for name, value in method.discriminator.network.state_dict().items())
     assert all(p.grad is None for p in models.backbone.unet.parameters())
     assert models.evaluations.student_backward == 0
 

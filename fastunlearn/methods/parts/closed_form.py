@@ -47,7 +47,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Weights:
+class EditWeights:
     """Of the three sums in the objective."""
 
     erase: float
@@ -60,7 +60,7 @@ def identity_like(tokens: Tensor) -> Tensor:
     return torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device)
 
 
-def erase(tokens: Tokens, weights: Weights, start: Tensor | None = None) -> Tensor:
+def erase(tokens: Tokens, weights: EditWeights, start: Tensor | None = None) -> Tensor:
     """The map T that minimises UCE's objective, (D, D). ``start``: where the regularisation holds to instead of I.
 
     With T0 = start the minimum lies at T0 + [e sum (a - T0 c) c^T + r sum (p - T0 p) p^T] M^-1, which loses fewer
