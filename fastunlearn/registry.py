@@ -67,3 +67,11 @@ OPTIMIZERS = Registry(
         "paged_adamw8bit": "fastunlearn.engines.optimizers.paged_adamw8bit:SPEC",
     },
 )
+ARCHITECTURES = Registry(
+    "architecture",
+    {
+        "sdxl": "fastunlearn.models.architectures.sdxl:SDXL",
+        "sd1": "fastunlearn.models.architectures.sd1:SD1",
+        "sd2": "fastunlearn.models.architectures.sd2:SD2",
+    },
+)

@@ -19,10 +19,12 @@ from diffusers import DDIMScheduler
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fastunlearn.config import Config
-from fastunlearn.models.backbone import Backbone, PromptEmbeds, build_backbone
-from fastunlearn.models.formats.architectures import ARCHITECTURES, Architecture
+from fastunlearn.models.architectures.base import PublicModel
+from fastunlearn.models.backbone import Backbone, build_backbone
+from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.models.loading import load_pipeline
 from fastunlearn.models.noise_process import NoiseProcess
+from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.planning.plan import CLIP_TOKENS, Model, read_model
 from fastunlearn.training import setup as assembly
 
@@ -30,9 +32,9 @@ SUFFIX = "-random"
 SEED = 0
 
 
-def random_architecture(name: str) -> Architecture | None:
+def random_architecture(name: str) -> PublicModel | None:
     """What ``sdxl-random`` or ``tiny-sdxl-random`` stands for; None for a folder, a file, a hub id or minicanvas."""
-    return ARCHITECTURES.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
+    return PUBLIC_MODELS.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
 
 
 def plan_model(cfg: Config) -> Model:
@@ -73,7 +75,7 @@ def backbone_of(cfg: Config, prompts: Sequence[str], device: torch.device, dtype
     return random_backbone(architecture, unet, len(prompts), cfg.train.resolution, device, dtype)
 
 
-def random_unet(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+def random_unet(architecture: PublicModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """PyTorch's own initialisation, made on the device in ``dtype``: no second copy is ever there."""
     torch.manual_seed(SEED)
     before = torch.get_default_dtype()
@@ -86,7 +88,7 @@ def random_unet(architecture: Architecture, device: torch.device, dtype: torch.d
 
 
 def random_backbone(
-    architecture: Architecture,
+    architecture: PublicModel,
     unet: UNet2DConditionModel,
     prompts: int,
     resolution: int | None,
@@ -94,24 +96,20 @@ def random_backbone(
     dtype: torch.dtype,
 ) -> Backbone:
     """Normal prompt embeddings; row 0, the unconditional prompt, is zeros as SDXL's is."""
-    config = unet.config
-    draw = torch.Generator().manual_seed(SEED)
-    hidden = torch.randn(prompts, CLIP_TOKENS, config["cross_attention_dim"], generator=draw)
+    adapter, draw = architecture.adapter, torch.Generator().manual_seed(SEED)
+    hidden = torch.randn(prompts, CLIP_TOKENS, adapter.text_width(unet.config), generator=draw)
     hidden[0] = 0
-    pooled = None
-    side = resolution // architecture.factor if resolution else config["sample_size"]
-    time_ids = None
-    if config["addition_embed_type"] == "text_time":
-        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    pooled, width = None, adapter.pooled_width(unet.config)
+    if width is not None:
         pooled = torch.randn(prompts, width, generator=draw)
         pooled[0] = 0
-        pixels = float(side * architecture.factor)
-        time_ids = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]], device=device)
+    shape = adapter.latent_shape(unet.config, resolution // architecture.factor if resolution else None)
     scheduler = DDIMScheduler.from_config(dict(architecture.scheduler), clip_sample=False, set_alpha_to_one=False)
     return Backbone(
         unet=unet.to(device=device, dtype=dtype),
+        architecture=adapter,
         noise=NoiseProcess(scheduler, torch.device(device)),
         embeds=PromptEmbeds(hidden, pooled).to(device, dtype).numbered(),
-        time_ids=time_ids,
-        sample_shape=(config["in_channels"], side, side),
+        sample_shape=shape,
+        fixed_inputs=adapter.fixed_inputs(shape[-1] * architecture.factor, device),
     )

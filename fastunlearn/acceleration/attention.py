@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastunlearn.errors import UserError, nearest
+from fastunlearn.models.parameter_names import text_projections
 from fastunlearn.schema.attention_rules import CHOICES, Capability, attention_refusal
 from fastunlearn.utils.text import first_line
 
@@ -282,7 +283,7 @@ def stop_first_token_gradient(unet: nn.Module) -> int:
 
     The first token of CLIP's prompts is the same for every prompt, and what it says serves all of them.
     """
-    layers = [module for name, module in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    layers = text_projections(unet)
     for layer in layers:
         layer.register_forward_hook(_detach_first)
     return len(layers)

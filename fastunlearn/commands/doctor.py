@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastunlearn.errors import UserError, nearest
-from fastunlearn.models.formats.architectures import ARCHITECTURES
+from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.registry import OPTIMIZERS
 
 PACKAGES = (
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument(
         "--make-random", nargs=2, metavar=("KIND", "DIR"),
-        help=f"write a diffusers folder with random weights; KIND: {', '.join(ARCHITECTURES)}",
+        help=f"write a diffusers folder with random weights; KIND: {', '.join(PUBLIC_MODELS)}",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of the weights (fp16)")
     parser.add_argument("--seed", type=int, help="of the weights (0)")
@@ -63,9 +63,9 @@ def make_random(args: argparse.Namespace) -> int:
     """
     kind, folder = args.make_random[0], Path(args.make_random[1]).expanduser()
     file = None if args.single_file is None else Path(args.single_file).expanduser()
-    if kind not in ARCHITECTURES:
+    if kind not in PUBLIC_MODELS:
         raise UserError(
-            f"--make-random: {kind!r} is unknown; allowed are {', '.join(ARCHITECTURES)}{nearest(kind, ARCHITECTURES)}"
+            f"--make-random: {kind!r} is unknown; allowed are {', '.join(PUBLIC_MODELS)}{nearest(kind, PUBLIC_MODELS)}"
         )
     seed = args.seed or 0
     if not 0 <= seed < 2**31:
@@ -79,7 +79,7 @@ def make_random(args: argparse.Namespace) -> int:
             raise UserError(f"--single-file: {str(file)!r} exists; give a new name")
         if args.small_text_encoders:
             raise UserError("--small-text-encoders: readers of a single file expect whole text encoders; drop one")
-    architecture = ARCHITECTURES[kind]
+    architecture = PUBLIC_MODELS[kind]
     if args.small_text_encoders:
         architecture = architecture.with_small_text_encoders()
     _check_space(folder, kind, args.dtype or "fp16", copies=1 if file is None else 2)
@@ -105,7 +105,7 @@ def make_random(args: argparse.Namespace) -> int:
 def _check_space(folder: Path, kind: str, dtype: str, copies: int) -> None:
     """Refuse a disk that is too small; text encoders and VAE come to less than half of a full-size U-Net."""
     parent = next(path for path in folder.absolute().parents if path.is_dir())
-    needed = copies * ARCHITECTURES[kind].unet_parameters * (4 if dtype == "fp32" else 2) * 3 // 2
+    needed = copies * PUBLIC_MODELS[kind].unet_parameters * (4 if dtype == "fp32" else 2) * 3 // 2
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(

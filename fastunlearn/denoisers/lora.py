@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+from fastunlearn.models.parameter_names import attention_projections
 
 
 class LowRank(nn.Module):
@@ -39,8 +39,7 @@ class LowRank(nn.Module):
 def low_rank(unet: nn.Module, rank: int, seed: int) -> Iterator[list[LowRank]]:
     """Add B A to every attention projection of ``unet`` for as long as the block lasts."""
     draw = torch.Generator().manual_seed(seed)
-    bases = [module for name, module in unet.named_modules() if name.endswith(PROJECTIONS) and ".attn" in name]
-    added = [LowRank(base, rank, draw) for base in bases if isinstance(base, nn.Linear)]
+    added = [LowRank(base, rank, draw) for base in attention_projections(unet) if isinstance(base, nn.Linear)]
     hooks = [pair.base[0].register_forward_hook(lambda _, args, out, pair=pair: out + pair(args[0])) for pair in added]
     try:
         yield added

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastunlearn.models.backbone import PromptEmbeds, ddim_scheduler, encode_prompts
 from fastunlearn.models.loading import Pipeline
+from fastunlearn.models.pipeline import (
+    architecture_of_pipeline,
+    ddim_scheduler,
+    encode_prompts,
+    image_side,
+    latent_shape,
+)
+from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 
 @torch.no_grad()
@@ -57,13 +64,12 @@ def generate(
                 bar.update(len(chunk))
     finally:
         pipe.scheduler = own_scheduler
-    return torch.cat(images) if images else torch.zeros(0, 3, *_pixels(pipe))
+    return torch.cat(images) if images else torch.zeros(0, 3, image_side(pipe), image_side(pipe))
 
 
 def initial_latents(pipe: Pipeline, seeds: Sequence[int]) -> Tensor:
     """Standard normal noise, (B, C, H, W) fp32 on the CPU; row i depends on ``seeds[i]`` alone."""
-    config = pipe.unet.config
-    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    shape = latent_shape(pipe)
     return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
@@ -72,27 +78,15 @@ def _draw(
 ) -> Tensor:
     """One batch through the pipeline: (B, 3, H, W) float32 on the CPU."""
     unconditional = nothing.select([0] * len(conditions))
-    height, width = _pixels(pipe)
-    pooled = {}
-    if conditions.pooled is not None:
-        pooled = {
-            "pooled_prompt_embeds": conditions.pooled,
-            "negative_pooled_prompt_embeds": unconditional.pooled,
-        }
+    side = image_side(pipe)
+    prompts = architecture_of_pipeline(pipe).pipeline_arguments(conditions, unconditional)
     out = pipe(
-        prompt_embeds=conditions.hidden,
-        negative_prompt_embeds=unconditional.hidden,
         latents=latents.to(conditions.hidden.device, conditions.hidden.dtype),
         num_inference_steps=steps,
         guidance_scale=guidance,
-        height=height,
-        width=width,
+        height=side,
+        width=side,
         output_type="pt",
-        **pooled,
+        **prompts,
     )
     return out.images.float().cpu().clamp(0, 1)
-
-
-def _pixels(pipe: Pipeline) -> tuple[int, int]:
-    side = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
-    return side, side

@@ -85,7 +85,7 @@ def _pipeline_class(cfg: Config) -> str:
     if cfg.uses_minicanvas or file.suffix != ".safetensors":
         return "DiffusionPipeline"
     try:
-        return read_single_file(file).architecture(cfg.model).pipeline
+        return read_single_file(file).public_model(cfg.model).pipeline
     except UserError:  # it is no longer there
         return "StableDiffusionXLPipeline"
 

@@ -51,13 +51,13 @@ def check_model(cfg: Config) -> Path | None:
 
 def _check_file(file: Path, cfg: Config) -> None:
     found = read_single_file(file)
-    architecture = found.architecture(cfg.model)
+    known = found.public_model(cfg.model)
     if cfg.model.variant is not None:
         raise UserError(f"model.variant: {cfg.model.variant!r} is for folders and hub ids; {str(file)!r} is one file")
     if cfg.model.vae is None and not found.has_vae:
         raise UserError(f"{FIELD}: {str(file)!r} holds no VAE; give one in model.vae")
-    check_noise(cfg.model, architecture.scheduler)
-    check_vae(cfg.model, architecture.vae)
+    check_noise(cfg.model, known.scheduler)
+    check_vae(cfg.model, known.vae)
 
 
 def check_noise(model: ModelConfig, scheduler: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from torch import nn
 from fastunlearn.config import ModelConfig
 from fastunlearn.errors import UserError
 from fastunlearn.models.checks import check_noise, check_vae
-from fastunlearn.models.formats.architectures import write_configs
+from fastunlearn.models.formats.folder_configs import write_configs
 from fastunlearn.models.formats.headers import (
     ALLOWED,
     FIELD,
@@ -132,18 +132,18 @@ def hub_file(name: str, path: str, model: ModelConfig) -> Path:
 def _from_file(
     file: Path, model: ModelConfig, dtype: torch.dtype, unet_dtype: torch.dtype, unet: nn.Module | None
 ) -> Pipeline:
-    """Configurations and tokenizers come from ``architectures.py``, so that nothing is fetched."""
+    """Configurations and tokenizers come from ``architectures/``, so that nothing is fetched."""
     found = read_single_file(file)
-    architecture = found.architecture(model)
+    known = found.public_model(model)
     with tempfile.TemporaryDirectory() as configs:
-        write_configs(architecture, Path(configs))
+        write_configs(known, Path(configs))
         kwargs: dict[str, Any] = {"config": configs, "local_files_only": True}
         if unet is None and unet_dtype != dtype:
             unet = UNet2DConditionModel.from_single_file(str(file), subfolder="unet", dtype=unet_dtype, **kwargs)
         parts = {} if unet is None else {"unet": unet}
         if not found.has_vae:  # model.vae takes its place
-            parts["vae"] = AutoencoderKL.from_config(dict(architecture.vae))
-        pipeline = CLASSES[architecture.pipeline].from_single_file(str(file), dtype=dtype, **kwargs, **parts)
+            parts["vae"] = AutoencoderKL.from_config(dict(known.vae))
+        pipeline = CLASSES[known.pipeline].from_single_file(str(file), dtype=dtype, **kwargs, **parts)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             _check_complete(part, f"{FIELD}: {str(file)!r}", name)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from fastunlearn.models.architectures.base import architecture_of
 from fastunlearn.models.parameter_names import set_trainable, trainable_names
 
 FEW = 3  # samples, up to which a pass is run as it is
@@ -135,10 +135,10 @@ class AsOnTheGpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+def build_unet(config: dict[str, Any]) -> Any:
     """The U-Net of a ``unet/config.json`` on the meta device: shapes and names, no weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
+        return architecture_of(config).build_denoiser(config)
 
 
 @dataclass(frozen=True)
@@ -200,19 +200,8 @@ def _put_aside_gradients(weights: Sequence[nn.Parameter], live: LiveBytes) -> No
 
 def example_inputs(config: dict[str, Any], rows: int, shape: Shape, device: str) -> dict[str, Any]:
     """Empty tensors with the shapes that ``Backbone.predict`` calls the U-Net with."""
-
-    def empty(*sizes: int) -> Tensor:
-        return torch.empty(rows, *sizes, dtype=shape.dtype, device=device)
-
-    inputs: dict[str, Any] = {
-        "sample": empty(config["in_channels"], shape.size, shape.size),
-        "timestep": torch.empty(rows, dtype=torch.long, device=device),
-        "encoder_hidden_states": empty(shape.tokens, config["cross_attention_dim"]),
-    }
-    if config.get("addition_embed_type") == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        inputs["added_cond_kwargs"] = {"text_embeds": empty(pooled), "time_ids": empty(6)}
-    return inputs
+    architecture = architecture_of(config)
+    return architecture.example_inputs(config, rows, shape.size, shape.tokens, shape.dtype, device)
 
 
 def _checkpoint(autocast: bool) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ without weights. On a GPU the CUDA context, convolution workspaces and the alloc
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-from fastunlearn.acceleration.text_kv_cache import cross_attentions
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.config.run_prompts import meta_texts, preserve_prompts, retain_prompts
 from fastunlearn.denoisers.predictors import Evaluations
@@ -26,10 +26,19 @@ from fastunlearn.errors import UserError
 from fastunlearn.meta.image_sets import set_captions
 from fastunlearn.meta.memory import attack_rows, pool_sizes
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.formats.headers import COMPONENTS, FIELD, check_kind, check_safetensors, is_hub_id, variant_of
+from fastunlearn.models.architectures.base import architecture_of
+from fastunlearn.models.formats.headers import (
+    COMPONENTS,
+    DENOISERS,
+    FIELD,
+    check_kind,
+    check_safetensors,
+    is_hub_id,
+    variant_of,
+)
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.loading import hub_file, stored_dtype
-from fastunlearn.models.parameter_names import is_small, layer_of, trainable_names
+from fastunlearn.models.parameter_names import is_small, layer_of, text_projections, trainable_names
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.unet_calls import count_evaluations, pools
@@ -60,6 +69,16 @@ class Model:
     def config(self) -> dict[str, Any]:
         """The U-Net's configuration."""
         return json.loads(self.unet)
+
+    @property
+    def text_width(self) -> int:
+        """Of the token embeddings."""
+        return architecture_of(self.config).text_width(self.config)
+
+    def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
+        """(C, H, W) of one sample, as ``backbone.build_backbone`` finds it."""
+        side = resolution // self.factor if resolution else None
+        return architecture_of(self.config).latent_shape(self.config, side)
 
 
 @dataclass(frozen=True)
@@ -114,7 +133,7 @@ def read_model(cfg: Config) -> Model:
         return Model(text, CLIP_TOKENS, 8, 0)
     if folder.is_file():
         found = read_single_file(folder)
-        known = found.architecture(cfg.model)
+        known = found.public_model(cfg.model)
         return Model(json.dumps(dict(known.unet)), CLIP_TOKENS, known.factor, 4 * found.elements)
     if (folder / "model_index.json").is_file():
         check_kind(folder)
@@ -124,8 +143,8 @@ def read_model(cfg: Config) -> Model:
         kind = json.loads(text)["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{FIELD}: {str(file)!r} cannot be read; a plan needs the U-Net's configuration") from None
-    if kind != "UNet2DConditionModel":
-        raise UserError(f"{FIELD}: {str(file)!r} is a {kind}; a UNet2DConditionModel is needed")
+    if kind not in DENOISERS:
+        raise UserError(f"{FIELD}: {str(file)!r} is a {kind}; a {' or '.join(DENOISERS)} is needed")
     text_encoder, vae = _optional(folder / "text_encoder"), _optional(folder / "vae")
     factor = 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
     return Model(text, text_encoder.get("max_position_embeddings", CLIP_TOKENS), factor, _loaded_bytes(cfg, folder))
@@ -155,7 +174,7 @@ def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = 
     sizes = unet_sizes(model, scope)
     if not cfg.trains:
         prompts = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
-        rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.config["cross_attention_dim"])
+        rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.text_width)
         return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
     gradients = cfg.engine_spec.gradients_of_one_pass(cfg, sizes, world)
     rows = [
@@ -184,13 +203,13 @@ def unet_sizes(model: Model, scope: str) -> Sizes:
 
 
 def latent_side(cfg: Config, model: Model) -> int:
-    """Side of the latents, as ``backbone.build_backbone`` finds it."""
-    return cfg.train.resolution // model.factor if cfg.train.resolution else model.config["sample_size"]
+    """Side of the latents."""
+    return model.latent_shape(cfg.train.resolution)[-1]
 
 
 def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
     """Prompt embeddings, pictures as latents, and what the method itself holds."""
-    config, side = model.config, latent_side(cfg, model)
+    channels, side, _ = latent = model.latent_shape(cfg.train.resolution)
     pictures = 0
     retained: list[str] = []
     if cfg.retains and cfg.retain_source == "folder":
@@ -203,19 +222,18 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
     others = [*meta_texts(cfg), *captions]
     texts = len(build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others).texts)
     width = 2 if cfg.bf16_weights else 4
-    embeddings = texts * model.tokens * config["cross_attention_dim"] * width
-    latents = pictures * config["in_channels"] * side * side * 4
+    embeddings = texts * model.tokens * model.text_width * width
+    latents = pictures * math.prod(latent) * 4
     rows = [Row("prompt embeddings and latents", embeddings + latents)]
     if cfg.model.cache_prompt_keys:
-        layers = cross_attentions(build_unet(config))
-        channels = sum(layer.to_k.out_features + layer.to_v.out_features for layer in layers)
+        widths = sum(layer.weight.shape[0] for layer in text_projections(build_unet(model.config)))
         computed = 2 if cfg.model.mixed_precision == "bf16" else 4
-        rows.append(Row("keys and values of the prompts", texts * model.tokens * channels * computed))
+        rows.append(Row("keys and values of the prompts", texts * model.tokens * widths * computed))
     if cfg.teacher.storage == "cached":
         indices = len({(step.concept, step.index) for step in build_method(cfg).table()})
-        stored = 4 * indices * cfg.teacher.trajectories * config["in_channels"] * side * side * 4
+        stored = 4 * indices * cfg.teacher.trajectories * math.prod(latent) * 4
         rows.append(Row("targets of the original model", host=stored))
-    own = cfg.method_spec.memory_rows(cfg, config["in_channels"], side)
+    own = cfg.method_spec.memory_rows(cfg, channels, side)
     rows += [Row(name, size) for name, size in own]
     return rows
 

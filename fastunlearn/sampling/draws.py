@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastunlearn.models.backbone import PromptEmbeds
+from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.batch import Augmentation
 from fastunlearn.sampling.key_steps import KeyStep

@@ -21,6 +21,7 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.noise_process import NoiseProcess
+from fastunlearn.models.pipeline import image_side
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.captions import folder_captions
 
@@ -101,7 +102,7 @@ def encode_images(
     pairs: Sequence[tuple[Path, str]], cfg: Config, pipeline: Pipeline, device: torch.device, field: str
 ) -> LatentPool:
     """Images as latents: scaled to the training size, centre-cropped, and encoded once."""
-    pixels = cfg.train.resolution or pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
+    pixels = image_side(pipeline, cfg.train.resolution)
     vae = pipeline.vae.to(device)
     latents = []
     for path, _ in pairs:

@@ -15,18 +15,13 @@ from typing import get_args
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.models.checks import check_model
-from fastunlearn.models.formats.architectures import ARCHITECTURES
-from fastunlearn.models.formats.headers import (
-    check_safetensors,
-    unet_files,
-)
+from fastunlearn.models.formats.headers import read_header, read_json, unet_files
 from fastunlearn.models.formats.single_file import read_single_file
+from fastunlearn.models.parameter_names import count_trained
 from fastunlearn.schema.fields import KernelBackend
 from fastunlearn.utils.run_folder import list_checkpoints, run_traces
 
 KERNELS_VARIABLE, KERNEL_CHOICES = "FASTUNLEARN_KERNELS", get_args(KernelBackend)
-# Rough share of the U-Net's parameters per scope (SDXL; SD 1.4 differs by a few points), to estimate disk space.
-SCOPE_SHARES = {"attn2": 0.22, "attn2_kv": 0.14, "noxattn": 0.8, "selfattn": 0.3, "full": 1.0}
 STATE_BYTES = 12  # a checkpoint holds an fp32 master weight and two fp32 moments per trained parameter
 MARGIN_BYTES = 32 * 2**20  # log, curves and pictures
 
@@ -126,14 +121,15 @@ def check_disk_space(cfg: Config, model: Path | None) -> None:
 
 def needed_bytes(cfg: Config, place: Path) -> int:
     """The edited U-Net, the changed tensors in fp32, and as many checkpoints as exist at one time."""
+    scope = resolved_scope(cfg)
     if place.is_file():
         file = read_single_file(place)
-        parameters, unet = ARCHITECTURES[file.name].unet_parameters, file.unet_bytes
+        trained, unet = count_trained(file.unet_shapes, scope, file.unet_config), file.unet_bytes
     else:
         files = unet_files(place, cfg.model.variant)
-        parameters = sum(check_safetensors(file) for file in files)
+        shapes = {name: entry.shape for file in files for name, entry in read_header(file)[0].items()}
+        trained = count_trained(shapes, scope, read_json(place / "unet" / "config.json"))
         unet = sum(file.stat().st_size for file in files)
-    trained = SCOPE_SHARES[resolved_scope(cfg)] * parameters
     # One more than the limit: a new checkpoint is complete before the oldest is removed.
     kept = cfg.checkpoint.checkpoints_total_limit + 1 if cfg.checkpoint.checkpointing_steps else 0
-    return int(MARGIN_BYTES + unet + trained * (4 + STATE_BYTES * kept))
+    return MARGIN_BYTES + unet + trained * (4 + STATE_BYTES * kept)

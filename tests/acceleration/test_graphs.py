@@ -10,7 +10,7 @@ import torch
 from tiny import POOLED_WIDTH, TEXT_WIDTH, TOKENS, tiny_unet
 from torch import Tensor
 
-from fastunlearn.acceleration.cuda_graphs import GraphedSampler, record_on_gpu
+from fastunlearn.acceleration.cuda_graphs import GraphedSampler, capture_on_gpu
 from fastunlearn.config import load_config
 from fastunlearn.errors import UserError
 
@@ -69,7 +69,7 @@ def test_a_model_without_added_conditions_is_called_without() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")
 def test_a_recorded_graph_gives_what_the_model_gives() -> None:
     unet = tiny_unet().cuda()
-    sampler = GraphedSampler(unet, record_on_gpu)
+    sampler = GraphedSampler(unet, capture_on_gpu)
     for number in range(3):
         args, kwargs = inputs(2, number, "cuda")
         with torch.no_grad():

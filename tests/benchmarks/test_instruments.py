@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn.models.formats.architectures import ARCHITECTURES
+from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from update.instruments.clock import Clock, medians
 from update.instruments.counters import questions
 from update.instruments.flops import unet_flops
@@ -30,7 +30,7 @@ def test_questions_are_counted_inside_only() -> None:
 
 def test_flops_of_stable_diffusion_are_those_known() -> None:
     """SD 1.x at 512 px: 0.803 TFLOP forward; to train all attn2 layers, 1.11 times that back."""
-    flops = unet_flops(json.dumps(dict(ARCHITECTURES["sd15"].unet)), "attn2", 64, 77)
+    flops = unet_flops(json.dumps(dict(PUBLIC_MODELS["sd15"].unet)), "attn2", 64, 77)
     assert flops.forward / 1e12 == pytest.approx(0.803, abs=0.001)
     assert flops.backward / flops.forward == pytest.approx(1.11, abs=0.01)
 

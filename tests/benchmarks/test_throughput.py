@@ -19,7 +19,7 @@ from torch import nn
 from fastunlearn.config import SurgeryConfig
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.shard import GradientShard
-from fastunlearn.models.formats.architectures import ARCHITECTURES
+from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.planning.activations import build_unet
 from update import report, sweep, worker
@@ -146,7 +146,7 @@ def test_a_row_of_two_ranks_counts_what_they_send() -> None:
     found = sweep.one_row(row, Limits(updates=1, warmup=1, walk=1), None, has_gpu=False)
     assert found["status"] == "measured", found.get("log", found)
     # The retain gradient and the unlearning one are averaged over the ranks, each as a whole, in fp32.
-    unet = build_unet(dict(ARCHITECTURES["tiny-sdxl"].unet))
+    unet = build_unet(dict(PUBLIC_MODELS["tiny-sdxl"].unet))
     names = set(trainable_names(unet, "attn2"))
     trained = sum(parameter.numel() for name, parameter in unet.named_parameters() if name in names)
     assert found["bytes_sent"] >= 2 * 4 * trained

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastunlearn import cli
-from fastunlearn.models.formats.architectures import ARCHITECTURES
+from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
+from fastunlearn.models.formats.headers import check_safetensors
 from fastunlearn.models.formats.random_weights import Tensorlike, component_shapes, write_safetensors
-from fastunlearn.training.preflight import check_safetensors
 
 # As published; CLIP's and the VAE's are those of the files on the hub.
 CLIP_L, CLIP_H, BIG_G, VAE = 123_060_480, 340_387_840, 694_659_840, 83_653_863
@@ -29,17 +29,17 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_full_sizes_are_the_published_ones(kind: str) -> None:
-    shapes = component_shapes(ARCHITECTURES[kind])
+    shapes = component_shapes(PUBLIC_MODELS[kind])
     assert {name: sum(math.prod(s) for s in part.values()) for name, part in shapes.items()} == PUBLISHED[kind]
-    small = component_shapes(ARCHITECTURES[kind].with_small_text_encoders())
+    small = component_shapes(PUBLIC_MODELS[kind].with_small_text_encoders())
     assert small["unet"] == shapes["unet"]
     assert small["text_encoder"].items() < shapes["text_encoder"].items()  # the same widths, fewer layers
 
 
 @pytest.mark.parametrize("kind", ["tiny-sdxl", "tiny-sd15", "tiny-sd21"])
 def test_the_parameters_of_the_tables_are_those_of_the_models(kind: str) -> None:
-    shapes = component_shapes(ARCHITECTURES[kind])["unet"]
-    assert sum(math.prod(shape) for shape in shapes.values()) == ARCHITECTURES[kind].unet_parameters
+    shapes = component_shapes(PUBLIC_MODELS[kind])["unet"]
+    assert sum(math.prod(shape) for shape in shapes.values()) == PUBLIC_MODELS[kind].unet_parameters
 
 
 def digest(folder: Path) -> str:

@@ -29,8 +29,8 @@ def inputs() -> tuple[tuple, dict[str, Any]]:
     book = tiny_book()
     backbone = tiny_backbone(book)
     embeds = backbone.embeds.select([0, 1])
-    assert embeds.pooled is not None and backbone.time_ids is not None
-    conditions = {"text_embeds": embeds.pooled, "time_ids": backbone.time_ids.expand(2, -1)}
+    assert embeds.pooled is not None and backbone.fixed_inputs["time_ids"] is not None
+    conditions = {"text_embeds": embeds.pooled, "time_ids": backbone.fixed_inputs["time_ids"].expand(2, -1)}
     arguments = (torch.randn(2, 4, 8, 8, generator=draw), torch.tensor([300, 700]))
     return arguments, {
         "encoder_hidden_states": embeds.hidden, "return_dict": False, "added_cond_kwargs": conditions,

@@ -18,8 +18,9 @@ from fastunlearn.evaluation.attacks.fine_tuning import Options, edit, table
 from fastunlearn.evaluation.attacks.textual_inversion import token_ids
 from fastunlearn.evaluation.relearning import Settings, attack_steps, denoising_error
 from fastunlearn.evaluation.relearning.pictures import Pictures
-from fastunlearn.models.backbone import Backbone, build_backbone, encode_prompts
+from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import load_pipeline
+from fastunlearn.models.pipeline import encode_prompts
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.image_pool import LatentPool
 

@@ -27,7 +27,7 @@ from fastunlearn.minicanvas.build import networks
 from fastunlearn.minicanvas.build.assemble import make_pipeline
 from fastunlearn.minicanvas.build.text import write_tokenizer
 from fastunlearn.minicanvas.vocabulary import OBJECTS, PARAPHRASES, STYLES, SYNONYMS
-from fastunlearn.models.backbone import PromptEmbeds
+from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.utils import environment as quiet
 
 NEON, INK, CAT, FISH = (

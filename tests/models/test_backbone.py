@@ -13,9 +13,10 @@ from tiny import POOLED_WIDTH, TEXT_WIDTH, TOKENS, tiny_unet
 
 from fastunlearn.errors import UserError
 from fastunlearn.minicanvas import pipeline_path
-from fastunlearn.models.backbone import compute_in, encode_prompts
+from fastunlearn.models.backbone import compute_in
 from fastunlearn.models.loading import load_pipeline
 from fastunlearn.models.parameter_names import set_trainable, trainable_names
+from fastunlearn.models.pipeline import encode_prompts
 
 SDXL = {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,

@@ -17,13 +17,14 @@ from transformers import CLIPTokenizer
 from fastunlearn import cli
 from fastunlearn.config import ModelConfig
 from fastunlearn.errors import UserError
-from fastunlearn.models.backbone import build_backbone, ddim_scheduler
+from fastunlearn.models.backbone import build_backbone
 from fastunlearn.models.checks import check_hub_cache
-from fastunlearn.models.formats.architectures import ARCHITECTURES, write_tokenizer
+from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS, write_tokenizer
 from fastunlearn.models.formats.headers import Entry, read_header
 from fastunlearn.models.formats.random_weights import write_file, write_folder
 from fastunlearn.models.formats.single_file import identify, read_single_file
 from fastunlearn.models.loading import load_pipeline, stored_dtype
+from fastunlearn.models.pipeline import ddim_scheduler
 
 KINDS = ("tiny-sdxl", "tiny-sd15", "tiny-sd21")
 SHARED = "conditioner.embedders."
@@ -34,8 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of each kind a folder and a file with the same random weights in fp32."""
     root = tmp_path_factory.mktemp("models")
     for kind in KINDS:
-        write_folder(ARCHITECTURES[kind], root / kind, torch.float32, seed=3)
-        write_file(ARCHITECTURES[kind], root / f"{kind}.safetensors", torch.float32, seed=3)
+        write_folder(PUBLIC_MODELS[kind], root / kind, torch.float32, seed=3)
+        write_file(PUBLIC_MODELS[kind], root / f"{kind}.safetensors", torch.float32, seed=3)
     return root
 
 
@@ -137,7 +138,7 @@ def test_sdxl_is_told_size_corner_and_target(models: Path) -> None:
     pipeline = load_pipeline(models / "tiny-sdxl")
     theirs = pipeline._get_add_time_ids((128, 128), (0, 0), (128, 128), torch.float32, 48)
     backbone = build_backbone(pipeline, [""], 128, torch.device("cpu"), torch.float32)
-    assert backbone.time_ids is not None and torch.equal(backbone.time_ids, theirs)
+    assert torch.equal(backbone.fixed_inputs["time_ids"], theirs)
 
 
 def with_markers(models: Path, place: Path, *markers: str, kind: str = "tiny-sdxl") -> Path:
@@ -166,9 +167,9 @@ def test_sd2_must_say_what_it_predicts(models: Path, tmp_path: Path) -> None:
     assert said.said_prediction == "v_prediction"  # in the metadata that the writer puts in
     silent = read_single_file(with_markers(models, tmp_path / "silent.safetensors", kind="tiny-sd21"))
     with pytest.raises(UserError, match=r"model.prediction_type: .*silent.* state 'v_prediction'"):
-        silent.architecture(options("x"))
-    assert silent.architecture(options("x", prediction_type="v_prediction")).unet["sample_size"] == 8
-    full = ARCHITECTURES["sd21"]
+        silent.public_model(options("x"))
+    assert silent.public_model(options("x", prediction_type="v_prediction")).unet["sample_size"] == 8
+    full = PUBLIC_MODELS["sd21"]
     sizes = [full.with_prediction(name, False).unet["sample_size"] for name in ("v_prediction", "epsilon")]
     assert sizes == [96, 64]
 
@@ -236,7 +237,7 @@ def test_whole_models_are_told_apart_by_their_headers(kind: str, models: Path) -
     if kind in KINDS:
         entries, _ = read_header(models / f"{kind}.safetensors")
     else:  # what decides: first convolution, parameters, text encoders
-        conv, parameters = (320, 4, 3, 3), ARCHITECTURES[kind].unet_parameters
+        conv, parameters = (320, 4, 3, 3), PUBLIC_MODELS[kind].unet_parameters
         text = {"sdxl": BOTH, "sd15": CLIP_L_1, "sd21": {"cond_stage_model__model__ln_final__weight": (1024,)}}[kind]
         rest = {"model__diffusion_model__rest": (parameters - 11520,)}
         entries = header(**{UNET: conv}, **rest, **text, **VAE)
@@ -284,8 +285,8 @@ def test_a_file_that_lacks_a_tensor_is_refused(models: Path, tmp_path: Path) -> 
 
 
 def test_the_unet_can_stay_as_it_is_stored(models: Path, tmp_path: Path) -> None:
-    write_folder(ARCHITECTURES["tiny-sd15"], tmp_path / "half", torch.float16, seed=1)
-    write_file(ARCHITECTURES["tiny-sd15"], tmp_path / "half.safetensors", torch.float16, seed=1)
+    write_folder(PUBLIC_MODELS["tiny-sd15"], tmp_path / "half", torch.float16, seed=1)
+    write_file(PUBLIC_MODELS["tiny-sd15"], tmp_path / "half.safetensors", torch.float16, seed=1)
     for place in (tmp_path / "half", tmp_path / "half.safetensors"):
         model = options(place)
         assert stored_dtype(model) == torch.float16
@@ -340,8 +341,8 @@ def test_another_kind_from_the_hub_is_refused_before_its_weights(tmp_path: Path)
 
 
 def test_another_vae_takes_the_place_of_the_models(models: Path, tmp_path: Path) -> None:
-    write_folder(ARCHITECTURES["tiny-sdxl"], tmp_path / "other", torch.float32, seed=4)
-    write_file(ARCHITECTURES["tiny-sdxl"], tmp_path / "other.safetensors", torch.float32, seed=4)
+    write_folder(PUBLIC_MODELS["tiny-sdxl"], tmp_path / "other", torch.float32, seed=4)
+    write_file(PUBLIC_MODELS["tiny-sdxl"], tmp_path / "other.safetensors", torch.float32, seed=4)
     whole = load_file(tmp_path / "other.safetensors")
     prefix = "first_stage_model."
     bare = {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}

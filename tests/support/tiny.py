@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fastunlearn.config import Concept, PromptsConfig
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.models.backbone import Backbone, PromptEmbeds
+from fastunlearn.models.architectures.sdxl import SDXL
+from fastunlearn.models.backbone import Backbone
 from fastunlearn.models.noise_process import NoiseProcess
+from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.rollout import Rollout
@@ -56,10 +58,11 @@ def tiny_backbone(book: PromptTable, prediction_type: str = "epsilon", unet: obj
     pooled = torch.randn(len(book.texts), POOLED_WIDTH, generator=draw)
     return Backbone(
         unet=tiny_unet() if unet is None else unet,
+        architecture=SDXL,
         noise=NoiseProcess(tiny_scheduler(prediction_type), torch.device("cpu")),
         embeds=PromptEmbeds(hidden, pooled).numbered(),
-        time_ids=torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]),
         sample_shape=(4, 8, 8),
+        fixed_inputs={"time_ids": torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])},
     )
 
 

@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from diffusers import UNet2DConditionModel
+from safetensors.numpy import save_file
 
 from fastunlearn import cli
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.models import checks
+from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.training import preflight
 from fastunlearn.utils.run_folder import list_checkpoints
 from fastunlearn_kernels.common import backend
@@ -205,8 +209,14 @@ def test_a_single_file_passes_and_says_how_much_space_it_needs(tmp_path: Path) -
     make_random = ["doctor", "--make-random", "tiny-sd15", str(tmp_path / "d"), "--single-file", str(file)]
     assert cli.main(make_random) == 0
     assert checks.check_model(config(file)) == file
-    # The U-Net in fp16, and the changed tensors (attn2: 22 %) in fp32.
-    assert preflight.needed_bytes(config(file), file) == 32 * 2**20 + int(1_106_212 * (2 + 0.22 * 4))
+    # The U-Net in fp16, and the changed tensors in fp32, as many as the scope trains of the loaded model.
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "d" / "unet")
+    for scope in ("attn2", "attn2_kv", "noxattn", "selfattn", "full"):
+        trained = sum(unet.get_parameter(name).numel() for name in trainable_names(unet, scope))
+        for place in (file, tmp_path / "d"):
+            cfg = config(place, "outputs/none", "--train.scope", scope)
+            held = 1_106_212 * 2 if place == file else (tmp_path / "d" / UNET).stat().st_size
+            assert preflight.needed_bytes(cfg, place) == 32 * 2**20 + held + 4 * trained
     assert "model.variant" in refusal(checks.check_model, config(file, "out", "--variant", "fp16"))
 
 
@@ -254,7 +264,11 @@ def test_a_full_disk_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_checkpoints_need_more_space(model: Path) -> None:
-    write_safetensors(model / UNET, elements=1000)
+    shapes = {
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight": (11, 20),
+        "conv_in.weight": (780, 1, 1, 1),
+    }
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, model / UNET)
     without = preflight.needed_bytes(config(model), model)
     kept = ("--checkpointing_steps", "10", "--checkpoints_total_limit", "3")
     # Four checkpoints of three fp32 numbers for each trained parameter; attn2 is 22 % of them.

@@ -26,9 +26,10 @@ from fastunlearn.denoisers.lora import low_rank
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.evaluation.attacks.textual_inversion import learned_words
 from fastunlearn.evaluation.relearning.settings import Settings
-from fastunlearn.models.backbone import Backbone, PromptEmbeds
+from fastunlearn.models.backbone import Backbone
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.parameter_names import set_trainable, trainable_names
+from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.variants import UNCONDITIONAL
 from fastunlearn.sampling.image_pool import LatentPool
 from fastunlearn.sampling.retain import RetainBatch, retain_loss

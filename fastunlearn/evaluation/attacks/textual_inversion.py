@@ -13,10 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.models.backbone import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
-
-SLOTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+from fastunlearn.models.pipeline import encode_prompt, text_encoders
+from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 
 @contextmanager
@@ -25,23 +24,14 @@ def learned_words(
 ) -> Iterator[tuple[list[nn.Parameter], Callable[[str], PromptEmbeds]]]:
     """Yields the vectors to train, one matrix per text encoder, and how a prompt is encoded with a gradient."""
     vectors, hooks = [], []
-    for tokens, encoder in SLOTS:
-        text_model = getattr(pipeline, encoder, None)
-        if text_model is None:
-            continue
-        layer = text_model.to(device).requires_grad_(False).get_input_embeddings()
-        ids = torch.tensor(token_ids(getattr(pipeline, tokens), words), device=device)
+    for tokenizer, encoder in text_encoders(pipeline):
+        layer = encoder.to(device).requires_grad_(False).get_input_embeddings()
+        ids = torch.tensor(token_ids(tokenizer, words), device=device)
         vectors.append(nn.Parameter(layer.weight[ids].detach().clone()))
         hooks.append(layer.register_forward_hook(_replacement(ids, vectors[-1])))
 
-    def encode(prompt: str) -> PromptEmbeds:
-        encoded = pipeline.encode_prompt(
-            prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return PromptEmbeds(encoded[0], encoded[2] if len(encoded) == 4 else None)
-
     try:
-        yield vectors, encode
+        yield vectors, lambda prompt: encode_prompt(pipeline, prompt, device)
     finally:
         for hook in hooks:
             hook.remove()

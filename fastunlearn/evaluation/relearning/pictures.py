@@ -72,8 +72,8 @@ def _digest_of(backbone: Backbone) -> str:
     for name, tensor in backbone.unet.state_dict().items():
         key.update(name.encode() + _bytes(tensor))
     key.update(_bytes(backbone.noise.alphas_cumprod))
-    if backbone.time_ids is not None:
-        key.update(_bytes(backbone.time_ids))
+    for tensor in backbone.fixed_inputs.values():
+        key.update(_bytes(tensor))
     return f"{key.hexdigest()} {backbone.embeds.hidden.device.type} {backbone.autocast}"
 
 

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from fastunlearn.config import Config
 from fastunlearn.config.run_prompts import preserve_prompts
 from fastunlearn.methods.parts.closed_form import Tokens, edit_weights
-from fastunlearn.models.backbone import PromptEmbeds, encode_prompts
 from fastunlearn.models.loading import Pipeline
-from fastunlearn.models.parameter_names import trainable_names
+from fastunlearn.models.parameter_names import KEYS_AND_VALUES, trainable_names
+from fastunlearn.models.pipeline import encode_prompts, encoders_on, text_encoders
 from fastunlearn.prompts.variants import PromptPair, PromptTable, build_prompt_table
-
-SCOPE = "attn2_kv"
 
 
 class ClosedForm(Protocol):
@@ -66,7 +64,7 @@ def edit_pipeline(cfg: Config, method: ClosedForm, pipeline: Pipeline, device: t
 
 def edited_weights(unet: nn.Module, method: ClosedForm, tokens: Tokens) -> dict[str, Tensor]:
     """New keys and values of a U-Net in fp32 on the host. They are computed where the tokens are."""
-    projections = {name: unet.get_parameter(name).detach() for name in trainable_names(unet, SCOPE)}
+    projections = {name: unet.get_parameter(name).detach() for name in trainable_names(unet, KEYS_AND_VALUES)}
     return edit_weights(projections, method.text_map(tokens, projections))
 
 
@@ -101,17 +99,13 @@ def name_rows(
 
 def encode(pipeline: Pipeline, prompts: Sequence[str], device: torch.device) -> Text:
     """Embed the prompts as the U-Net sees them."""
-    encoders = [e for e in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if e is not None]
-    for encoder in encoders:
-        encoder.to(device)
-    embeds: PromptEmbeds = encode_prompts(pipeline, prompts, device)
-    for encoder in encoders:
-        encoder.to("cpu")
+    with encoders_on(pipeline, device):
+        embeds = encode_prompts(pipeline, prompts, device)
     hidden = dict(zip(prompts, embeds.hidden.to(device, torch.float64), strict=True))
     return Text(hidden, {prompt: last_word(pipeline, prompt) for prompt in prompts})
 
 
 def last_word(pipeline: Pipeline, prompt: str) -> int:
     """Position of a prompt's last word; 0, the first token, where there is none."""
-    length = pipeline.tokenizer.model_max_length
-    return len(pipeline.tokenizer(prompt, truncation=True, max_length=length).input_ids) - 2
+    tokenizer, _ = text_encoders(pipeline)[0]
+    return len(tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids) - 2

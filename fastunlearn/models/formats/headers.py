@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from fastunlearn.errors import UserError
+from fastunlearn.registry import ARCHITECTURES
 
 FIELD = "model.pretrained_model_name_or_path"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-ALLOWED = f"allowed are {' and '.join(PIPELINES)}, of SD 1.x, SD 2.x and SDXL-base"
+PIPELINES = sorted({architecture.pipeline for architecture in ARCHITECTURES.values()})
+DENOISERS = {architecture.denoiser for architecture in ARCHITECTURES.values()}
+TITLES = sorted(architecture.title for architecture in ARCHITECTURES.values())
+EDITABLE = f"{', '.join(TITLES[:-1])} and {TITLES[-1]}"
+ALLOWED = f"allowed are {' and '.join(PIPELINES)}, of {EDITABLE}"
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Part of a pipeline's class -> what its model is called. The first that fits is taken.
@@ -158,23 +162,12 @@ def refusal(pipeline: str, index: Mapping[str, Any], unet: Mapping[str, Any]) ->
     channels = unet.get("in_channels", 4)
     if channels != 4:
         return f"is {CHANNELS.get(channels, 'another model')}: its U-Net takes {channels} channels ({pipeline})"
-    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+    if unet.get("_class_name") not in (None, *DENOISERS):
         return f"has a {unet['_class_name']} for a U-Net"
     if unet.get("time_cond_proj_dim") is not None:
         return "is a latent consistency model: its U-Net is told the guidance scale"
-    embeds = unet.get("addition_embed_type")
-    if pipeline == "StableDiffusionXLPipeline":
-        if index.get("requires_aesthetics_score") or not _listed(index, "text_encoder"):
-            return "is SDXL's refiner (it has no first text encoder, or asks for an aesthetic score)"
-        if not _listed(index, "text_encoder_2"):
-            return "has no second text encoder"
-        if unet and embeds != "text_time":
-            return f"is no SDXL-base: the added condition of its U-Net is {embeds!r}, not 'text_time'"
-    elif not _listed(index, "text_encoder"):
-        return "has no text encoder"
-    elif embeds is not None:
-        return f"is no SD 1.x or 2.x: its U-Net has an added condition {embeds!r}"
-    return None
+    architecture = next(a for a in ARCHITECTURES.values() if a.pipeline == pipeline)
+    return architecture.folder_refusal(index, unet)
 
 
 def _listed(index: Mapping[str, Any], component: str) -> bool:

@@ -1,7 +1,7 @@
 """Tensors of a diffusers folder under the names of the original layout, as one ``.safetensors`` file has them.
 
-What this is: for each tensor of the original layout, its name, its shape and how it is made of diffusers' tensors.
-What this is not: reading that layout, which diffusers does (``loading.py``), or writing (``random_models.py``).
+For each tensor of the original layout: its name, its shape and how it is made of diffusers' tensors. Reading that
+layout is diffusers' work (``models/loading.py``), writing it that of ``random_weights.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastunlearn.models.formats.architectures import Architecture
+from fastunlearn.models.architectures.base import PublicModel
 
 Shape = tuple[int, ...]
 
@@ -53,26 +53,23 @@ class Original:
     make: Callable[[list[Tensor]], Tensor]
 
 
-def original_tensors(architecture: Architecture, shapes: Mapping[str, Mapping[str, Shape]]) -> Iterator[Original]:
+def original_tensors(model: PublicModel, shapes: Mapping[str, Mapping[str, Shape]]) -> Iterator[Original]:
     """All tensors of a whole model. ``shapes``: of each component, diffusers' names and shapes."""
     for name, shape in shapes["unet"].items():
-        yield _same("model.diffusion_model." + unet_name(name, architecture), shape, "unet", name)
-    levels = len(architecture.vae["block_out_channels"])
+        yield _same("model.diffusion_model." + unet_name(name, model), shape, "unet", name)
+    levels = len(model.vae["block_out_channels"])
     for name, shape in shapes["vae"].items():
         new = "first_stage_model." + vae_name(name, levels)
         if ".attentions." in name and len(shape) == 2:  # the original's are convolutions over single points
             yield Original(new, (*shape, 1, 1), "vae", (name,), lambda parts: parts[0][:, :, None, None])
         else:
             yield _same(new, shape, "vae", name)
-    if architecture.family == "sd2":
-        yield from _open_clip("cond_stage_model.model.", "text_encoder", shapes["text_encoder"])
-    else:
-        xl = architecture.family == "sdxl"
-        prefix = "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer."
-        for name, shape in shapes["text_encoder"].items():
-            yield _same(prefix + name, shape, "text_encoder", name)
-    if architecture.text_encoder_2 is not None:
-        yield from _open_clip("conditioner.embedders.1.model.", "text_encoder_2", shapes["text_encoder_2"])
+    for encoder in model.adapter.text_encoders:
+        if encoder.open_clip:
+            yield from _open_clip(encoder.prefix, encoder.name, shapes[encoder.name])
+        else:
+            for name, shape in shapes[encoder.name].items():
+                yield _same(encoder.prefix + name, shape, encoder.name, name)
 
 
 def _same(new: str, shape: Shape, component: str, name: str) -> Original:
@@ -84,7 +81,7 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
     return name if found is None else table[found] + name.removeprefix(found)
 
 
-def unet_name(name: str, architecture: Architecture) -> str:
+def unet_name(name: str, model: PublicModel) -> str:
     """Blocks are counted through: each level has its layers and what goes to the next level."""
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
     if match is None:
@@ -92,11 +89,11 @@ def unet_name(name: str, architecture: Architecture) -> str:
         resnet = re.fullmatch(r"(middle_block\.[02]\.)(.*)", new)
         return new if resnet is None else resnet[1] + _renamed(resnet[2], RESNET)
     way, level, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    per_level = architecture.unet["layers_per_block"] + 1
+    per_level = model.unet["layers_per_block"] + 1
     if kind == "downsamplers":
         return f"input_blocks.{per_level * (level + 1)}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
-        attends = "CrossAttn" in architecture.unet["up_block_types"][level]
+        attends = "CrossAttn" in model.unet["up_block_types"][level]
         return f"output_blocks.{per_level * (level + 1) - 1}.{2 if attends else 1}.{rest}"
     number = per_level * level + layer
     block = f"input_blocks.{number + 1}" if way == "down" else f"output_blocks.{number}"

@@ -1,8 +1,7 @@
 """Models with the public architectures and random weights, for tests and measurements where no model can be had.
 
-What this is: a diffusers folder, or one file in the original layout, written tensor by tensor: full-size SDXL needs
-memory for its largest tensor only. A tensor's values follow from the seed and its name, whatever is written.
-What this is not: a model that draws anything.
+A diffusers folder, or one file in the original layout, written tensor by tensor: full-size SDXL needs memory for its
+largest tensor only. A tensor's values follow from the seed and its name, whatever is written.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from fastunlearn.models.formats.architectures import Architecture, write_configs
+from fastunlearn.models.architectures.base import PublicModel
+from fastunlearn.models.formats.folder_configs import write_configs
 from fastunlearn.models.formats.original_layout import Shape, original_tensors
 from fastunlearn.utils.files import atomic_file, atomic_folder
 
@@ -38,12 +38,12 @@ class Tensorlike:
     make: Callable[[], Tensor]
 
 
-def write_folder(architecture: Architecture, folder: Path, dtype: torch.dtype, seed: int) -> dict[str, int]:
+def write_folder(model: PublicModel, folder: Path, dtype: torch.dtype, seed: int) -> dict[str, int]:
     """Write a diffusers folder with random weights; return the number of parameters of each component."""
-    found = component_shapes(architecture)
+    found = component_shapes(model)
     with atomic_folder(folder) as partial:
         place = Path(partial)
-        write_configs(architecture, place)
+        write_configs(model, place)
         for component, shapes in found.items():
             tensors = {
                 name: Tensorlike(shape, lambda n=name, s=shape, c=component: draw(c, n, s, seed))  # type: ignore[misc]
@@ -53,9 +53,9 @@ def write_folder(architecture: Architecture, folder: Path, dtype: torch.dtype, s
     return {name: sum(math.prod(shape) for shape in shapes.values()) for name, shapes in found.items()}
 
 
-def write_file(architecture: Architecture, file: Path, dtype: torch.dtype, seed: int) -> None:
+def write_file(model: PublicModel, file: Path, dtype: torch.dtype, seed: int) -> None:
     """Write the same weights as one file in the original layout, with what the model predicts in its metadata."""
-    predicts = architecture.scheduler["prediction_type"]
+    predicts = model.scheduler["prediction_type"]
     metadata = {"modelspec.prediction_type": "v" if predicts == "v_prediction" else predicts}
     tensors = {
         original.name: Tensorlike(
@@ -64,24 +64,24 @@ def write_file(architecture: Architecture, file: Path, dtype: torch.dtype, seed:
                 [draw(o.component, source, s[source], seed) for source in o.sources]
             ),
         )
-        for shapes in [component_shapes(architecture)]
-        for original in original_tensors(architecture, shapes)
+        for shapes in [component_shapes(model)]
+        for original in original_tensors(model, shapes)
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as partial:
         write_safetensors(Path(partial), tensors, dtype, metadata)
 
 
-def component_shapes(architecture: Architecture) -> dict[str, dict[str, Shape]]:
+def component_shapes(model: PublicModel) -> dict[str, dict[str, Shape]]:
     """Name and shape of every tensor of each component, as in its file; no memory is taken for them."""
     with torch.device("meta"):
         parts: dict[str, torch.nn.Module] = {
-            "unet": UNet2DConditionModel.from_config(dict(architecture.unet)),
-            "vae": AutoencoderKL.from_config(dict(architecture.vae)),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**architecture.text_encoder)),
+            "unet": UNet2DConditionModel.from_config(dict(model.unet)),
+            "vae": AutoencoderKL.from_config(dict(model.vae)),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**model.text_encoder)),
         }
-        if architecture.text_encoder_2 is not None:
-            parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**architecture.text_encoder_2))
+        if model.text_encoder_2 is not None:
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**model.text_encoder_2))
     return {
         name: {_filed(key, name): tuple(value.shape) for key, value in part.state_dict().items()}
         for name, part in parts.items()

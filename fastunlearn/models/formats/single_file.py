@@ -1,8 +1,7 @@
 """One ``.safetensors`` file that holds a whole model, as it is shared on Civitai and elsewhere: what is in it.
 
-What this is: telling the kind of model from the names and shapes in the file's header alone. Standard library only.
-What this is not: loading (``loading.py``). A file does not say everything: what it predicts is in its metadata, or in a
-marker, or must be stated.
+The kind of model is told from the names and shapes in the file's header alone; loading is ``models/loading.py``. A file
+does not say everything: what it predicts is in its metadata, or in a marker, or must be stated.
 """
 
 from __future__ import annotations
@@ -11,19 +10,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastunlearn.errors import UserError
-from fastunlearn.models.formats.architectures import ARCHITECTURES, Architecture
-from fastunlearn.models.formats.headers import CHANNELS, FIELD, Entry, read_header
+from fastunlearn.models.architectures.base import Architecture, PublicModel
+from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
+from fastunlearn.models.formats.headers import CHANNELS, EDITABLE, FIELD, Entry, read_header
+from fastunlearn.registry import ARCHITECTURES
 from fastunlearn.schema.sections import ModelConfig
 
 UNET, VAE = "model.diffusion_model.", ("first_stage_model.", "vae.")
 FIRST_CONV = "input_blocks.0.0.weight"
-CLIP_L_XL, OPEN_CLIP_XL = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 REFINER_TEXT = "conditioner.embedders.0.model."
-CLIP_L_SD1, CLIP_L_SD1_OLD = "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."
-OPEN_CLIP_SD2 = "cond_stage_model.model."
-ALLOWED = "allowed are whole models of SD 1.x, SD 2.x and SDXL-base"
+OLD_CLIP_L = "cond_stage_model.transformer."
+ALLOWED = f"allowed are whole models of {EDITABLE}"
 # Tensors without content that say how the model was trained (NoobAI and others put them in).
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
@@ -49,7 +49,7 @@ class SingleFile:
 
     path: Path
     name: str
-    """Its entry in ``ARCHITECTURES``."""
+    """Its entry in ``PUBLIC_MODELS``."""
     said_prediction: str | None
     """"epsilon" or "v_prediction" where the file says so."""
     zero_snr: bool
@@ -57,19 +57,26 @@ class SingleFile:
     has_vae: bool
     unet_dtype: str
     """That of most tensors of its U-Net, as safetensors writes it: "F16", "BF16" or "F32"."""
+    unet_shapes: Mapping[str, tuple[int, ...]]
+    """By the names that the file has for them."""
     unet_bytes: int
     elements: int
     """Of all tensors."""
 
-    def architecture(self, model: ModelConfig) -> Architecture:
+    @property
+    def unet_config(self) -> Mapping[str, Any]:
+        """Of the public model that it is."""
+        return PUBLIC_MODELS[self.name].unet
+
+    def public_model(self, model: ModelConfig) -> PublicModel:
         """With what it predicts as the file says it, unless the configuration does.
 
         Raises:
             UserError: nobody says it, and it cannot be guessed.
         """
-        known = ARCHITECTURES[self.name]
+        known = PUBLIC_MODELS[self.name]
         stated = model.prediction_type if model.prediction_type != "auto" else None
-        prediction = stated or self.said_prediction or (None if known.family == "sd2" else "epsilon")
+        prediction = stated or self.said_prediction or known.adapter.usual_prediction
         if prediction is None:
             raise UserError(
                 f"model.prediction_type: {str(self.path)!r} is {known.title}, and does not say what it predicts; "
@@ -92,10 +99,10 @@ def read_single_file(path: Path) -> SingleFile:
         )
     entries, metadata = read_header(path)
     found = identify(entries)
-    if found not in ARCHITECTURES:
+    if found not in PUBLIC_MODELS:
         raise UserError(f"{FIELD}: {str(path)!r} is {found}; {ALLOWED}")
-    unet = [entry for name, entry in entries.items() if name.startswith(UNET)]
-    dtypes = Counter(entry.dtype for entry in unet)
+    unet = {name: entry for name, entry in entries.items() if name.startswith(UNET)}
+    dtypes = Counter(entry.dtype for entry in unet.values())
     prediction = PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
     return SingleFile(
         path=path,
@@ -104,13 +111,14 @@ def read_single_file(path: Path) -> SingleFile:
         zero_snr=ZERO_SNR_MARKER in entries,
         has_vae=any(name.startswith(VAE) for name in entries),
         unet_dtype=dtypes.most_common(1)[0][0],
-        unet_bytes=sum(entry.bytes for entry in unet),
+        unet_shapes={name: entry.shape for name, entry in unet.items()},
+        unet_bytes=sum(entry.bytes for entry in unet.values()),
         elements=sum(entry.elements for entry in entries.values()),
     )
 
 
 def identify(entries: Mapping[str, Entry]) -> str:
-    """The name of an entry of ``ARCHITECTURES``, or in words what the tensors are instead."""
+    """The name of an entry of ``PUBLIC_MODELS``, or in words what the tensors are instead."""
     if _any(entries, LORA_PARTS):
         return "a LoRA (merge it into its base model first)"
     other = next((words for part, words in OTHERS.items() if _any(entries, (part,))), None)
@@ -122,38 +130,32 @@ def identify(entries: Mapping[str, Entry]) -> str:
     channels = conv.shape[1]
     if channels != 4:
         return f"{CHANNELS.get(channels, 'another model')} (its U-Net takes {channels} channels)"
-    family = _family(entries)
-    if family not in ("sd1", "sd2", "sdxl"):
-        return family
-    return _of_family(family, entries)
+    for architecture in ARCHITECTURES.values():
+        if all(_starts(entries, encoder.mark) for encoder in architecture.text_encoders):
+            return _of_architecture(architecture, entries)
+    return _without_text(entries)
 
 
-def _of_family(family: str, entries: Mapping[str, Entry]) -> str:
+def _of_architecture(architecture: Architecture, entries: Mapping[str, Entry]) -> str:
     parameters = sum(entry.elements for name, entry in entries.items() if name.startswith(UNET))
-    known = {name: architecture for name, architecture in ARCHITECTURES.items() if architecture.family == family}
-    fits = [name for name, architecture in known.items() if architecture.unet_parameters == parameters]
+    fits = [name for name, model in architecture.models.items() if model.unet_parameters == parameters]
     if fits:
         return fits[0]
-    usual = next(iter(known.values()))
+    usual = next(iter(architecture.models.values()))
     return (
         f"no {usual.title}: its U-Net has {parameters:,} parameters instead of {usual.unet_parameters:,} "
         "(pruned or distilled; give it as a diffusers folder)"
     )
 
 
-def _family(entries: Mapping[str, Entry]) -> str:
-    """Which text encoders there are, or in words what is wrong with them."""
-    if _starts(entries, OPEN_CLIP_XL) and _starts(entries, CLIP_L_XL):
-        return "sdxl"
+def _without_text(entries: Mapping[str, Entry]) -> str:
+    """In words, what is wrong with the text encoders of a file that has a U-Net."""
     if _starts(entries, REFINER_TEXT):
         return "SDXL's refiner"
-    if _starts(entries, OPEN_CLIP_SD2):
-        return "sd2"
-    if _starts(entries, CLIP_L_SD1):
-        return "sd1"
-    if _starts(entries, CLIP_L_SD1_OLD):
+    if _starts(entries, OLD_CLIP_L):
         return "an SD 1.x model with an old layout of its text encoder (convert it to a diffusers folder)"
-    if _starts(entries, OPEN_CLIP_XL) or _starts(entries, CLIP_L_XL):
+    several = [a for a in ARCHITECTURES.values() if len(a.text_encoders) > 1]
+    if any(_starts(entries, encoder.mark) for a in several for encoder in a.text_encoders):
         return "an SDXL model with one of its two text encoders"
     return "a U-Net without its text encoders"
 
