@@ -1,9 +1,9 @@
 """Which attention implementation the U-Net uses. The only file that knows xformers and FlashAttention-3.
 
-What this is: one processor for the attention layers of SD and SDXL, the kernels that it can call, and the function that
+One processor for diffusers' ``Attention`` layers in SD and SDXL, the kernels that it can call, and the function that
 installs it and says what was chosen. diffusers' own switch, ``set_attention_backend``, has no effect on these U-Nets.
-What this is not: a new attention kernel, or the rules about which machine has which (``attention_rules.py``).
-``auto`` may fall back; an explicit request that cannot be met is an error.
+Which machine has which kernel is in ``schema/attention_rules.py``. ``auto`` may fall back; an explicit request that
+cannot be met is an error.
 
 Shapes: B batch, N queries, M keys, H heads, D width of a head. Projections are taken apart by views, never by copies.
 """

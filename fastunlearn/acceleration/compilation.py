@@ -1,15 +1,16 @@
 """Two levers on the U-Net's own modules: the layout of its activations, and regional compilation.
 
-What this is: what ``model.channels_last`` and ``model.compile`` do. To be applied before the first call, with the
-trained tensors chosen and every hook and attention processor in place, and after DeepSpeed has taken the module: it
-sends the weights to all ranks through views, which only contiguous ones allow.
-What this is not: on by default. Neither has a measurement on a GPU yet.
+``model.channels_last`` and ``model.compile``. Both are off by default, since neither has a measurement on a GPU yet.
+To be applied before the first call, with the trained tensors chosen and every hook and attention processor in place,
+and after DeepSpeed has taken the module: it sends the weights to all ranks through views, which only contiguous ones
+allow.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 # A run calls each kind of block as recorded student, as student without a gradient and as teacher, at several batch
@@ -36,7 +37,7 @@ def _channels_last_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
     return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
 
 
-def compile_blocks(unet: UNet2DConditionModel, backend: str = "inductor") -> int:
+def compile_blocks(unet: Any, backend: str = "inductor") -> int:
     """Compile the repeated transformer blocks, each when it is first called; returns how many there are.
 
     Blocks of equal shape share one compiled program, since their weights are inputs to it. That is also why the

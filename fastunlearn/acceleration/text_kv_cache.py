@@ -1,10 +1,11 @@
 """Keys and values of the run's prompts, computed once for weights that do not change.
 
-What this is: a table per cross-attention, one entry for each prompt, from which calls without a gradient take theirs
-instead of projecting the same embeddings again: those of the frozen model, and those of the student where its key and
-value projections are not trained.
-What this is not: for calls with a gradient, which recompute parts of themselves when other prompts may be at hand, or
-for embeddings with noise.
+A table per cross-attention, one entry for each prompt, from which calls without a gradient take theirs instead of
+projecting the same embeddings again: those of the frozen model, and those of the student where its key and value
+projections are not trained.
+
+Calls with a gradient cannot use it, since they recompute parts of themselves when other prompts may be at hand; nor can
+embeddings with noise.
 """
 
 from __future__ import annotations

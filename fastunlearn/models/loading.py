@@ -1,7 +1,7 @@
 """Loading Stable Diffusion as users have it: a diffusers folder, a hub id, or one ``.safetensors`` file.
 
-What this is: the one place that turns ``[model]`` into a pipeline with its weights. Nothing is fetched that is here.
-What this is not: a check of the disk: ``preflight.py`` refuses what can be told without loading.
+The one place that turns ``[model]`` into a pipeline with its weights. Nothing is fetched that is here. What can be told
+without loading is refused before, in ``checks.py``.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from fastunlearn_kernels import add_noise, guided_euler_step, guided_step, to_ep
 from fastunlearn_kernels.latent.prediction import prediction_number, training_target
 
 SAMPLERS = ("ddim", "euler")
+LEAST_SIGNAL = 2.0**-24  # alpha-bar of a schedule that ends in pure noise, as diffusers' Euler takes it: s stays finite
 
 
 class NoiseProcess:
@@ -28,6 +29,7 @@ class NoiseProcess:
         self.device = device
         self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
         """(T,) fp32, alpha-bar of each timestep."""
+        self._grids: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         """T, the number of timesteps of the training schedule."""
@@ -44,10 +46,13 @@ class NoiseProcess:
         return float(self.scheduler.init_noise_sigma)
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
-        """Those of a sampler with so many steps, from the noisy end, spaced as the model's scheduler says."""
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
-        return scheduler.timesteps.tolist()
+        """Those of a sampler with so many steps, from the noisy end, spaced as the model's scheduler says; always whole
+        numbers, also for Euler with spacing "linspace"."""
+        if num_inference_steps not in self._grids:
+            scheduler = DDIMScheduler.from_config(self.scheduler.config)
+            scheduler.set_timesteps(num_inference_steps)
+            self._grids[num_inference_steps] = scheduler.timesteps.tolist()
+        return list(self._grids[num_inference_steps])
 
     def expand(self, timestep: int, batch: int) -> Tensor:
         """One timestep for a whole batch: (B,) int64 on the device."""
@@ -67,9 +72,13 @@ class NoiseProcess:
 
     def to_x0(self, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
         """The clean latents that a prediction implies, in fp32; gradients flow."""
-        noise = self.to_epsilon(prediction, latents, timesteps).float()
         alpha = self.alpha_bar(timesteps).view(-1, 1, 1, 1)
-        return (latents.float() - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        signal, noise_level = alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction_type == "sample":
+            return prediction.float()
+        if self.prediction_type == "v_prediction":  # also where nothing but noise is left, and epsilon says nothing
+            return signal * latents.float() - noise_level * prediction.float()
+        return (latents.float() - noise_level * prediction.float()) / signal
 
     def target(self, noise: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
         """What the model is to predict where ``clean`` was noised with ``noise``."""
@@ -81,6 +90,17 @@ class NoiseProcess:
         after = timesteps - len(self) // num_inference_steps
         final = self.scheduler.final_alpha_cumprod.to(self.device)
         return self.alpha_bar(timesteps), torch.where(after >= 0, self.alphas_cumprod[after.clamp(min=0)], final)
+
+    def sigmas(self, timesteps: Tensor, num_inference_steps: int) -> tuple[Tensor, Tensor]:
+        """(s at the timesteps, s at the next ones of a sampler with so many steps: 0 after the last), (B,) each."""
+        grid = torch.tensor([*self.timesteps(num_inference_steps), -1], device=self.device)
+        following = grid[(grid >= timesteps[:, None]).sum(1)]
+        now, after = (self._sigma(each) for each in (timesteps, following.clamp(min=0)))
+        return now, torch.where(following < 0, 0.0, after)
+
+    def _sigma(self, timesteps: Tensor) -> Tensor:
+        alpha = self.alpha_bar(timesteps).clamp(min=LEAST_SIGNAL)
+        return ((1 - alpha) / alpha).sqrt()
 
     def step(
         self,
@@ -97,14 +117,13 @@ class NoiseProcess:
         ``sampler``: "ddim" (arXiv 2010.02502, eta 0), or "euler" (arXiv 2206.00364, algorithm 2 without churn), which
         takes the same steps on x0 + s n and ends at s = 0 where DDIM ends at the schedule's first level.
         """
-        now, after = self.levels(timesteps, num_inference_steps)
         kind = self.prediction_type
         if sampler == "ddim":
+            now, after = self.levels(timesteps, num_inference_steps)
             return guided_step(cond, uncond, latents, now, after, guidance=guidance_scale, prediction_type=kind)
-        last = timesteps < len(self) // num_inference_steps
-        sigma, sigma_next = ((1 - now) / now).sqrt(), torch.where(last, 0.0, ((1 - after) / after).sqrt())
-        scale, scale_next = ((level * level + 1).sqrt().view(-1, 1, 1, 1) for level in (sigma, sigma_next))
+        now, after = self.sigmas(timesteps, num_inference_steps)
+        scale, scale_next = ((sigma * sigma + 1).sqrt().view(-1, 1, 1, 1) for sigma in (now, after))
         moved = guided_euler_step(
-            cond, uncond, latents * scale, sigma, sigma_next, guidance=guidance_scale, prediction_type=kind
+            cond, uncond, latents * scale, now, after, guidance=guidance_scale, prediction_type=kind
         )
         return moved / scale_next

@@ -1,7 +1,7 @@
 """Which denoising steps are trained: the key-step table of KSCU, and the uniform plan that ESD uses.
 
-What this is: pure functions that turn a few integers into the ordered list of updates of a run.
-What this is not: it knows nothing of models, latents or devices, so a table can be checked by eye and by unit tests.
+Pure functions that turn a few integers into the ordered list of updates of a run. They know nothing of models, latents
+or devices, so a table can be checked by eye and by unit tests.
 
 Indices count sampler steps from the noisy end: 0 is the first (noisiest) step, ``num_inference_steps - 1`` the last.
 """

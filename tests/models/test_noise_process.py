@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tiny import tiny_scheduler
 
 from fastunlearn.models.noise_process import NoiseProcess
 
 CPU = torch.device("cpu")
 KINDS = ["epsilon", "v_prediction", "sample"]
-TIMES = torch.tensor([1, 500, 981])
+TIMES = torch.tensor([1, 501, 981])
 
 
 def process(kind: str) -> NoiseProcess:
@@ -72,6 +72,44 @@ def test_euler_walks_as_diffusers_does(kind: str) -> None:
         cond, uncond = predicted(theirs.scale_model_input(other, time))
         other = theirs.step(uncond + 3.0 * (cond - uncond), time, other).prev_sample
     torch.testing.assert_close(ours, other, rtol=2e-4, atol=2e-4)
+
+
+def v_config(**options: object) -> dict[str, object]:
+    """Without diffusers' note of which fields were left to their defaults: it would ignore the options."""
+    config = tiny_scheduler("v_prediction").config
+    return {name: value for name, value in config.items() if not name.startswith("_")} | options
+
+
+@pytest.mark.parametrize("steps", [20, 30])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_euler_walks_a_trailing_schedule_as_diffusers_does(zero_snr: bool, steps: int) -> None:
+    """Also where it begins in pure noise, and where the steps are not equally long."""
+    options = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr}
+    config = v_config(**options)
+    noise = NoiseProcess(DDIMScheduler.from_config(config), CPU)
+    theirs = EulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(steps)
+    assert (float(noise.alphas_cumprod[-1]) < 1e-7) == zero_snr
+    assert theirs.timesteps.tolist() == noise.timesteps(steps) and noise.timesteps(steps)[0] == 999
+    ours = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    other = ours * (float(theirs.sigmas[0]) ** 2 + 1) ** 0.5
+    for time in theirs.timesteps:
+        ours = noise.step(0.9 * ours, 0.8 * ours - 0.05, ours, noise.expand(int(time), 2), steps, 3.0, "euler")
+        scaled = theirs.scale_model_input(other, time)
+        guided = 0.8 * scaled - 0.05 + 3.0 * (0.1 * scaled + 0.05)
+        other = theirs.step(guided, time, other).prev_sample
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-3)
+
+
+def test_the_clean_latents_of_a_v_model_are_finite_where_nothing_but_noise_is_left() -> None:
+    config = v_config(rescale_betas_zero_snr=True)
+    noise = NoiseProcess(DDIMScheduler.from_config(config), CPU)
+    clean, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    last = noise.expand(999, 1)
+    assert float(noise.alpha_bar(last)) < 1e-7
+    x = noise.add_noise(clean, eps, last)
+    torch.testing.assert_close(noise.to_x0(noise.target(eps, clean, last), x, last), clean, rtol=1e-3, atol=1e-3)
 
 
 def test_ddim_and_euler_differ_in_the_last_step_only() -> None:

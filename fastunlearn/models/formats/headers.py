@@ -1,7 +1,7 @@
 """What a model's files say without being loaded: headers of safetensors files, the configurations of a folder.
 
-What this is: standard library only; the refusals of folders that are damaged or hold another kind of model.
-What this is not: a single file of a whole model (``single_file.py``), or the checks of a run (``preflight.py``).
+Here are the refusals of folders that are damaged or hold another kind of model. A single file of a whole model is read
+in ``single_file.py``; the checks of a run are in ``models/checks.py``. Torch is not imported.
 """
 
 from __future__ import annotations
