@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from fastunlearn.errors import UserError
 from fastunlearn.registry import ARCHITECTURES
@@ -69,26 +70,38 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         UserError: the file is truncated, is not safetensors, or declares more or less data than it holds.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise UserError(f"{str(file)!r} is corrupt: no safetensors header in {size} bytes; download it again")
-            header = json.loads(stream.read(length))
-        metadata = header.pop("__metadata__", None) or {}
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        entries = {
-            name: Entry(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-            for name, entry in header.items()
-        }
-        declared = 8 + length + max(ends, default=0)
+        with file.open("rb"), safe_open(file, framework="np") as opened:  # opened first for the system's own error
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            metadata = opened.metadata() or {}
+            return {name: _entry(part.get_dtype(), part.get_shape()) for name, part in slices.items()}, metadata
+    except SafetensorError:
+        raise UserError(f"{str(file)!r} is corrupt: {_damage(file)}; download it again") from None
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be read: {error.strerror or error}") from None
-    except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(f"{str(file)!r} is corrupt: its safetensors header is unreadable; download it again") from None
-    if declared != size:
-        raise UserError(f"{str(file)!r} is corrupt: it declares {declared} bytes and has {size}; download it again")
-    return entries, metadata
+
+
+def _entry(dtype: str, shape: list[int]) -> Entry:
+    bits = re.search(r"\d+", dtype)  # "BF16", "F8_E4M3"; without a number: "BOOL"
+    return Entry(dtype, tuple(shape), math.prod(shape) * (int(bits[0]) if bits else 8) // 8)
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a file that safetensors refuses, in words and numbers that it does not give."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) == 8 and length > size - 8:
+            return f"no safetensors header in {size} bytes"
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            declared = max(ends, default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return "its safetensors header is unreadable"
+    if 8 + length + declared == size:
+        return "its safetensors header is unreadable"
+    return f"it declares {8 + length + declared} bytes and has {size}"
 
 
 def check_safetensors(file: Path) -> int:
