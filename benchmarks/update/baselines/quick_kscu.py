@@ -65,7 +65,7 @@ class QuickKscu(Baseline):
         (unconditional,) = self.models.train(x, t, uncond)
         direction = positive - neutral
         loss = functional.mse_loss(negative, neutral - direction)
-        weight = (1000 - t) * UNCOND_SLOPE
+        weight = ((1000 - t) * UNCOND_SLOPE).view(-1, 1, 1, 1)
         loss = loss + UNCOND_WEIGHT * functional.mse_loss(unconditional, neutral - weight * direction)
         self.backward(loss, 2 * self.batch)
         self.step()
