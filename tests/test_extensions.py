@@ -183,3 +183,69 @@ def test_a_method_in_closed_form_is_one_file_and_one_line(tmp_path: Path) -> Non
         left = 0.25 if name.endswith("attn2.to_k.weight") else 1.0
         np.testing.assert_allclose(found[name], left * weight, atol=1e-6)
     assert "Mute, a toy (arXiv:0000.00001)" in (out / "README.md").read_text()
+
+
+OPTIMIZER = Extension(
+    "OPTIMIZERS",
+    "sgd",
+    "SPEC",
+    '''
+"""torch's SGD with momentum."""
+
+from fastunlearn.engines.optimizers.base import FP32, OptimizerSpec
+
+
+class SGD(OptimizerSpec):
+    name = "sgd"
+
+    def build(self, groups, config, learning_rate):
+        import torch
+
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=config.adam_beta1, foreach=False)
+
+    def state_bytes(self, numel, bits, sharded):
+        return numel * FP32, 0
+
+
+SPEC = SGD()
+''',
+)
+
+
+def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path) -> None:
+    """Its name, its refusal by the fused engine, its memory and its steps reach every place that asks for them."""
+    out, chosen = tmp_path / "run", (*QUICK, "--optimizer.name", "sgd")
+    help_, unknown, fused, sgd, adamw, trained = run_with(
+        OPTIMIZER,
+        tmp_path,
+        ("train", "--help"),
+        ("train", *QUICK, "--optimizer.name", "sdg"),
+        ("train", *chosen, "--engine", "fused", "--output_dir", str(tmp_path / "refused")),
+        ("plan", *chosen, "--json"),
+        ("plan", *QUICK, "--json"),
+        ("train", *chosen, "--zero.stage", "1", "--output_dir", str(out)),
+    )
+    assert help_.status == 0 and "--optimizer.name" in help_.out
+    expected = {
+        unknown: "error: optimizer.name: 'sdg' is not allowed; allowed are 'adamw', 'adamw8bit', 'paged_adamw8bit' or "
+        "'sgd' (nearest: sgd)",
+        fused: "error: optimizer.name: 'sgd' is for engine 'zero'; with 'fused' use 'adamw8bit' and "
+        "fused.offload_optimizer 'cpu'",
+    }
+    for done, line in expected.items():
+        assert (done.status, done.err) == (2, line + "\n")
+    assert not (tmp_path / "refused").exists()
+    # AdamW has two moments where this has one, and a count of steps for each of the two groups.
+    assert 2 * state_bytes(sgd.out, "sgd") == state_bytes(adamw.out, "adamw") - 2 * 4
+
+    assert trained.status == 0, trained.err
+    assert tomllib.loads((out / "config.toml").read_text())["optimizer"]["name"] == "sgd"
+    log = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    assert len(log) == 2 and all(entry["loss"] > 0 for entry in log)
+    assert ", sgd |" in (out / "README.md").read_text()
+
+
+def state_bytes(plan: str, name: str) -> int:
+    """Of optimizer state, in a plan."""
+    (size,) = (row["device"] for row in json.loads(plan)["rows"] if row["name"] == f"optimizer state ({name})")
+    return int(size)
