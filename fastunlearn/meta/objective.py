@@ -113,7 +113,7 @@ class MetaObjective:
         forbidden = weights * torch.tensor([1.0, 0.0, 0.0], device=weights.device)
         result = weighted_noise_loss(
             prediction, batch.noise, judged.set_B, weights if goal is None else weights - forbidden, x0=batch.clean,
-            alpha_t=process.alpha_bar(batch.timesteps), prediction_type=process.prediction_type,
+            **process.loss_arguments(batch.timesteps),
         )  # fmt: skip
         if goal is None:
             return result.loss, result.mean_S

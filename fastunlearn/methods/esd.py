@@ -67,7 +67,6 @@ class ESD(Method):
             teacher_anchor,
             None,
             guidance=self.cfg.esd.negative_guidance,
-            alpha_t=models.noise.alpha_bar(t),
-            prediction_type=models.noise.prediction_type,
+            **models.noise.loss_arguments(t),
         )
         return MethodOutput(loss, guided)

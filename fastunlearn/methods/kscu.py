@@ -116,8 +116,7 @@ class KSCU(Method):
             guidance=settings.negative_guidance,
             lambda1_B=(1000 - t.double()) * settings.uncond_slope,
             uncond_weight=settings.uncond_weight,
-            alpha_t=models.noise.alpha_bar(t),
-            prediction_type=models.noise.prediction_type,
+            **models.noise.loss_arguments(t),
         )
         return MethodOutput(loss, guided)
 

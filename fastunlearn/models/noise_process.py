@@ -10,6 +10,8 @@ that works on x0 + s n:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -84,6 +86,11 @@ class NoiseProcess:
         """What the model is to predict where ``clean`` was noised with ``noise``."""
         alpha = self.alpha_bar(timesteps).view(-1, 1, 1, 1)
         return training_target(noise, clean, alpha, prediction_number(self.prediction_type))
+
+    def loss_arguments(self, timesteps: Tensor) -> dict[str, Any]:
+        """How the losses of ``fastunlearn_kernels`` are to read predictions at these timesteps: their target, and the
+        weight of a timestep. ``guided_noise_loss`` is one between noise estimates whatever the model predicts."""
+        return {"alpha_t": self.alpha_bar(timesteps), "prediction_type": self.prediction_type}
 
     def levels(self, timesteps: Tensor, num_inference_steps: int) -> tuple[Tensor, Tensor]:
         """(alpha-bar at the timesteps, alpha-bar where a sampler with so many steps goes from there), (B,) each."""

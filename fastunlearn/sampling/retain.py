@@ -125,8 +125,7 @@ def noise_loss(models: Predictors, batch: RetainBatch, prediction: Tensor) -> Te
         batch.noise,
         *one_set(prediction),
         x0=batch.clean,
-        alpha_t=models.noise.alpha_bar(batch.timesteps),
-        prediction_type=models.noise.prediction_type,
+        **models.noise.loss_arguments(batch.timesteps),
     ).loss
 
 
