@@ -24,17 +24,22 @@ SECONDS = 60  # of the processor's time, for one mutant; one that never ends is 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which occurs once in `file`, becomes `new`; then the checks of `op` must fail."""
+    """`old`, which occurs once in `file`, becomes `new`; then the checks of `op` must fail.
+
+    case: the one that notices it, where that is one of the last: it is tried first, which saves the time of the others.
+    """
 
     op: str
     what: str
     file: str
     old: str
     new: str
+    case: str = ""
 
 
-def _of(file: str, *mutants: tuple[str, str, str], op: str = "") -> list[Mutant]:
-    return [Mutant(op or Path(file).name, what, f"{file}.py", old, new) for what, old, new in mutants]
+def _of(file: str, *mutants: tuple[str, ...], op: str = "") -> list[Mutant]:
+    """Each mutant as (what, old, new) or (what, old, new, case)."""
+    return [Mutant(op or Path(file).name, what, f"{file}.py", *rest) for what, *rest in mutants]
 
 
 MUTANTS: list[Mutant] = [
@@ -54,12 +59,17 @@ MUTANTS: list[Mutant] = [
         ("the mask covers one element too many", "mask = o_n < n", "mask = o_n <= n"),
         ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
         ("the guidance has the wrong sign", "anchor - coefficient(guidance,", "anchor + coefficient(guidance,"),
-        ("the gradient lacks its factor", "step = 2.0 * k /", "step = 2.0 /"),
+        ("the gradient lacks its factor", "step = 2.0 * k /", "step = 2.0 /", "v prediction"),
         ("the gradient lacks lambda2", "residual *= uncond_weight", "pass"),
         ("the loss lacks lambda2", "errors += uncond_weight * (", "errors += ("),
         ("a part of the sum is left out", "+ b * chunks, chunks, BLOCK", "+ b * chunks, chunks - 1, BLOCK"),
         ("the ticket is not set back", "tl.store(ticket_ptr, 0)", "pass"),
-        ("the flag is never raised", "tl.where(loss - loss == 0, 0.0, 1.0)", "tl.where(loss - loss == 0, 0.0, 0.0)"),
+        (
+            "the flag is never raised",
+            "tl.where(loss - loss == 0, 0.0, 1.0)",
+            "tl.where(loss - loss == 0, 0.0, 0.0)",
+            "NaN in a sample that counts",
+        ),
         ("the anchor is the empty prompt", "if HAS_TEACHER_UNCOND:", "if not HAS_TEACHER_UNCOND:"),
         ("samples overlap", "o = i_b * n + o_n", "o = i_b * (n - 1) + o_n"),
         (
@@ -75,8 +85,18 @@ MUTANTS: list[Mutant] = [
         ("the tail is dropped", "mask = o_n < n", "mask = o_n + 1 < n"),
         ("each sample has the first one's set", "i_set = tl.load(set_ptr + i_b)", "i_set = tl.load(set_ptr)"),
         ("the target is added", ".to(tl.float32) - target", ".to(tl.float32) + target"),
-        ("the gradient lacks the number of samples", "(count.to(tl.float32) * (1.0 * n))", "(1.0 * n)"),
-        ("masked samples are read", "    total = 0.0\n    if w != 0:", "    total = 0.0\n    if w == w:"),
+        (
+            "the gradient lacks the number of samples",
+            "(count.to(tl.float32) * (1.0 * n))",
+            "(1.0 * n)",
+            "several chunks",
+        ),
+        (
+            "masked samples are read",
+            "    total = 0.0\n    if w != 0:",
+            "    total = 0.0\n    if w == w:",
+            "masked samples",
+        ),
         ("the loss lacks the weights", "loss += w * mean", "loss += mean"),
         ("the gradient is not written", "tl.store(grad_ptr + o,", "tl.store(grad_ptr + o + n * batch,"),
         ("the ticket is not set back", "tl.store(ticket_ptr, 0)", "pass"),
@@ -94,17 +114,23 @@ MUTANTS: list[Mutant] = [
     *_of(
         "gradients/surgery_dots",
         ("u.r is u.u", "ur += tl.sum(u * r, 1)", "ur += tl.sum(u * u, 1)"),
-        ("only the last tile counts", "rr += tl.sum(r * r, 1)", "rr = tl.sum(r * r, 1)"),
+        ("only the last tile counts", "rr += tl.sum(r * r, 1)", "rr = tl.sum(r * r, 1)", "several chunks"),
         (
             "the mask covers too much",
             "u = tl.load(u_ptr + o, mask=o < length,",
             "u = tl.load(u_ptr + o, mask=o < length + 8,",
         ),
-        ("the preconditioner lacks eps", "length, V, ALIGNED) + eps)", "length, V, ALIGNED) + 0 * eps)"),
+        (
+            "the preconditioner lacks eps",
+            "length, V, ALIGNED) + eps)",
+            "length, V, ALIGNED) + 0 * eps)",
+            "1 element, v",
+        ),
         (
             "the preconditioner is squared",
             "weighted_u, weighted_r = u * weight",
             "weighted_u, weighted_r = u * weight * eps",
+            "1 element, v",
         ),
         (
             "a segment takes the next one's chunk",
@@ -128,13 +154,16 @@ MUTANTS: list[Mutant] = [
         "common/tiles.py",
         "((phase + o) >> 8), mask=o < length",
         "((phase + o + 1) >> 8), mask=o < length",
+        "flat, cut, 8-bit retain",
     ),
-    Mutant("surgery_dots", "codes are not divided by 127", "common/tiles.py", "1.0 / 127.0", "1.0 / 128.0"),
+    Mutant(
+        "surgery_dots", "codes are not divided by 127", "common/tiles.py", "1.0 / 127.0", "1.0 / 128.0", "8-bit retain"
+    ),
     Mutant("surgery_dots", "chunks overlap", "gradients/segments.py", "begin = cut", "begin = max(cut - 1, begin + 1)"),
     *_of(
         "gradients/surgery_coefficients",
         ("conflict has the wrong sign", "tl.where(inner > 0, 0.0, inner)", "tl.where(inner < 0, 0.0, inner)"),
-        ("rho is added", "1.0), 0.0) - rho", "1.0), 0.0) + rho"),
+        ("rho is added", "1.0), 0.0) - rho", "1.0), 0.0) + rho", "rho"),
         ("the strength is missing", "strength * inner / tl", "inner / tl"),
         ("the clip is missing", "scale = tl.where(clip < 1.0, clip, 1.0)", "pass"),
         ("the clip also raises", "scale = tl.where(clip < 1.0, clip, 1.0)", "scale = clip"),
@@ -143,19 +172,25 @@ MUTANTS: list[Mutant] = [
             "the flag is never raised",
             "tl.store(found_inf_ptr, tl.where(finite, 0.0, 1.0))",
             "tl.store(found_inf_ptr, 0.0)",
+            "NaN",
         ),
-        ("the plain columns decide", "square = tl.load(p_row + 5,", "square = tl.load(p_row + 2,"),
+        ("the plain columns decide", "square = tl.load(p_row + 5,", "square = tl.load(p_row + 2,", "preconditioned"),
     ),
     *_of(
         "gradients/surgery_apply",
         ("the correction has the wrong sign", "(u - coef * r) * scale", "(u + coef * r) * scale"),
         ("the clip is missing", "(u - coef * r) * scale", "(u - coef * r)"),
-        ("the flag is ignored", "if (found_inf == 0) & (", "if (found_inf == found_inf) & ("),
-        ("the scale is ignored where nothing conflicts", "((coef != 0) | (scale != 1))", "(coef != 0)"),
-        ("each segment has the first one's coefficient", "tl.load(coef_ptr + segment)", "tl.load(coef_ptr)"),
+        ("the flag is ignored", "if (found_inf == 0) & (", "if (found_inf == found_inf) & (", "NaN in r, found_inf"),
+        ("the scale is ignored where nothing conflicts", "((coef != 0) | (scale != 1))", "(coef != 0)", "clip only"),
+        (
+            "each segment has the first one's coefficient",
+            "tl.load(coef_ptr + segment)",
+            "tl.load(coef_ptr)",
+            "in groups",
+        ),
         ("stores are not masked", "corrected.to(U), mask=o < length)", "corrected.to(U))"),
         ("the last element is dropped", "corrected.to(U), mask=o < length)", "corrected.to(U), mask=o + 1 < length)"),
-        ("copies are not written back", "tensor.copy_(ordered.view(tensor.shape))", "pass"),
+        ("copies are not written back", "tensor.copy_(ordered.view(tensor.shape))", "pass", "8-bit retain, transposed"),
     ),
     *_of(
         "quantize/blockwise_quantize",
@@ -164,9 +199,14 @@ MUTANTS: list[Mutant] = [
         ("stores are not masked", "code, mask=o_row[:, None] < length)", "code)"),
         ("the last element is dropped", "x = tl.load(x_ptr + o, mask=o <", "x = tl.load(x_ptr + o, mask=o + 1 <"),
         ("the last block is dropped", "code, mask=o_row[:, None] < length)", "code, mask=o_row[:, None] + 9 < length)"),
-        ("NaN is not noticed", 'tl.where(finite, absmax, float("nan"))', "absmax"),
-        ("stochastic rounding is off by a half", "* _UNIT + _HALF_DOWN", "* _UNIT"),
-        ("small blocks are not scaled up", "tl.where(absmax < _SMALL, _UP, 1.0)", "tl.where(absmax < 0, _UP, 1.0)"),
+        ("NaN is not noticed", 'tl.where(finite, absmax, float("nan"))', "absmax", "special blocks"),
+        ("stochastic rounding is off by a half", "* _UNIT + _HALF_DOWN", "* _UNIT", "stochastic"),
+        (
+            "small blocks are not scaled up",
+            "tl.where(absmax < _SMALL, _UP, 1.0)",
+            "tl.where(absmax < 0, _UP, 1.0)",
+            "special blocks",
+        ),
     ),
     *_of(
         "quantize/blockwise_quantize",
@@ -182,9 +222,14 @@ MUTANTS: list[Mutant] = [
     ),
     *_of(
         "adamw8bit/kernel",
-        ("the correction has the wrong sign", "g = g - coef * retain_tile", "g = g + coef * retain_tile"),
-        ("the clip is missing", "                g = g * scale\n", ""),
-        ("the flag is ignored", "if found_inf == 0:", "if found_inf == found_inf:"),
+        (
+            "the correction has the wrong sign",
+            "g = g - coef * retain_tile",
+            "g = g + coef * retain_tile",
+            "flat, cut anywhere",
+        ),
+        ("the clip is missing", "                g = g * scale\n", "", "clip only"),
+        ("the flag is ignored", "if found_inf == 0:", "if found_inf == found_inf:", "skipped"),
         (
             "the first moment's rest is not the gradient",
             "old1[:, None] + g * one_minus_beta1",
@@ -197,11 +242,16 @@ MUTANTS: list[Mutant] = [
         ),
         ("weight decay is missing", "p = p * decay - ", "p = p - "),
         ("the step has the wrong sign", "p = p * decay - ", "p = p * decay + "),
-        ("eps is missing", "tl.sqrt(v) * inv_sqrt_bias2 + eps)", "tl.sqrt(v) * inv_sqrt_bias2)"),
+        ("eps is missing", "tl.sqrt(v) * inv_sqrt_bias2 + eps)", "tl.sqrt(v) * inv_sqrt_bias2)", "first step"),
         ("bias correction is missing", "tl.sqrt(v) * inv_sqrt_bias2 + eps)", "tl.sqrt(v) + eps)"),
-        ("the copy is not written", "tl.store(c_ptr + o, p.to(C), mask=mask)", "pass"),
+        ("the copy is not written", "tl.store(c_ptr + o, p.to(C), mask=mask)", "pass", "master and copies"),
         ("lanes beyond the end count for absmax", "mask=mask, other=_ZERO_CODE)", "mask=mask, other=255)"),
-        ("every chunk rounds with the same bits", "seed, element + o_row, WIDTH", "seed, element * 0 + o_row, WIDTH"),
+        (
+            "every chunk rounds with the same bits",
+            "seed, element + o_row, WIDTH",
+            "seed, element * 0 + o_row, WIDTH",
+            "int8 retain, transposed",
+        ),
         ("the second absmax is not written", "tl.store(vs_ptr + o_block,", "tl.store(ms_ptr + o_block,"),
         ("the tail is dropped", "mask, row_mask, o_block = o < length,", "mask, row_mask, o_block = o + 1 < length,"),
         ("no mask at all", "mask, row_mask, o_block = o < length,", "mask, row_mask, o_block = o < length + WIDTH,"),
@@ -209,6 +259,7 @@ MUTANTS: list[Mutant] = [
             "a segment reaches one element too far",
             "(place < tl.load(piece_ptr + 1))",
             "(place <= tl.load(piece_ptr + 1))",
+            "flat, cut anywhere",
         ),
         op="adamw8bit_step",
     ),
@@ -228,8 +279,9 @@ def build(mutant: Mutant | None, folder: Path) -> Path:
     return folder
 
 
-def judge(op: str, folder: Path) -> list[str]:
-    """What the checks say about one op of the copy in `folder`; the package must not have been imported before."""
+def judge(op: str, case: str, folder: Path) -> list[str]:
+    """What the checks say about one op of the copy in `folder`, with that case first; the package must not have been
+    imported before."""
     sys.path[:0] = [str(folder), str(ROOT / "tests" / "support")]
     sys.dont_write_bytecode = True
     try:
@@ -241,10 +293,12 @@ def judge(op: str, folder: Path) -> list[str]:
     if not Path(all_specs.__file__).is_relative_to(folder):
         return [f"{BROKEN}: {all_specs.__file__} is not the copy"]
     spec = next(spec for spec in all_specs.ALL_SPECS if spec.name == op)
-    return checks.failures(spec, checks.device(), quick=True)
+    if case and case not in {known.name for known in spec.cases}:
+        return [f"{BROKEN}: {op} has no case {case!r}"]
+    return checks.failures(spec, checks.device(), quick=True, first_case=case)
 
 
-def in_child(op: str, folder: Path) -> tuple[int, int]:
+def in_child(op: str, case: str, folder: Path) -> tuple[int, int]:
     """(pid, file descriptor to read the verdict from)."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -252,7 +306,7 @@ def in_child(op: str, folder: Path) -> tuple[int, int]:
         os.close(reader)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
-            found = judge(op, folder)
+            found = judge(op, case, folder)
         except BaseException as error:
             found = [f"{type(error).__name__}: {str(error)[:200]}"]
         os.write(writer, json.dumps(found).encode()[:60000])
@@ -261,15 +315,15 @@ def in_child(op: str, folder: Path) -> tuple[int, int]:
     return pid, reader
 
 
-def judge_all(jobs: list[tuple[str, str, Path]], workers: int) -> dict[str, list[str]]:
-    """Name of the job -> failures found; each job is (name, op, folder)."""
+def judge_all(jobs: list[tuple[str, str, str, Path]], workers: int) -> dict[str, list[str]]:
+    """Name of the job -> failures found; each job is (name, op, case to try first, folder)."""
     verdicts: dict[str, list[str]] = {}
     running: dict[int, tuple[str, int]] = {}
     waiting = list(jobs)
     while waiting or running:
         while waiting and len(running) < workers:
-            name, op, folder = waiting.pop(0)
-            pid, reader = in_child(op, folder)
+            name, op, case, folder = waiting.pop(0)
+            pid, reader = in_child(op, case, folder)
             running[pid] = (name, reader)
         pid, status = os.wait()
         name, reader = running.pop(pid)
@@ -298,7 +352,7 @@ def main() -> int:
     mutants = [mutant for mutant in MUTANTS if not options.ops or mutant.op in options.ops]
     intact = options.folder.resolve() / "intact"
     build(None, intact)
-    jobs = [(f"intact {op}", op, intact) for op in dict.fromkeys(mutant.op for mutant in mutants)]
+    jobs = [(f"intact {op}", op, "", intact) for op in dict.fromkeys(mutant.op for mutant in mutants)]
     verdicts: dict[str, list[str]] = {}
     for i, mutant in enumerate(mutants):
         try:
@@ -306,7 +360,7 @@ def main() -> int:
         except ValueError as error:
             verdicts[f"{mutant.op}: {mutant.what}"] = [f"{BROKEN}: {error}"]
             continue
-        jobs.append((f"{mutant.op}: {mutant.what}", mutant.op, folder))
+        jobs.append((f"{mutant.op}: {mutant.what}", mutant.op, mutant.case, folder))
     verdicts |= judge_all(jobs, options.workers)
     if options.json:
         options.json.write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")

@@ -76,14 +76,14 @@ def test_map_is_that_of_bitsandbytes_bit_for_bit(signed: bool) -> None:
 def _codes_kernel(x_ptr, absmax_ptr, out_ptr, n, SIGNED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + o, mask=o < n, other=0.0)
-    inverse = inverse_absmax(tl.load(absmax_ptr))
+    inverse = inverse_absmax(tl.load(absmax_ptr + o, mask=o < n, other=1.0))
     tl.store(out_ptr + o, quantize_tile(x, inverse, SIGNED), mask=o < n)
 
 
-def kernel_codes(x: Tensor, absmax: float, signed: bool) -> Tensor:
+def kernel_codes(x: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     out = torch.empty(len(x), dtype=torch.uint8, device=DEVICE)
-    scale = torch.tensor([absmax], device=DEVICE)
-    _codes_kernel[(triton.cdiv(len(x), 4096),)](x.to(DEVICE), scale, out, len(x), SIGNED=signed, BLOCK=4096)
+    scales = absmax.expand(len(x)).contiguous().to(DEVICE)
+    _codes_kernel[(triton.cdiv(len(x), 4096),)](x.to(DEVICE), scales, out, len(x), SIGNED=signed, BLOCK=4096)
     return out.cpu()
 
 
@@ -104,13 +104,13 @@ def test_kernel_codes_are_the_nearest_at_every_border(signed: bool) -> None:
     random = torch.cat([torch.rand(20000), 10 ** (-8 * torch.rand(20000)), torch.zeros(2), torch.ones(2)])
     y = torch.cat([around(torch.cat([borders, values, decades, -decades])), random, -random])
     y = y.clamp(-1, 1) if signed else y.abs().clamp(max=1)
-    codes = kernel_codes(y, 1.0, signed)
+    codes = kernel_codes(y, torch.ones(1), signed)
     distance = (values.double()[codes.long()] - y.double()).abs()
     nearest = (values.double()[nearest_code(y, signed).long()] - y.double()).abs()
     # As near as for a y that is off by 2^-22 of its decade's upper end.
     decade = 10.0 ** y.double().abs().clamp(min=1e-7).log10().ceil()
     assert (distance <= nearest + 4 * EPS * decade + 1e-9).all()
-    exact = kernel_codes(values[values >= -1], 1.0, signed)
+    exact = kernel_codes(values[values >= -1], torch.ones(1), signed)
     assert torch.equal(exact, torch.arange(256, dtype=torch.uint8)), "a value of the map does not keep its code"
 
 
@@ -118,9 +118,10 @@ def test_kernel_codes_are_the_nearest_at_every_border(signed: bool) -> None:
 def test_largest_of_a_block_never_wraps_around(signed: bool) -> None:
     """absmax / absmax may round above 1; there is no code for -1, and none above 1."""
     random = torch.rand(200) * 10 ** (60 * torch.rand(200) - 30)
-    for absmax in [*random.tolist(), 2.0**-126, torch.tensor(3e38).item()]:
-        codes = kernel_codes(torch.tensor([absmax, -absmax if signed else 0.0, 0.0]), absmax, signed)
-        assert codes.tolist() == [255, 0, 127 if signed else 0], absmax
+    absmax = torch.cat([random, torch.tensor([2.0**-126, 3e38])])
+    for x, code in ((absmax, 255), (-absmax if signed else 0 * absmax, 0), (0 * absmax, 127 if signed else 0)):
+        codes = kernel_codes(x, absmax, signed)
+        assert (codes == code).all(), absmax[codes != code]
 
 
 @signs

@@ -5,11 +5,13 @@ What a case is held to is in kernel_checks.py. Properties that belong to one op 
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import kernel_checks as checks
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastunlearn_kernels
 from fastunlearn_kernels.common import backend, scratch
 from fastunlearn_kernels.testing.all_specs import ALL_SPECS
 from fastunlearn_kernels.testing.spec import SHORT, Case, Inputs, OpSpec, copied
@@ -62,6 +65,16 @@ def test_cases_cover_the_sizes_and_layouts_that_matter(spec: OpSpec) -> None:
     if spec.name != "surgery_coefficients":
         for size in ("0 elements", "1 element", "63 elements", "1000 elements", "unaligned"):
             assert size in names, f"{spec.name} has no case named {size}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(fastunlearn_kernels.__file__).parent.rglob("*.py")), ids=lambda p: p.stem)
+def test_every_argument_of_a_kernel_says_what_it_is(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+            bare = [argument.arg for argument in node.args.args if "  # " not in lines[argument.lineno - 1]]
+            assert not bare, f"{node.name}: a comment gives the meaning and the shape of {', '.join(bare)}"
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), RUNS)

@@ -344,13 +344,15 @@ def all_cases(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
     return [(case, dtype) for case in spec.cases for dtype in case.dtypes]
 
 
-def failures(spec: OpSpec, on: torch.device, quick: bool = False, only_case: str = "") -> list[str]:
+def failures(
+    spec: OpSpec, on: torch.device, quick: bool = False, only_case: str = "", first_case: str = ""
+) -> list[str]:
     """One line for each case that fails; an exception is a failure like a wrong number.
 
-    quick: each case in one dtype, up to the first failure.
+    quick: each case in one dtype, up to the first failure. first_case: the name of the one to begin with.
     """
     found = []
-    for case, dtype in all_cases(spec):
+    for case, dtype in sorted(all_cases(spec), key=lambda pair: pair[0].name != first_case):
         if only_case not in ("", case.name) or (quick and dtype != case.dtypes[0]):
             continue
         try:

@@ -29,11 +29,11 @@ def adamw8bit_step_chunk_kernel(
     scale_ptr,  # fp32, (1,), if PLAN
     found_inf_ptr,  # fp32, (1,), if PLAN; 1: nothing is done
     tensors,  # number of tensors
-    beta1,
-    one_minus_beta1,  # computed in fp64, as the next
-    beta2,
-    one_minus_beta2,
-    eps,
+    beta1,  # decay of the first moment
+    one_minus_beta1,  # 1 - beta1, computed in fp64
+    beta2,  # decay of the second moment
+    one_minus_beta2,  # 1 - beta2, computed in fp64
+    eps,  # added to the root of the second moment
     decay,  # 1 - lr weight_decay
     step_size,  # lr / (1 - beta1^t)
     inv_sqrt_bias2,  # 1 / sqrt(1 - beta2^t)
@@ -77,10 +77,10 @@ def _step_chunk(
     row_ptr,  # the chunk's row in chunks_ptr
     pieces_ptr,  # as above
     at_ptr,  # the tensor's column in the table of addresses
-    map1_ptr, map2_ptr, coef_ptr, scale_ptr, tensors,  # as above, to the end
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, inv_sqrt_bias2, seed,
-    P: tl.constexpr, C: tl.constexpr, U: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    PLAN: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    map1_ptr, map2_ptr, coef_ptr, scale_ptr, tensors,  # as above
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, inv_sqrt_bias2, seed,  # as above
+    P: tl.constexpr, C: tl.constexpr, U: tl.constexpr, R: tl.constexpr, S: tl.constexpr,  # as above
+    PLAN: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,  # as above
     ALIGNED: tl.constexpr,  # see `tiles`
 ):  # fmt: skip
     CODED: tl.constexpr = tl.float32 != S

@@ -29,7 +29,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 @triton.jit
-def ordered_sum(parts_ptr, count, BLOCK: tl.constexpr):
+def ordered_sum(
+    parts_ptr,  # fp32, (count,)
+    count,  # how many
+    BLOCK: tl.constexpr,  # how many are added at once
+):
     """Sum of `count` fp32 numbers in fp64, always in the same order. They may come from other programs of this launch,
     so the read goes past the first-level cache."""
     total = tl.zeros([BLOCK], tl.float64)

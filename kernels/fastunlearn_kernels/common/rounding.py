@@ -51,9 +51,12 @@ def to_bf16_stochastic(x: Tensor, halves: Tensor) -> Tensor:
 
 
 @triton.jit
-def rounding_bits_of_words(seed, low, high):
-    """`rounding_bits` from the two 32-bit words of the element's number; `seed`: scalar integer tensor. Where `high` is
-    a row's, its share is a row's too."""
+def rounding_bits_of_words(
+    seed,  # scalar, an integer
+    low,  # lower words of the elements' numbers, uint32, any shape
+    high,  # upper words, uint32, to be broadcast
+):
+    """`rounding_bits` of elements whose numbers are two words; where `high` is a row's, its share is a row's too."""
     x = low * 0x9E3779B9 + (seed.to(tl.uint32) + high * 0x85EBCA6B)
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0x735A2D97
@@ -61,9 +64,12 @@ def rounding_bits_of_words(seed, low, high):
 
 
 @triton.jit
-def rounding_halves_tile(seed, element, WIDTH: tl.constexpr):
-    """16 random bits, as int32 (rows, WIDTH): `element` (rows,) int64 are the numbers of the rows' first elements,
-    multiples of 256, so that a row lies within one value of the upper word. `seed`: int64 scalar tensor."""
+def rounding_halves_tile(
+    seed,  # scalar, int64
+    element,  # numbers of the rows' first elements, multiples of 256, int64, (rows,)
+    WIDTH: tl.constexpr,  # elements of a row
+):
+    """16 random bits each, as int32 (rows, WIDTH). A row lies within one value of the upper word."""
     pair = (element >> 1)[:, None]
     low = pair.to(tl.uint32) + tl.arange(0, WIDTH // 2)[None, :].to(tl.uint32)
     word = rounding_bits_of_words(seed, low, (pair >> 32).to(tl.uint32))
@@ -72,7 +78,10 @@ def rounding_halves_tile(seed, element, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def to_bf16_stochastic_tile(x, halves):
+def to_bf16_stochastic_tile(
+    x,  # fp32, any shape
+    halves,  # 16 random bits each, int32, its shape
+):
     """The Triton form of `to_bf16_stochastic`."""
     bits = x.to(tl.int32, bitcast=True)
     # NaN may be all ones, which must not run over into the sign; Inf has no bits to carry.

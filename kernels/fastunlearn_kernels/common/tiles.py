@@ -37,20 +37,29 @@ _PER_CODE = tl.constexpr(1.0 / 127.0)
 
 
 @triton.jit
-def chunk_row(chunks_ptr, i_chunk):
+def chunk_row(
+    chunks_ptr,  # table of chunks, int64, (chunks, 4)
+    i_chunk,  # which
+):
     """(tensor, begin, end, segment) of a chunk, int64 each."""
     row_ptr = chunks_ptr + i_chunk.to(tl.int64) * 4
     return tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
 
 
 @triton.jit
-def is_aligned(addresses, begin, end):
-    """Whether a chunk may run with ALIGNED=True. `addresses`: those of all operands, or-ed together."""
+def is_aligned(
+    addresses,  # those of all operands, or-ed together, int64
+    begin, end,  # the chunk's elements in its tensor, int64
+):  # fmt: skip
+    """Whether a chunk may run with ALIGNED=True."""
     return ((addresses | begin | end) & 15) == 0
 
 
 @triton.jit
-def chunk_length(begin, end, ALIGNED: tl.constexpr):
+def chunk_length(
+    begin, end,  # the chunk's elements in its tensor, int64
+    ALIGNED: tl.constexpr,  # see the module
+):  # fmt: skip
     """Elements of the chunk as int32. Computed in the branch that uses it: the hint stays with the operation."""
     length = (end - begin).to(tl.int32)
     if ALIGNED:
@@ -59,8 +68,13 @@ def chunk_length(begin, end, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def typed_pointer(address, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to element `begin` (int64) of the tensor at `address` (int64). DTYPE None: the operand is absent."""
+def typed_pointer(
+    address,  # where the tensor begins, int64
+    begin,  # element, int64
+    DTYPE: tl.constexpr,  # Triton type of the tensor; None: it is absent
+    ALIGNED: tl.constexpr,  # see the module
+):
+    """Pointer to element `begin` of a tensor; the address itself if the tensor is absent."""
     if DTYPE is None:
         pointer = address
     else:
@@ -71,16 +85,23 @@ def typed_pointer(address, begin, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def block_pointer(address, begin):
+def block_pointer(
+    address,  # where the tensor's absmax begin, int64; 0 if it is not quantised
+    begin,  # element, int64
+):
     """Where the absmax of the block that holds element `begin` lies, and the place of `begin` in that block (int32).
-
-    `address` of an operand that is not quantised may be 0: nothing is read before `absmax_tile`.
-    """
+    Nothing is read before `absmax_tile`."""
     return address.to(tl.pointer_type(tl.float32)) + (begin >> 8), (begin & 255).to(tl.int32)
 
 
 @triton.jit
-def absmax_tile(absmax_ptr, phase, o_row, o, length, ALIGNED: tl.constexpr):
+def absmax_tile(
+    absmax_ptr, phase,  # of the chunk, from `block_pointer`
+    o_row,  # offsets of the rows in the chunk, int32, (ROWS,)
+    o,  # and of the elements, int32, (ROWS, WIDTH)
+    length,  # elements of the chunk, int32
+    ALIGNED: tl.constexpr,  # see the module
+):  # fmt: skip
     """absmax for the elements `o` of a chunk, to be broadcast over the tile: (ROWS, 1) or (ROWS, WIDTH).
 
     Aligned, a row never crosses from one block of 256 into the next, as long as WIDTH divides 16 (or the chunk begins
@@ -94,12 +115,16 @@ def absmax_tile(absmax_ptr, phase, o_row, o, length, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def retain_tile(r_ptr, absmax_ptr, phase, o_row, o, length, R: tl.constexpr, ALIGNED: tl.constexpr):
-    """Retain gradient at the offsets `o` of a chunk in fp32, 0 beyond `length`.
-
-    R: its Triton type; int8 are codes, value = code * absmax / 127; None is an absent gradient, that is zeros.
-    `length` 0 reads nothing at all.
-    """
+def retain_tile(
+    r_ptr,  # the chunk's first element
+    absmax_ptr, phase,  # of the chunk, from `block_pointer`
+    o_row,  # offsets of the rows in the chunk, int32, (ROWS,)
+    o,  # and of the elements, int32, (ROWS, WIDTH)
+    length,  # elements of the chunk, int32; 0 reads nothing at all
+    R: tl.constexpr,  # Triton type; int8: codes, value = code * absmax / 127; None: absent, that is zeros
+    ALIGNED: tl.constexpr,  # see the module
+):  # fmt: skip
+    """Retain gradient at the offsets `o` of a chunk in fp32, 0 beyond `length`."""
     if R is None:
         r = (o * 0).to(tl.float32)
     elif R == tl.int8:  # noqa: SIM300

@@ -212,7 +212,16 @@ def _chunk_sums(
 
 
 @triton.jit
-def _root_tile(v_ptr, absmax_ptr, phase, roots_ptr, o_row, o, length, V: tl.constexpr, ALIGNED: tl.constexpr):
+def _root_tile(
+    v_ptr,  # the chunk's first element
+    absmax_ptr, phase,  # of the chunk, from `block_pointer`
+    roots_ptr,  # as above
+    o_row,  # offsets of the rows in the chunk, int32, (ROWS,)
+    o,  # and of the elements, int32, (ROWS, WIDTH)
+    length,  # elements of the chunk, int32
+    V: tl.constexpr,  # as above
+    ALIGNED: tl.constexpr,  # see `tiles`
+):  # fmt: skip
     """sqrt(v) at the offsets `o` in fp32, 0 beyond `length`; of uint8 codes the roots are looked up."""
     if V == tl.uint8:  # noqa: SIM300
         code = tl.load(v_ptr + o, mask=o < length, other=0)

@@ -85,8 +85,12 @@ def kernel_arguments(numbers: Sequence[float], tables: Sequence[Tensor | None]) 
 
 
 @triton.jit
-def coefficient(source, b, KIND: tl.constexpr):
-    """Coefficient of sample b in fp32. KIND 0: `source` is the number, 1: a pointer to one, 2: to one a sample."""
+def coefficient(
+    source,  # a number, or a pointer to fp32, (1,) or (B,)
+    b,  # sample
+    KIND: tl.constexpr,  # 0: `source` is the number, 1: it points to one for all, 2: to one a sample
+):
+    """Coefficient of sample b in fp32."""
     if KIND == 0:
         value = source
     elif KIND == 1:

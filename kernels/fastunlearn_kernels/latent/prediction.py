@@ -36,7 +36,10 @@ def residual_factor(alpha: Tensor, prediction: int) -> Tensor | float:
 
 
 @triton.jit
-def residual_factor_scalar(alpha, PREDICTION: tl.constexpr):
+def residual_factor_scalar(
+    alpha,  # alpha-bar, fp32 scalar
+    PREDICTION: tl.constexpr,  # place in PREDICTION_TYPES
+):
     """The Triton form of `residual_factor`."""
     if PREDICTION == 0:
         factor = alpha * 0 + 1.0
@@ -105,7 +108,10 @@ def euler_factors(sigma: Tensor, sigma_next: Tensor, prediction: int) -> tuple[T
 
 
 @triton.jit
-def ddim_factors_scalar(alpha, alpha_prev, PREDICTION: tl.constexpr):
+def ddim_factors_scalar(
+    alpha, alpha_prev,  # alpha-bar of the two levels, fp32 scalars
+    PREDICTION: tl.constexpr,  # place in PREDICTION_TYPES
+):  # fmt: skip
     """The Triton form of `ddim_factors`."""
     u, v = tl.sqrt(alpha * (1 - alpha_prev)), tl.sqrt(alpha_prev * (1 - alpha))
     difference = alpha - alpha_prev
@@ -120,7 +126,10 @@ def ddim_factors_scalar(alpha, alpha_prev, PREDICTION: tl.constexpr):
 
 
 @triton.jit
-def euler_factors_scalar(sigma, sigma_next, PREDICTION: tl.constexpr):
+def euler_factors_scalar(
+    sigma, sigma_next,  # the two noise levels, fp32 scalars
+    PREDICTION: tl.constexpr,  # place in PREDICTION_TYPES
+):  # fmt: skip
     """The Triton form of `euler_factors`."""
     difference = sigma_next - sigma
     if PREDICTION == 0:

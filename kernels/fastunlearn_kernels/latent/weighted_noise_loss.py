@@ -167,7 +167,11 @@ def weighted_noise_loss_kernel(
 
 
 @triton.jit
-def _count(set_ptr, i_set, batch):
+def _count(
+    set_ptr,  # as above
+    i_set,  # which set
+    batch,  # number of samples
+):
     """How many samples belong to a set."""
     hits = tl.zeros([LANES], tl.int32)
     for first in range(0, batch, LANES):
@@ -177,7 +181,11 @@ def _count(set_ptr, i_set, batch):
 
 
 @triton.jit
-def _sum_up(set_ptr, weight_ptr, partial_ptr, loss_ptr, mean_S_ptr, found_inf_ptr, n, sets, chunks, batch):
+def _sum_up(
+    set_ptr, weight_ptr, partial_ptr, loss_ptr, mean_S_ptr, found_inf_ptr, n, sets,  # as above
+    chunks,  # programs of a sample
+    batch,  # number of samples
+):  # fmt: skip
     """The means of the sets, the loss and the flag, from the parts of all programs."""
     loss = tl.zeros([], tl.float64)
     for i_set in range(sets):

@@ -91,14 +91,19 @@ def dequantize_dynamic(codes: Tensor, absmax: Tensor, signed: bool, dtype: torch
 
 
 @triton.jit
-def dequantize_tile(codes, map_ptr):
+def dequantize_tile(
+    codes,  # uint8, any shape
+    map_ptr,  # values of the map, fp32, (256,)
+):
     """Values of uint8 codes, not yet multiplied by absmax. The map (1 KiB) lives in the L1 cache: a load costs 3
     instructions, the arithmetic would cost 18."""
     return tl.load(map_ptr + codes.to(tl.int32))
 
 
 @triton.jit
-def inverse_absmax(absmax):
+def inverse_absmax(
+    absmax,  # fp32, any shape
+):
     """What to multiply by to get y: 1 / absmax, rounded such that absmax itself gives 1 at most; 0 for tiny blocks."""
     inverse = 1.0 / tl.where(absmax < _SMALLEST, 1.0, absmax)
     inverse = tl.where(absmax * inverse > 1.0, inverse * (1 - 4e-7), inverse)
@@ -106,8 +111,12 @@ def inverse_absmax(absmax):
 
 
 @triton.jit
-def quantize_tile(x, inverse, SIGNED: tl.constexpr):
-    """uint8 codes of y = x * inverse, |y| <= 1 (unsigned: x >= 0), fp32."""
+def quantize_tile(
+    x,  # fp32, any shape; unsigned: x >= 0
+    inverse,  # from `inverse_absmax`, to be broadcast
+    SIGNED: tl.constexpr,  # which map
+):
+    """uint8 codes of y = x * inverse, |y| <= 1."""
     y = tl.abs(x) * inverse
     w = tl.full(y.shape, 64.0 if SIGNED else 128.0, tl.float32)
     low = y < 1e-4
