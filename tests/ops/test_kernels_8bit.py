@@ -15,6 +15,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_checks import device
 from torch import Tensor, nn
 
 from fastunlearn_kernels.adamw8bit import step as step_module
@@ -46,7 +47,7 @@ from fastunlearn_kernels.testing.specs.adamw8bit_step import SPEC, bench_step, i
 from fastunlearn_kernels.testing.specs.blockwise_quantize import tensor_list
 from fastunlearn_kernels.testing.specs.gradient_cases import flat_segments
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device()
 BACKENDS = ("reference", "triton")
 EPS = 2.0**-23
 

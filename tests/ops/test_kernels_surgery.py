@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import device
 from torch import Tensor
 
 from fastunlearn_kernels.common import backend, scratch
@@ -31,7 +32,7 @@ from fastunlearn_kernels.testing.specs.gradient_cases import flat_partition, fla
 from fastunlearn_kernels.testing.specs.surgery_apply import SPEC as APPLY
 from fastunlearn_kernels.testing.specs.surgery_dots import SPEC as DOTS
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device()
 BACKENDS = ("reference", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}

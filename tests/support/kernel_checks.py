@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import quick_interpreter
 import torch
 from torch import Tensor
 
@@ -29,6 +30,9 @@ from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 from fastunlearn_kernels.quantize.blockwise_quantize import blockwise_quantize
 from fastunlearn_kernels.testing.spec import SHORT, Case, Inputs, OpSpec, Outputs, copied
 from fastunlearn_kernels.testing.specs.gradient_cases import flat_segments
+
+if backend.INTERPRETED:
+    quick_interpreter.install()
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 # Elements before and behind what a kernel may touch. Larger than any tile, so that a missing mask hits these.

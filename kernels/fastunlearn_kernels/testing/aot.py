@@ -1,7 +1,7 @@
 """Compiles every kernel ahead of time for GPUs that need not be there, and reads the machine code.
 
 Registers and stack come from NVIDIA's cuobjdump, which Triton's wheel brings along, or from AMD's assembler text;
-widths of loads from the PTX; instructions from the disassembly. Not a measurement: only a GPU can tell how fast it is.
+widths of loads from the PTX; instructions from the disassembly. Only a GPU can tell how fast it is.
 
 Usage: `rows = compile_all(workers=2)` under `if __name__ == "__main__"`; report.py makes a table of them.
 """
@@ -176,7 +176,7 @@ def _read_nvidia(asm: Any, kernel: AotKernel, count: bool) -> dict[str, Any]:
         file.write(asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("nvdisasm", "-c", file.name) if count else ""
+        listing = _tool("nvdisasm", "-c", "-ndf", file.name) if count else ""  # without data flow: quicker
     registers, stack, local = (_number(rf"\b{word}:(\d+)", usage) for word in ("REG", "STACK", "LOCAL"))
     found: dict[str, Any] = {"registers": registers, "stack": stack + local, "load_bits": _widest_load(asm["ptx"])}
     if count:
