@@ -3,7 +3,7 @@
 `FASTUNLEARN_KERNELS=auto` (the default) runs Triton on CUDA and ROCm tensors and the reference everywhere else;
 `reference` and `triton` force one of the two. Under `TRITON_INTERPRET=1`, set before this package is imported, Triton
 runs on CPU tensors too, slowly: that is how the tests prove the kernels without a GPU. fp64 always takes the reference,
-since the kernels compute in fp32. Not here: any arithmetic.
+since the kernels compute in fp32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """In which precision the ops compute, which shapes fit, and the sum that ends a reduction.
 
-Not a mixed-precision policy: that is the trainer's. Here every op computes in fp32, whatever comes in, and in fp64 when
-anything that comes in is fp64 (gradient checks, oracles). Gradients are kept from forward to backward in that dtype
+Every op computes in fp32, whatever comes in, and in fp64 when anything that comes in is fp64 (gradient checks, oracles). Gradients are kept from forward to backward in that dtype
 too, and rounded once, after the incoming gradient is multiplied in: in fp16, 2 / (B N) times a residual would vanish
 before the loss scale comes.
 """

@@ -1,6 +1,6 @@
 """Lists of tensors as kernels see them: by their addresses, each parameter's operands in one order of elements.
 
-Host side only. Not here: how a list is cut for programs (`gradients.segments`, `quantize.block_chunks`).
+Host side only. How a list is cut for programs is in `gradients.segments` and `quantize.block_chunks`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Per-sample coefficients: how one number, or one number a sample, reaches a kernel or meets a (B, C, H, W) tensor.
 
 Numbers travel as kernel arguments and tensors as pointers, so that neither costs a copy or a launch. Never in half
-precision. Not here: what the coefficients mean.
+precision.
 """
 
 from __future__ import annotations

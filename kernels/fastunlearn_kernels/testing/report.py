@@ -1,6 +1,6 @@
 """Writes what ahead-of-time compilation says about every kernel into a table: `make kernels-report`.
 
-Exit status 1 if a kernel breaks what its spec promises. Not a benchmark: that needs a GPU, see benchmarks/.
+Exit status 1 if a kernel breaks what its spec promises. Timings need a GPU, see benchmarks/.
 
 Usage: `python -m fastunlearn_kernels.testing.report [--output kernels/REPORT.md] [--json FILE] [--workers 2]`
 """
