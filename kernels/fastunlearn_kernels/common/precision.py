@@ -1,8 +1,8 @@
 """In which precision the ops compute, which shapes fit, and the sum that ends a reduction.
 
-Every op computes in fp32, whatever comes in, and in fp64 when anything that comes in is fp64 (gradient checks, oracles). Gradients are kept from forward to backward in that dtype
-too, and rounded once, after the incoming gradient is multiplied in: in fp16, 2 / (B N) times a residual would vanish
-before the loss scale comes.
+Every op computes in fp32, whatever comes in, and in fp64 when anything that comes in is fp64 (gradient checks,
+oracles). Gradients are kept from forward to backward in that dtype too, and rounded once, after the incoming gradient
+is multiplied in: in fp16, 2 / (B N) times a residual would vanish before the loss scale comes.
 """
 
 from __future__ import annotations
