@@ -75,3 +75,32 @@ ARCHITECTURES = Registry(
         "sd2": "fastunlearn.models.architectures.sd2:SD2",
     },
 )
+FORMATS = Registry(
+    "export.formats",
+    {"unet": "fastunlearn.export.formats.unet:FORMAT", "delta": "fastunlearn.export.formats.delta:FORMAT"},
+)
+CLASSIFIERS = Registry(
+    "evaluation.classifier", {"minicanvas": "fastunlearn.evaluation.classifiers.minicanvas:CLASSIFIER"}
+)
+METRICS = Registry(
+    "evaluation.metrics",
+    {
+        "UA": "fastunlearn.evaluation.metrics.erased:UA",
+        "IRA": "fastunlearn.evaluation.metrics.kept:IRA",
+        "CRA": "fastunlearn.evaluation.metrics.kept:CRA",
+        "CRA_target": "fastunlearn.evaluation.metrics.kept:CRA_TARGET",
+        "UA_paraphrase": "fastunlearn.evaluation.metrics.erased:UA_PARAPHRASE",
+        "IRA_paraphrase": "fastunlearn.evaluation.metrics.kept:IRA_PARAPHRASE",
+        "CRA_paraphrase": "fastunlearn.evaluation.metrics.kept:CRA_PARAPHRASE",
+        "UA_synonym": "fastunlearn.evaluation.metrics.erased:UA_SYNONYM",
+    },
+)
+ATTACKS = Registry(
+    "--attack",
+    {
+        "full": "fastunlearn.evaluation.attacks.weights:FULL",
+        "attn": "fastunlearn.evaluation.attacks.weights:ATTENTION",
+        "lora": "fastunlearn.evaluation.attacks.lora:LORA",
+        "textual-inversion": "fastunlearn.evaluation.attacks.textual_inversion:TEXTUAL_INVERSION",
+    },
+)

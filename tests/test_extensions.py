@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from extension import Extension, run_with
 from safetensors.numpy import load_file
 
@@ -88,7 +89,7 @@ def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
     out = tmp_path / "run"
     push = ("--concepts", "cat", "--method", "push")
     help_, unknown, wrong, misspelt, refused, plan, trained = run_with(
-        METHOD,
+        [METHOD],
         tmp_path,
         ("train", "--help"),
         ("train", "--concepts", "cat", "--method", "pusch"),
@@ -165,7 +166,7 @@ def test_a_method_in_closed_form_is_one_file_and_one_line(tmp_path: Path) -> Non
     out = tmp_path / "run"
     mute = ("--concepts", "cat", "--method", "mute")
     refused, plan, edited = run_with(
-        EDIT,
+        [EDIT],
         tmp_path,
         ("train", *mute, "--learning_rate", "1e-3"),
         ("plan", *mute, "--json"),
@@ -216,7 +217,7 @@ def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path) -> None:
     """Its name, its refusal by the fused engine, its memory and its steps reach every place that asks for them."""
     out, chosen = tmp_path / "run", (*QUICK, "--optimizer.name", "sgd")
     help_, unknown, fused, sgd, adamw, trained = run_with(
-        OPTIMIZER,
+        [OPTIMIZER],
         tmp_path,
         ("train", "--help"),
         ("train", *QUICK, "--optimizer.name", "sdg"),
@@ -249,3 +250,183 @@ def state_bytes(plan: str, name: str) -> int:
     """Of optimizer state, in a plan."""
     (size,) = (row["device"] for row in json.loads(plan)["rows"] if row["name"] == f"optimizer state ({name})")
     return int(size)
+
+
+FORMAT = Extension(
+    "FORMATS",
+    "names",
+    "FORMAT",
+    '''
+"""An export format: the names of the changed tensors."""
+
+from fastunlearn.export.formats.base import ExportFormat
+from fastunlearn.utils.files import atomic_write_text
+
+
+class Names(ExportFormat):
+    title = "which tensors changed"
+    path = "names.txt"
+
+    def disk_bytes(self, unet_bytes, trained):
+        return 1 << 16
+
+    def write(self, export):
+        atomic_write_text(export.folder / self.path, "\\n".join(sorted(export.changed)) + "\\n")
+
+
+FORMAT = Names()
+''',
+)
+METRIC = Extension(
+    "METRICS",
+    "drawn",
+    "METRIC",
+    '''
+"""A metric that looks at the pictures themselves."""
+
+from fastunlearn.evaluation.metrics.base import Metric
+
+
+class Drawn(Metric):
+    short = "kept: not one flat colour"
+    meaning = "kept pictures that are not one flat colour"
+    needs_images = True
+
+    def values(self, evaluated):
+        pairs = zip(evaluated.samples, evaluated.images, strict=True)
+        return [float(image.std() > 0.01) for sample, image in pairs if sample.part == "kept"]
+
+
+METRIC = Drawn()
+''',
+)
+CLASSIFIER = Extension(
+    "CLASSIFIERS",
+    "brightness",
+    "CLASSIFIER",
+    '''
+"""A classifier of one concept, on pictures of any model."""
+
+from fastunlearn.evaluation.classifiers.base import Classifier, Label, LoadedClassifier
+from fastunlearn.evaluation.grid import Erased, EvaluationGrid, EvaluationSample
+
+CONCEPT = Erased("ink", "style")
+
+
+class Brightness(Classifier):
+    title = "the mean of all pixels"
+    limits = "It tells dark from bright, and nothing else."
+
+    def why_not(self, cfg):
+        names = [concept.name for concept in cfg.concepts]
+        return None if names == ["ink style"] else "it knows \'ink style\' only"
+
+    def grid(self, cfg, quick=False):
+        asked = [("target", "a house in ink style", "ink", CONCEPT), ("kept", "a house", "day", None)]
+        cells = [EvaluationSample(part, prompt, seed, "house", style, concept)
+                 for part, prompt, style, concept in asked for seed in (1, 2)]
+        return EvaluationGrid((CONCEPT,), tuple(cells), cfg.evaluation.num_inference_steps, 4.0, quick)
+
+    def load(self, device):
+        return Loaded()
+
+
+class Loaded(LoadedClassifier):
+    def look(self, images):
+        return [Label("house", "ink" if image.mean() < 0.5 else "day") for image in images]
+
+    def knows(self, label):
+        return label.style in ("ink", "day")
+
+    def digest(self):
+        return b"brightness"
+
+
+CLASSIFIER = Brightness()
+''',
+)
+ATTACK = Extension(
+    "ATTACKS",
+    "biases",
+    "ATTACK",
+    '''
+"""An attack on the biases alone."""
+
+from fastunlearn.evaluation.attacks.weights import Weights
+
+
+class Biases(Weights):
+    title = "the biases of the U-Net"
+    rate_factor = 7.0
+
+    def names(self, unet):
+        return [name for name, _ in unet.named_parameters() if name.endswith(".bias")]
+
+
+ATTACK = Biases()
+''',
+)
+
+
+def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They reach help, refusals, planner, what a run leaves, its figures and card, and the relearning test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    base = ("--concepts", "ink style", *QUICK[2:8], *QUICK[10:], "--retain.num_inference_steps", "2")
+    chosen = (
+        "--export.formats", "unet; names", "--evaluation.metrics", "UA; IRA; drawn",
+        "--evaluation.classifier", "brightness",
+    )  # fmt: skip
+    attack = ("--steps", "0,1", "--seeds", "1", "--batch_size", "2", "--num_images", "2", "--json")
+    help_, relearn_help, no_format, no_metric, no_classifier, no_attack, plan, trained, evaluated, attacked = run_with(
+        [FORMAT, METRIC, CLASSIFIER, ATTACK],
+        tmp_path,
+        ("train", "--help"),
+        ("relearn", "--help"),
+        ("train", *base, "--export.formats", "unet; nams"),
+        ("train", *base, "--evaluation.metrics", "UA; drown"),
+        ("train", *base, "--evaluation.classifier", "bright"),
+        ("relearn", "--model", str(out), "--attack", "biasses"),
+        ("plan", *base, *chosen, "--json"),
+        ("train", *base, *chosen, "--output_dir", str(out)),
+        ("evaluate", "--model", str(out), "--json"),
+        ("relearn", "--model", str(out), "--attack", "biases", *attack),
+    )
+    for option in ("--export.formats", "--evaluation.metrics", "--evaluation.classifier"):
+        assert option in help_.out
+    assert "biases: the biases of the U-Net" in " ".join(relearn_help.out.split())
+    refused = {
+        no_format: "error: export.formats[1]: 'nams' is not allowed; allowed are 'unet', 'delta' or 'names' "
+        "(nearest: names)",
+        no_metric: "error: evaluation.metrics[1]: 'drown' is not allowed; allowed are 'UA', 'IRA', 'CRA', "
+        "'CRA_target', 'UA_paraphrase', 'IRA_paraphrase', 'CRA_paraphrase', 'UA_synonym' or 'drawn' (nearest: drawn)",
+        no_classifier: "error: evaluation.classifier: 'bright' is not allowed; allowed are 'auto', 'minicanvas' or "
+        "'brightness' (nearest: brightness)",
+        no_attack: "error: --attack: 'biasses' is unknown; allowed are full, attn, lora, textual-inversion, biases "
+        "(nearest: biases)",
+    }
+    for done, line in refused.items():
+        assert (done.status, done.err) == (2, line + "\n")
+    assert plan.status == 0, plan.err
+
+    assert trained.status == 0, trained.err
+    names = (out / "names.txt").read_text().split()
+    assert "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight" in names
+    assert not (out / "delta.safetensors").exists() and (out / "unet").is_dir()
+    figures = json.loads((out / "metrics.json").read_text())["evaluation"]
+    assert figures["after"]["drawn"] == 1.0 and figures["after"]["counts"] == {"UA": 2, "IRA": 2, "drawn": 2}
+    assert "CRA" not in figures["after"]
+    card = (out / "README.md").read_text()
+    for text in (
+        "* `names.txt`: which tensors changed", "drawn: kept pictures that are not one flat colour",
+        "Judged by the mean of all pixels", "It tells dark from bright, and nothing else.",
+    ):  # fmt: skip
+        assert text in card
+    assert evaluated.status == 0, evaluated.err
+    assert json.loads(evaluated.out)["after"] == figures["after"]
+    assert attacked.status == 0, attacked.err
+    again = json.loads(attacked.out)
+    assert again["attack"] == "biases" and again["optimizer"]["learning_rate"] == pytest.approx(7e-4)
+    assert len(again["runs"][0]["UA"]) == 2 and again["runs"][0]["error"][0] != again["runs"][0]["error"][1]

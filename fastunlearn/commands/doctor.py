@@ -1,7 +1,7 @@
 """``fastunlearn doctor``: what this machine has for a run, and models with random weights to try it with.
 
-What this is: versions, devices, memory, and which choices of attention and optimizer can be met here.
-What this is not: a plan for a run (``fastunlearn plan``). Torch is imported when something is asked of it.
+Versions, devices, memory, and which choices of attention and optimizer can be met here.
+Torch is imported when something is asked of it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ import json
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.registry import OPTIMIZERS
-
-PACKAGES = (
-    "fastunlearn", "torch", "diffusers", "transformers", "safetensors", "deepspeed", "bitsandbytes", "triton",
-    "xformers",
-)  # fmt: skip
-GIB = 2**30
+from fastunlearn.utils.machine import PACKAGES, host_memory_bytes, package_version
+from fastunlearn.utils.text import GIB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +117,7 @@ def examine() -> dict[str, Any]:
     total, free = host_memory()
     return {
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in PACKAGES},
         "gpus": [
             {"name": gpu.name, "memory_gib": round(gpu.total_memory / GIB, 1), "sm": f"{gpu.major}{gpu.minor}"}
             for gpu in gpus
@@ -157,19 +152,9 @@ def optimizers(gpu: bool) -> dict[str, str]:
 
 def host_memory() -> tuple[float | None, float | None]:
     """(total, available) GiB of this machine, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-        return round(kib["MemTotal"] / 2**20, 1), round(kib["MemAvailable"] / 2**20, 1)
-    except (OSError, KeyError, ValueError, IndexError):
-        return None, None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    found = host_memory_bytes()
+    total, free = (found.get(name) for name in ("MemTotal", "MemAvailable"))
+    return (round(total / GIB, 1), round(free / GIB, 1)) if total and free else (None, None)
 
 
 def _flag(variable: str) -> bool:

@@ -1,7 +1,7 @@
 """``fastunlearn evaluate --model OUT [--json] [--quick] [--full]``: measure what a run left, as a table or JSON.
 
-What this is: the table and the JSON. What this is not: the measurement (`evaluation.py`). It writes one file,
-``OUT/evaluation.json``, with ``--full`` also those of ``fastunlearn relearn``, and leaves everything else as it is.
+It writes one file, ``OUT/evaluation.json``, with ``--full`` also those of ``fastunlearn relearn``, and leaves all
+else as it is.
 """
 
 from __future__ import annotations
@@ -11,23 +11,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastunlearn.evaluation.scores import FIGURES, clear_difference
+from fastunlearn.evaluation.metrics.scores import clear_difference
+from fastunlearn.registry import METRICS
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.run_folder import check_results
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
-MEANINGS = {
-    "UA": "erased: no longer recognised",
-    "IRA": "kept, same kind: still recognised",
-    "CRA": "kept, other kind: still recognised",
-    "CRA_target": "other kind, on the erased prompts",
-    "UA_paraphrase": "UA, in other wordings",
-    "IRA_paraphrase": "IRA, in other wordings",
-    "CRA_paraphrase": "CRA, in other wordings",
-    "UA_synonym": "UA, by a synonym",
-}
 SEEN_SHOWN = 5
 
 
@@ -64,7 +55,7 @@ def table(config: Config, result: dict) -> str:
     erased = ", ".join(concept.name for concept in config.concepts)
     lines = [f"erased: {erased}   base: {config.model.pretrained_model_name_or_path}   method: {config.method}", ""]
     lines.append(f"{'':<16}{'':<36}{'before':>8}{'after':>8}   {'95 % interval':<15}change")
-    lines += [_figure_row(name, before, after) for name in FIGURES if before[name] is not None]
+    lines += [_figure_row(name, before, after) for name in config.evaluation.metrics if before[name] is not None]
     for kind in ("object", "style"):
         lines += ["", f"per {kind}: accuracy (*: erased; measured on the prompts that ask for it)"]
         lines += _class_rows(kind, before, after)
@@ -88,7 +79,7 @@ def _figure_row(name: str, before: dict, after: dict) -> str:
     if not clear_difference(before[name], after[name], *counts):
         change += " (noise)"
     interval = f"{low:.3f}-{high:.3f}"
-    return f"{name:<16}{MEANINGS[name]:<36}{before[name]:>8.3f}{after[name]:>8.3f}   {interval:<15}{change}"
+    return f"{name:<16}{METRICS[name].short:<36}{before[name]:>8.3f}{after[name]:>8.3f}   {interval:<15}{change}"
 
 
 def _class_rows(kind: str, before: dict, after: dict) -> list[str]:

@@ -1,8 +1,7 @@
 """``fastunlearn relearn --model OUT [...]``: attack what a run left, as a table or JSON, with a picture.
 
-What this is: the options, the table and the two files that are written, ``OUT/relearn.json`` and
-``OUT/samples/relearn.png``, both at the end and each in one step.
-What this is not: the test (``experiment.py``). Everything else in the folder stays as it is.
+Two files are written, ``OUT/relearn.json`` and ``OUT/samples/relearn.png``, both at the end and each in one step.
+Everything else in the folder stays as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.relearning.settings import ATTACKS, DATA, DEFAULT_STEPS, Settings, parse_seeds, parse_steps
+from fastunlearn.evaluation.relearning.settings import DATA, DEFAULT_STEPS, Settings, parse_seeds, parse_steps
+from fastunlearn.registry import ATTACKS
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.run_folder import check_results
 
@@ -22,7 +22,7 @@ DEFAULTS = Settings()
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of ``fastunlearn relearn``; their values are checked by `settings_of`, for one kind of error."""
     steps = ",".join(str(step) for step in DEFAULT_STEPS)
-    attacks = "; ".join(f"{name}: {text}" for name, text in ATTACKS.items())
+    attacks = "; ".join(f"{name}: {attack.title}" for name, attack in ATTACKS.items())
     data = "; ".join(f"{name}: {text}" for name, text in DATA.items())
     add = parser.add_argument
     add("--model", required=True, metavar="OUT", help="output_dir of a finished run")
@@ -98,7 +98,7 @@ def table(result: dict, folder: Path | None = None) -> str:
     optimizer = result["optimizer"]
     lines = [
         f"erased: {', '.join(result['concepts'])}   base: {result['base']}   attack: {result['attack']} "
-        f"({ATTACKS[result['attack']]})",
+        f"({ATTACKS[result['attack']].title})",
         f"pictures: {result['pictures']} ({result['data']}); AdamW, learning rate {optimizer['learning_rate']:g}, "
         f"batch {optimizer['batch_size']}; seeds {seeds}; mean +- standard deviation over the seeds",
     ]

@@ -33,6 +33,9 @@ def check_config(cfg: RunConfig) -> None:
     _check_surgery(cfg)
     check_meta(cfg)
     _check_evaluation(cfg)
+    if "unet" not in cfg.export.formats:
+        listed = ", ".join(cfg.export.formats)
+        raise UserError(f"export.formats: {listed} lacks 'unet', which evaluation and relearning read; add it")
     if not cfg.output_dir.strip():
         raise UserError("output_dir: '' is empty; give the folder that receives the results")
     if cfg.overwrite_output_dir and cfg.resume_from_checkpoint is not None:

@@ -1,11 +1,9 @@
-"""Scoring: what was erased, what else changed, and how sure that is.
+"""Scoring: what was erased, what else changed, and how sure that is. The names are loaded on first use.
+Not here: training, which imports nothing of this, or the files of a run (`export/`).
 
-    from fastunlearn.scoring import evaluate_model
+    from fastunlearn.evaluation import evaluate_model
     config, result = evaluate_model("outputs/neon")
     result["after"]["UA"], result["after"]["intervals"]["UA"]
-
-What this is not: training. Nothing here is imported by the update loop. The names are loaded on first use, because the
-command line reads this package before it knows whether torch is needed.
 """
 
 from __future__ import annotations

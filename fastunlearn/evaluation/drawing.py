@@ -1,9 +1,8 @@
 """Drawing many images with one pipeline, so that an image depends on its prompt and its seed and on nothing else.
 
-What this is: the loop around a diffusers SD or SDXL pipeline that evaluation and sample pictures share. Each image's
-initial noise comes from its own CPU generator, so two models, batch sizes or devices start from the same latent; the
-sampler is DDIM with eta 0, which adds no noise later.
-What this is not: a sampler; diffusers does the sampling.
+The loop around a diffusers SD or SDXL pipeline that evaluation and sample pictures share. Each image's initial noise
+comes from its own CPU generator, so two models, batch sizes or devices start from the same latent; the sampler is DDIM
+with eta 0, which adds no noise later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What is drawn to judge an erasure: every prompt and seed of the MiniCanvas grid, by the part that it measures.
 
-What this is: the miniature of UnlearnCanvas' grid (Zhang et al., arXiv:2402.11846): "a {object} image in {style} style"
-with fixed seeds that all prompts share, and on top of it prompts that no erasure recipe uses (paraphrases, synonyms).
-What this is not: drawing (`generation.py`) or counting (`metrics.py`). Nothing here imports torch.
+The miniature of UnlearnCanvas' grid (Zhang et al., arXiv:2402.11846): "a {object} image in {style} style" with fixed
+seeds that all prompts share, and on top of it prompts that no erasure recipe uses (paraphrases, synonyms). Nothing here
+imports torch; drawing is in `drawing.py`, the figures are in `metrics/`.
 
 Parts, with their default number of images:
 

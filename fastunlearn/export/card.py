@@ -1,7 +1,7 @@
 """The model card: README.md of an output folder, for someone who meets the edited U-Net without knowing this project.
 
-What this is: text made from the configuration and from metrics.json; the same inputs give the same card.
-What this is not: a measurement. A figure that was not measured is not on the card, and what was not tested is named.
+Text made from the configuration and from metrics.json; the same inputs give the same card. A figure that was not
+measured is not on the card, and what was not tested is named.
 """
 
 from __future__ import annotations
@@ -11,24 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.grid import known_concepts
-from fastunlearn.evaluation.scores import FIGURES, clear_difference
+from fastunlearn.evaluation.classifiers.base import choose_classifier
+from fastunlearn.evaluation.metrics.scores import clear_difference
 from fastunlearn.models.formats.single_file import read_single_file
+from fastunlearn.registry import FORMATS, METRICS
 from fastunlearn.utils.files import atomic_write_text
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
-
-MEANINGS = {
-    "UA": "erased concept no longer recognised",
-    "IRA": "kept concepts of the same kind still recognised",
-    "CRA": "kept concepts of the other kind still recognised",
-    "CRA_target": "other kind still recognised on the erased prompts",
-    "UA_paraphrase": "UA on wordings that training never used",
-    "IRA_paraphrase": "IRA on those wordings",
-    "CRA_paraphrase": "CRA on those wordings",
-    "UA_synonym": "UA when a synonym asks for the concept",
-}
 
 
 def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None:
@@ -50,6 +40,7 @@ def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None
         "Text encoders, VAE and scheduler are those of the base model.",
         "![before and after](samples/before_after.png)",
         "## Use\n\n```python\n" + usage(cfg) + "```",
+        "## Files\n\n" + "\n".join(f"* `{FORMATS[name].path}`: {FORMATS[name].title}" for name in cfg.export.formats),
         "## What was done\n\n" + _table(("", ""), _facts(cfg, metrics)),
         "## Figures\n\n" + _figures(cfg, evaluation),
         "## Limits\n\n" + "\n".join(f"* {line}" for line in _limits(cfg, evaluation)),
@@ -166,19 +157,19 @@ def _figures(cfg: Config, evaluation: dict) -> str:
         reason = "it was switched off" if switched_off else "no embedded judge knows this model and these concepts"
         return f"None were measured: {reason}. Look at `samples/before_after.png`, and measure before relying on it."
     rows = []
-    for name in FIGURES:
+    for name in cfg.evaluation.metrics:
         if before.get(name) is None or after.get(name) is None:
             continue
         (low, high), count = after["intervals"][name], after["counts"][name]
         clear = clear_difference(before[name], after[name], before["counts"][name], count)
         rows.append((
-            f"{name}: {MEANINGS[name]}", f"{before[name]:.3f}", f"{after[name]:.3f}", f"{low:.3f} to {high:.3f}",
+            f"{name}: {METRICS[name].meaning}", f"{before[name]:.3f}", f"{after[name]:.3f}", f"{low:.3f} to {high:.3f}",
             str(count), "yes" if clear else "no",
         ))  # fmt: skip
     protocol = after["protocol"]
     titles = ("figure", "before", "after", "95 % interval (Wilson)", "images", "change beyond noise")
     note = (
-        f"Judged by the embedded classifier on pictures drawn with {protocol['sampler']}, "
+        f"Judged by {choose_classifier(cfg).title} on pictures drawn with {protocol['sampler']}, "
         f"{protocol['num_inference_steps']} steps, guidance {protocol['guidance_scale']:g}, "
         f"seeds {', '.join(map(str, protocol['seeds']))}, the same before and after. "
         "Per class figures: `metrics.json`; again: `fastunlearn evaluate --model FOLDER`."
@@ -203,8 +194,8 @@ def _limits(cfg: Config, evaluation: dict) -> list[str]:
         lines.insert(0, "Synonyms were not tested: the concept may be reachable under another name.")
     if not after:
         lines.append("What else changed in the model was not measured.")
-    elif known_concepts([concept.name for concept in cfg.concepts]):
-        lines.append("The judge knows 10 objects and 8 styles; damage outside them goes unseen.")
+    else:
+        lines.append(choose_classifier(cfg).limits)
     if any(cfg.kind_of(concept) == "nudity" for concept in cfg.concepts):
         lines.append("This is no safety filter: do not rely on it alone where nudity must not appear.")
     return lines

@@ -1,17 +1,11 @@
-"""The files that a finished run leaves: U-Net, delta, evaluation, picture, metrics.json and model card.
-
-What this is: the order in which they come to be, from the trained weights on rank 0.
-What this is not: how each is written (``exporting.py``) or judged (``scoring``).
-"""
+"""The files that a finished run leaves, in the order in which they come to be, from the trained weights on rank 0."""
 
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +14,20 @@ import torch
 from fastunlearn.config import Config
 from fastunlearn.engines.base import ExportedWeights
 from fastunlearn.evaluation import evaluate_pair, why_not_judged
+from fastunlearn.export.card import write_card
+from fastunlearn.export.formats.base import Export
+from fastunlearn.export.samples import before_after, choose_validation_rows
 from fastunlearn.export.surgery_map import draw_surgery_map
-from fastunlearn.export.weights import (
-    before_after,
-    choose_validation_rows,
-    delta_metadata,
-    write_card,
-    write_delta,
-    write_unet,
-)
+from fastunlearn.export.traces import old_results
 from fastunlearn.models.backbone import compute_in
 from fastunlearn.models.loading import load_pipeline, stored_dtype
+from fastunlearn.registry import FORMATS
 from fastunlearn.utils.files import atomic_write_text
+from fastunlearn.utils.machine import installed_versions
 from fastunlearn.utils.memory import peak_memory_bytes
-from fastunlearn.utils.run_folder import LATER_FILES, RUN_FILES, SURGERY_LOG, list_checkpoints
+from fastunlearn.utils.run_folder import SURGERY_LOG
 
-PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "deepspeed", "bitsandbytes", "triton", "xformers")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-OLD_RESULTS = (*RUN_FILES, *LATER_FILES)
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ def start_output(cfg: Config, *, resumed: bool) -> None:
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.overwrite_output_dir and not resumed:
-        for path in [*(folder / name for name in OLD_RESULTS), *list_checkpoints(folder)]:
+        for path in old_results(folder):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -72,9 +62,9 @@ def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -
     base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
     weights = exported.restored(base.unet.state_dict())
     dtype = DTYPES.get(cfg.export.dtype) or stored
-    write_unet(base.unet, folder / "unet", dtype, state_dict={**base.unet.state_dict(), **weights})
-    delta = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    write_delta(delta, folder / "delta.safetensors", delta_metadata(cfg))
+    export = Export(cfg, folder, base, weights, dtype)
+    for name in cfg.export.formats:
+        FORMATS[name].write(export)
 
     if cfg.train.resolution:
         base.unet.register_to_config(sample_size=cfg.train.resolution // base.vae_scale_factor)
@@ -82,7 +72,7 @@ def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -
     base.to(figures.device)
     before_after(
         base,
-        delta,
+        {name: tensor.to(dtype) for name, tensor in weights.items()},
         choose_validation_rows(cfg),
         folder / "samples" / "before_after.png",
         seeds=cfg.evaluation.seeds[: cfg.report.num_validation_seeds],
@@ -114,16 +104,9 @@ def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:
         "engine": cfg.engine if cfg.trains else None,
         "zero_stage": cfg.zero_stage,
         "evaluation": None,
-        "versions": {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := _version(name))},
+        "versions": installed_versions(),
         "device": torch.cuda.get_device_name(figures.device) if figures.device.type == "cuda" else "cpu",
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _summary(folder: Path, metrics: Mapping[str, Any]) -> str:
@@ -131,6 +114,6 @@ def _summary(folder: Path, metrics: Mapping[str, Any]) -> str:
     lines = [f"{metrics['updates']} updates, {evaluations} U-Net evaluations, {metrics['seconds']['total']:.0f} s"]
     after = (metrics["evaluation"] or {}).get("after")
     if after:
-        lines.append("  ".join(f"{name} {after[name]:.3f}" for name in ("UA", "IRA", "CRA")))
+        lines.append("  ".join(f"{name} {after[name]:.3f}" for name in ("UA", "IRA", "CRA") if name in after))
     lines.append(f"picture: {folder / 'samples' / 'before_after.png'}   U-Net: {folder / 'unet'}")
     return "\n".join(lines)

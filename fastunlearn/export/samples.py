@@ -1,7 +1,6 @@
 """The before/after picture: which prompts it shows, drawing them with both U-Nets, and the sheet itself.
 
-What this is: samples/before_after.png, for eyes. Rows are prompts, columns seeds; each pair starts from the same noise.
-What this is not: a measurement (`scoring/`).
+samples/before_after.png, for eyes. Rows are prompts, columns seeds; each pair starts from the same noise.
 """
 
 from __future__ import annotations

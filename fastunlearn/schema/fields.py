@@ -71,12 +71,12 @@ class ConfigModel(BaseModel):
     )
 
 
-def known_in(registry: Registry) -> Callable[[str], str]:
-    """A validator that refuses what the registry does not have, as pydantic refuses a literal."""
+def known_in(registry: Registry, *others: str) -> Callable[[str], str]:
+    """A validator that refuses what is neither in the registry nor one of ``others``, as pydantic refuses a literal."""
 
     def check(name: str) -> str:
-        if name not in registry.entries:
-            *first, last = [repr(known) for known in registry.entries]
+        if name not in (known_names := (*others, *registry.entries)):
+            *first, last = [repr(known) for known in known_names]
             expected = f"{', '.join(first)} or {last}" if first else last
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
         return name

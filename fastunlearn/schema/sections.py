@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from fastunlearn.registry import OPTIMIZERS
+from fastunlearn.registry import CLASSIFIERS, FORMATS, METRICS, OPTIMIZERS
 from fastunlearn.schema.fields import (
     AttentionBackend,
     Beta,
@@ -248,6 +248,10 @@ class EvaluationConfig(ConfigModel):
 
     mode: Literal["auto", "off"] = "auto"
     """auto: evaluate where an embedded judge knows the concepts, that is on MiniCanvas."""
+    classifier: Annotated[str, AfterValidator(known_in(CLASSIFIERS, "auto"))] = "auto"
+    """Who looks at the pictures; auto: the first that knows the model and the concepts."""
+    metrics: list[Annotated[str, AfterValidator(known_in(METRICS))]] = list(METRICS)
+    """Which figures are reported."""
     num_inference_steps: SamplerSteps = 25
     """Sampler steps per evaluation image."""
     guidance_scale: NonNegativeFloat = 4.0
@@ -265,5 +269,7 @@ class EvaluationConfig(ConfigModel):
 class ExportConfig(ConfigModel):
     """The weights that a run leaves."""
 
+    formats: Annotated[list[Annotated[str, AfterValidator(known_in(FORMATS))]], Field(min_length=1)] = ["unet", "delta"]
+    """What is written; "unet" must be among them, since evaluation and relearning read it."""
     dtype: Literal["auto", WeightDtype] = "auto"
     """Type of unet/; auto: that of the base model's U-Net files."""

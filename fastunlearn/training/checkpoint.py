@@ -1,7 +1,7 @@
 """Resumable checkpoints: optimizer, trained weights, key-step position, and whatever else carries state.
 
 The layout of ``checkpoint-N/``, how it becomes whole, which ones are kept, and what a resume refuses. The exported
-model is written in ``export/weights.py``.
+model is written in ``export/formats/``.
 
     checkpoint-N/state.json        position, world size, configuration fingerprint, evaluation counts
     checkpoint-N/parts-rank-R.pt   what rank R's trajectories, method, surgery and retain source carry on, if anything

@@ -14,6 +14,7 @@ from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.planning.advice import smallest_change
 from fastunlearn.planning.plan import ALLOWANCE, Plan, make_plan, read_model
+from fastunlearn.utils.machine import host_memory_bytes
 from fastunlearn.utils.text import size
 
 PLAN_ERROR = 0.1  # how far a plan may be off; only beyond that is the end certain
@@ -54,8 +55,4 @@ def _host(plan: Plan) -> tuple[int | None, int]:
 
 def available_host_bytes(table: Path = Path("/proc/meminfo")) -> int | None:
     """What the system could give without swapping; None where it does not say."""
-    try:
-        lines = table.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
+    return host_memory_bytes(table).get("MemAvailable")

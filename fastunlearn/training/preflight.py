@@ -14,12 +14,14 @@ from typing import get_args
 
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.errors import UserError, nearest
+from fastunlearn.export.traces import run_traces
 from fastunlearn.models.checks import check_model
 from fastunlearn.models.formats.headers import read_header, read_json, unet_files
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.parameter_names import count_trained
+from fastunlearn.registry import FORMATS
 from fastunlearn.schema.fields import KernelBackend
-from fastunlearn.utils.run_folder import list_checkpoints, run_traces
+from fastunlearn.utils.run_folder import list_checkpoints
 
 KERNELS_VARIABLE, KERNEL_CHOICES = "FASTUNLEARN_KERNELS", get_args(KernelBackend)
 STATE_BYTES = 12  # a checkpoint holds an fp32 master weight and two fp32 moments per trained parameter
@@ -120,7 +122,7 @@ def check_disk_space(cfg: Config, model: Path | None) -> None:
 
 
 def needed_bytes(cfg: Config, place: Path) -> int:
-    """The edited U-Net, the changed tensors in fp32, and as many checkpoints as exist at one time."""
+    """What each export format takes, and as many checkpoints as exist at one time."""
     scope = resolved_scope(cfg)
     if place.is_file():
         file = read_single_file(place)
@@ -132,4 +134,5 @@ def needed_bytes(cfg: Config, place: Path) -> int:
         unet = sum(file.stat().st_size for file in files)
     # One more than the limit: a new checkpoint is complete before the oldest is removed.
     kept = cfg.checkpoint.checkpoints_total_limit + 1 if cfg.checkpoint.checkpointing_steps else 0
-    return MARGIN_BYTES + unet + trained * (4 + STATE_BYTES * kept)
+    exported = sum(FORMATS[name].disk_bytes(unet, trained) for name in cfg.export.formats)
+    return MARGIN_BYTES + exported + trained * STATE_BYTES * kept

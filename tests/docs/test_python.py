@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -28,12 +29,17 @@ def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_examples_train(tmp_path: Path) -> None:
-    """One run with all that docs/developing.md adds: through --help, planner, training, files and card."""
+    """One run with all that docs/developing.md adds: through --help, planner, training, files, card and an attack."""
+    own = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, str(WORKER), str(tmp_path)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, env=os.environ | own,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--replace.weight" in done.stdout
     card = (tmp_path / "run" / "README.md").read_text()
     assert "Concept ablation (arXiv:2303.13516)" in card and "sgd" in card
+    assert "Judged by a look at the colours" in card and "not one flat colour" in card
+    moved = json.loads((tmp_path / "run" / "distances.json").read_text())
+    assert moved and all(0 <= share < 0.1 for share in moved.values()) and any(moved.values())
+    assert json.loads((tmp_path / "run" / "relearn.json").read_text())["attack"] == "biases"

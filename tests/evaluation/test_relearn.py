@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from fastunlearn import cli
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation import relearning
-from fastunlearn.evaluation.grid import EvaluationGrid
+from fastunlearn.evaluation.classifiers.base import Label, choose_classifier
 from fastunlearn.evaluation.relearning import Settings, experiment, relearn
 from fastunlearn.evaluation.relearning.recognition import attack_grid, figures
-from fastunlearn.evaluation.scores import Label
 from fastunlearn.minicanvas import pipeline_path
 from fastunlearn.utils import environment as quiet
 
@@ -57,14 +55,18 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The shares of the pictures in which the concept is seen, one per look: first the original, then step 0, ..."""
     shares: list[float] = []
 
-    def look(pipe: object, judge: object, protocol: EvaluationGrid, *_: object) -> list[Label]:
+    def look(subject: experiment.Subject) -> list[Label]:
+        protocol = subject.protocol
+        assert protocol is not None
         share, targets = shares.pop(0), protocol.counts()["target"]
         shown = iter([True] * round(share * targets) + [False] * targets)
         return [
             Label(cell.object, cell.style if cell.part == "kept" or next(shown) else "sepia") for cell in protocol.cells
         ]
 
-    def never_remembered(base: object, unet: object, judge: object, protocol: object, draw: Callable) -> list[Label]:
+    def never_remembered(*asked: object) -> list[Label]:
+        *_, draw = asked
+        assert callable(draw)
         return draw()
 
     monkeypatch.setattr(experiment, "label_samples", look)
@@ -201,10 +203,8 @@ def test_an_attack_that_diverges_says_so(out: Path, judged: list[float], monkeyp
 
 
 def test_the_grid_is_a_part_of_the_evaluations() -> None:
-    from fastunlearn.evaluation.evaluate import grid_of
-
     cfg = Config.model_validate({"concepts": ["neon style"]})
-    whole, part = grid_of(cfg), attack_grid(cfg)
+    whole, part = choose_classifier(cfg).grid(cfg), attack_grid(cfg)
     assert part.counts() == {"target": 40, "kept": 24, "paraphrase": 0, "kept_paraphrase": 0, "synonym": 0}
     fewer = attack_grid(cfg, 9)
     assert fewer.cells == part.cells and fewer.num_inference_steps == 9

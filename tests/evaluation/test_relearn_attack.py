@@ -15,7 +15,7 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.denoisers.lora import low_rank
 from fastunlearn.evaluation.attacks.fine_tuning import Options, edit, table
-from fastunlearn.evaluation.attacks.textual_inversion import token_ids
+from fastunlearn.evaluation.attacks.learned_words import token_ids
 from fastunlearn.evaluation.relearning import Settings, attack_steps, denoising_error
 from fastunlearn.evaluation.relearning.pictures import Pictures
 from fastunlearn.models.backbone import Backbone, build_backbone

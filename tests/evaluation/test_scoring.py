@@ -20,9 +20,10 @@ from fastunlearn.errors import UserError
 from fastunlearn.evaluation import drawing as generation
 from fastunlearn.evaluation import evaluate as evaluation
 from fastunlearn.evaluation import grid as protocol
+from fastunlearn.evaluation.classifiers.base import Label
 from fastunlearn.evaluation.drawing import generate, initial_latents
 from fastunlearn.evaluation.grid import Erased, EvaluationSample, build_grid, known_concepts
-from fastunlearn.evaluation.scores import Label, clear_difference, score, wilson
+from fastunlearn.evaluation.metrics.scores import clear_difference, score, wilson
 from fastunlearn.minicanvas.build import networks
 from fastunlearn.minicanvas.build.assemble import make_pipeline
 from fastunlearn.minicanvas.build.text import write_tokenizer

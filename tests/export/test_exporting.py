@@ -13,21 +13,19 @@ from torch import Tensor, nn
 
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
+from fastunlearn.evaluation.classifiers.base import Label
 from fastunlearn.evaluation.grid import Erased, build_grid
-from fastunlearn.evaluation.scores import Label, score
+from fastunlearn.evaluation.metrics.scores import score
 from fastunlearn.export import samples
-from fastunlearn.export.card import usage
-from fastunlearn.export.samples import SampleRow, ValidationRow
-from fastunlearn.export.weights import (
-    apply_delta,
+from fastunlearn.export.card import usage, write_card
+from fastunlearn.export.formats.delta import apply_delta, delta_metadata, load_delta, write_delta
+from fastunlearn.export.formats.unet import write_unet
+from fastunlearn.export.samples import (
+    SampleRow,
+    ValidationRow,
     before_after,
     before_after_grid,
     choose_validation_rows,
-    delta_metadata,
-    load_delta,
-    write_card,
-    write_delta,
-    write_unet,
 )
 
 

@@ -19,7 +19,7 @@ from fastunlearn.config import Config, load_config
 from fastunlearn.denoisers.ema import Ema
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
 from fastunlearn.errors import UserError
-from fastunlearn.export.weights import load_delta
+from fastunlearn.export.formats.delta import load_delta
 from fastunlearn.methods.tables import build_method
 from fastunlearn.planning.plan import make_plan, read_model
 from fastunlearn.sampling.key_steps import KeyStep

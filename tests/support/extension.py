@@ -36,15 +36,14 @@ class Done:
     err: str
 
 
-def run_with(extension: Extension, folder: Path, *commands: Sequence[str]) -> list[Done]:
-    """Run command lines (without the leading `fastunlearn`) one after the other in a process that has the extension."""
-    module = f"toy_{extension.name}"
-    (folder / f"{module}.py").write_text(extension.source, encoding="utf-8")
-    asked = {
-        "registry": extension.registry,
-        "entries": {extension.name: f"{module}:{extension.attribute}"},
-        "commands": [list(words) for words in commands],
-    }
+def run_with(extensions: Sequence[Extension], folder: Path, *commands: Sequence[str]) -> list[Done]:
+    """Run command lines (without the leading `fastunlearn`) in turn, in a process that has the extensions."""
+    entries = []
+    for extension in extensions:
+        module = f"toy_{extension.name}"
+        (folder / f"{module}.py").write_text(extension.source, encoding="utf-8")
+        entries.append([extension.registry, extension.name, f"{module}:{extension.attribute}"])
+    asked = {"entries": entries, "commands": [list(words) for words in commands]}
     (folder / "extension.json").write_text(json.dumps(asked), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(WORKER), str(folder)],

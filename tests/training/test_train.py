@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from fastunlearn.config import load_config
-from fastunlearn.export.weights import apply_delta, load_delta
+from fastunlearn.export.formats.delta import apply_delta, load_delta
 from fastunlearn.minicanvas import pipeline_path
 
 ROOT = Path(__file__).resolve().parents[2]

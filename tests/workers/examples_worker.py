@@ -1,4 +1,4 @@
-"""A training with everything that docs/developing.md adds: `python examples_worker.py FOLDER`.
+"""A training and an attack with everything that docs/developing.md adds: `python examples_worker.py FOLDER`.
 
 The files of its examples are written to FOLDER and found as modules of the package; its lines are entered in the
 registry. That has to come before the configuration is imported, which is why this is a process of its own.
@@ -39,7 +39,7 @@ def write(block: Block, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Help, then a run of two updates on MiniCanvas."""
+    """Help, a run of two updates on MiniCanvas with an evaluation, and an attack on it."""
     examples = [block for block in blocks("python") if block.text.startswith(PLACE)]
     for block in examples:
         if block.text.startswith(LINE):
@@ -51,13 +51,16 @@ def main(folder: Path) -> None:
 
     with contextlib.suppress(SystemExit):
         cli.main(["train", "--help"])
+    out = str(folder / "run")
     run = [
-        "--concepts", "cat", "--method", "replace", "--engine", "plain", "--optimizer.name", "sgd",
+        "--concepts", "ink style", "--method", "replace", "--engine", "plain", "--optimizer.name", "sgd",
         "--max_train_steps", "2", "--sampler.num_inference_steps", "4", "--train.cpu_threads", "1",
-        "--evaluation.mode", "off", "--evaluation.num_inference_steps", "2",
-        "--report.num_validation_seeds", "1", "--report.report_to", "none", "--output_dir", str(folder / "run"),
+        "--evaluation.classifier", "grey", "--evaluation.metrics", "UA; IRA; drawn", "--evaluation.batch_size", "10",
+        "--evaluation.num_inference_steps", "4", "--export.formats", "unet; distances",
+        "--retain.num_inference_steps", "2", "--report.num_validation_seeds", "1", "--report.report_to", "none",
     ]  # fmt: skip
-    sys.exit(cli.main(["train", *run]))
+    attack = ["--attack", "biases", "--steps", "0,1", "--seeds", "1", "--batch_size", "2", "--num_images", "2"]
+    sys.exit(cli.main(["train", *run, "--output_dir", out]) or cli.main(["relearn", "--model", out, *attack]))
 
 
 if __name__ == "__main__":

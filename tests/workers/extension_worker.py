@@ -1,8 +1,8 @@
-"""Command lines of `fastunlearn` with one more entry in a registry.
+"""Command lines of `fastunlearn` with more entries in its registries.
 
-`python extension_worker.py FOLDER` reads FOLDER/extension.json, {"registry": "METHODS", "entries": {name:
-"module:attribute"}, "commands": [[word, ...], ...]}, finds modules in FOLDER, and writes what each command returned and
-printed to FOLDER/done.json. An entry has to be there before the configuration is imported, hence the process.
+`python extension_worker.py FOLDER` reads FOLDER/extension.json, {"entries": [["METHODS", name, "module:attribute"],
+...], "commands": [[word, ...], ...]}, finds modules in FOLDER, and writes what each command returned and printed to
+FOLDER/done.json. An entry has to be there before the configuration is imported, hence the process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main(folder: Path) -> None:
     """Enter the entries, run the commands one after the other."""
     asked = json.loads((folder / "extension.json").read_text(encoding="utf-8"))
     sys.path.insert(0, str(folder))
-    getattr(registry, asked["registry"]).entries.update(asked["entries"])
+    for known, name, entry in asked["entries"]:
+        getattr(registry, known).entries[name] = entry
     done = [call(words) for words in asked["commands"]]
     (folder / "done.json").write_text(json.dumps(done), encoding="utf-8")
 

@@ -1,8 +1,7 @@
-"""The attacker: a plain fine-tune on a pool of pictures, and how well a model denoises held-out ones.
+"""The attacker's loop: a plain fine-tune on a pool of pictures, and how well a model denoises held-out ones.
 
-What this is: `attack_steps`, a generator that any code can use on any U-Net that a ``Backbone`` can call, and `edit`,
-which says what an attack may change and undoes it afterwards.
-What this is not: the schedule, the measurement or the seeds (``experiment.py``). There is no VAE in the loop.
+Any code can use `attack_steps` on any U-Net that a ``Backbone`` can call; `edit` says what an attack may change and
+undoes it afterwards. There is no VAE in the loop.
 
     with edit(settings, backbone, rows, seed) as change:
         for step, loss in zip(range(1, 101), attack_steps(backbone, pool, change, options, seed)): ...
@@ -14,35 +13,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count, islice
 
 import torch
 from torch import nn
 
-from fastunlearn.denoisers.lora import low_rank
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.evaluation.attacks.textual_inversion import learned_words
+from fastunlearn.evaluation.attacks.base import Attack, Edit, Embed, Target
 from fastunlearn.evaluation.relearning.settings import Settings
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.models.loading import Pipeline
-from fastunlearn.models.parameter_names import set_trainable, trainable_names
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.variants import UNCONDITIONAL
+from fastunlearn.registry import ATTACKS
 from fastunlearn.sampling.image_pool import LatentPool
 from fastunlearn.sampling.retain import RetainBatch, retain_loss
-
-Embed = Callable[[Sequence[str]], PromptEmbeds]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What an attack trains, and how prompts are embedded while it does."""
-
-    parameters: list[nn.Parameter]
-    embed: Embed
 
 
 @dataclass(frozen=True)
@@ -101,65 +88,20 @@ def edit(
     pipeline: Pipeline | None = None,
     words: Sequence[str] = (),
 ) -> AbstractContextManager[Edit]:
-    """What the attack changes, until the block ends; then the model is as before.
+    """What the attack of the settings changes, until the block ends; then the model is as before.
 
     Args:
         rows: prompt -> row of ``backbone.embeds``; the empty prompt is among them.
-        pipeline, words: text encoders and the concept's words, for textual inversion.
+        pipeline, words: text encoders and the concept's words, for attacks that learn words.
     """
-    embed = table(backbone, rows)
-    if settings.attack == "textual-inversion":
-        assert pipeline is not None
-        return _words_changed(backbone, pipeline, words, embed)
-    if settings.attack == "lora":
-        return _low_rank_added(backbone, settings.lora_rank, seed, embed)
-    return _weights_changed(backbone, attacked_names(backbone.unet, settings.attack), embed)
-
-
-def attacked_names(unet: nn.Module, attack: str) -> list[str]:
-    """The parameters that the attacks "full" and "attn" train."""
-    if attack == "full":
-        return trainable_names(unet, "full")
-    return trainable_names(unet, "selfattn") + trainable_names(unet, "attn2")
+    target = Target(settings, backbone, table(backbone, rows), seed, pipeline, words)
+    attack: Attack = ATTACKS[settings.attack]
+    return attack.edit(target)
 
 
 def table(backbone: Backbone, rows: Mapping[str, int]) -> Embed:
     """Prompts are looked up in the embeddings that the run was prepared with."""
     return lambda prompts: backbone.embeds.select([rows[prompt] for prompt in prompts])
-
-
-@contextmanager
-def _weights_changed(backbone: Backbone, names: Sequence[str], embed: Embed) -> Iterator[Edit]:
-    set_trainable(backbone.unet, names)
-    parameters = [parameter for parameter in backbone.unet.parameters() if parameter.requires_grad]
-    before = [parameter.detach().cpu().clone() for parameter in parameters]
-    try:
-        yield Edit(parameters, embed)
-    finally:
-        set_trainable(backbone.unet, [])
-        for parameter, old in zip(parameters, before, strict=True):
-            parameter.data.copy_(old)
-            parameter.grad = None
-
-
-@contextmanager
-def _low_rank_added(backbone: Backbone, rank: int, seed: int, embed: Embed) -> Iterator[Edit]:
-    set_trainable(backbone.unet, [])
-    with low_rank(backbone.unet, rank, seed) as added:
-        yield Edit([parameter for pair in added for parameter in pair.parameters()], embed)
-
-
-@contextmanager
-def _words_changed(backbone: Backbone, pipeline: Pipeline, words: Sequence[str], embed: Embed) -> Iterator[Edit]:
-    set_trainable(backbone.unet, [])
-    with learned_words(pipeline, words, backbone.embeds.hidden.device) as (vectors, encode):
-
-        def learned(prompts: Sequence[str]) -> PromptEmbeds:
-            parts = [embed([text]) if text == UNCONDITIONAL else encode(text) for text in prompts]
-            like = backbone.embeds.hidden
-            return PromptEmbeds.cat([part.to(like.device, like.dtype) for part in parts])
-
-        yield Edit(vectors, learned)
 
 
 def _batch(

@@ -1,51 +1,53 @@
-"""Textual inversion (arXiv:2208.01618) on the words of the erased concept: new vectors for them, nothing else.
-
-What this is: the rows of each text encoder's input embedding that belong to the words' tokens become parameters, for
-as long as a block lasts; whatever the pipeline encodes meanwhile, drawings too, uses them.
-What this is not: a new token. A token of the words is replaced wherever it occurs in a prompt.
-"""
+"""Textual inversion (arXiv:2208.01618) on the words of the erased concept: new vectors for them, nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from fastunlearn.errors import UserError
+from fastunlearn.evaluation.attacks.base import Attack, Edit, Target
+from fastunlearn.prompts.variants import UNCONDITIONAL
 
-from fastunlearn.models.loading import Pipeline
-from fastunlearn.models.pipeline import encode_prompt, text_encoders
-from fastunlearn.models.prompt_embeds import PromptEmbeds
-
-
-@contextmanager
-def learned_words(
-    pipeline: Pipeline, words: Sequence[str], device: torch.device
-) -> Iterator[tuple[list[nn.Parameter], Callable[[str], PromptEmbeds]]]:
-    """Yields the vectors to train, one matrix per text encoder, and how a prompt is encoded with a gradient."""
-    vectors, hooks = [], []
-    for tokenizer, encoder in text_encoders(pipeline):
-        layer = encoder.to(device).requires_grad_(False).get_input_embeddings()
-        ids = torch.tensor(token_ids(tokenizer, words), device=device)
-        vectors.append(nn.Parameter(layer.weight[ids].detach().clone()))
-        hooks.append(layer.register_forward_hook(_replacement(ids, vectors[-1])))
-
-    try:
-        yield vectors, lambda prompt: encode_prompt(pipeline, prompt, device)
-    finally:
-        for hook in hooks:
-            hook.remove()
+if TYPE_CHECKING:
+    from fastunlearn.evaluation.relearning.settings import Settings
+    from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 
-def token_ids(tokenizer: Callable, words: Sequence[str]) -> list[int]:
-    """The tokens of the words, each once."""
-    found = [token for word in words for token in tokenizer(word, add_special_tokens=False).input_ids]
-    return list(dict.fromkeys(found))
+class TextualInversion(Attack):
+    """The U-Net is not touched."""
+
+    title = "the input embeddings of the concept's words, the U-Net as it is"
+    rate_factor = 100.0
+    learns_words = True
+
+    def refuse(self, settings: Settings) -> None:
+        """Captions without the concept's words."""
+        if settings.data != "forbidden" and settings.images is None:
+            raise UserError(
+                f"--data: {settings.data!r} pictures do not name the erased concept, whose words --attack "
+                "'textual-inversion' learns; use 'forbidden'"
+            )
+
+    @contextmanager
+    def edit(self, target: Target) -> Iterator[Edit]:
+        """Prompts are encoded anew in every step, through the vectors that are trained."""
+        from fastunlearn.evaluation.attacks.learned_words import learned_words
+        from fastunlearn.models.parameter_names import set_trainable
+        from fastunlearn.models.prompt_embeds import PromptEmbeds
+
+        if target.pipeline is None:
+            raise ValueError("textual inversion needs the pipeline, for its text encoders")
+        set_trainable(target.backbone.unet, [])
+        like = target.backbone.embeds.hidden
+        with learned_words(target.pipeline, target.words, like.device) as (vectors, encode):
+
+            def learned(prompts: Sequence[str]) -> PromptEmbeds:
+                parts = [target.embed([text]) if text == UNCONDITIONAL else encode(text) for text in prompts]
+                return PromptEmbeds.cat([part.to(like.device, like.dtype) for part in parts])
+
+            yield Edit(vectors, learned)
 
 
-def _replacement(ids: Tensor, vectors: nn.Parameter) -> Callable:
-    def replace(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        same = args[0][..., None] == ids  # (B, L, words' tokens)
-        return torch.where(same.any(-1, keepdim=True), vectors[same.int().argmax(-1)], out)
-
-    return replace
+TEXTUAL_INVERSION = TextualInversion()

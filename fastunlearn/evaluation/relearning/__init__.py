@@ -1,13 +1,9 @@
 """The relearning test: how quickly an attacker brings an erased concept back by fine-tuning.
+Not here: the attacks themselves (`evaluation/attacks/`), or a defence (`meta/`). The names are loaded on first use.
 
-    from fastunlearn.relearning import Settings, relearn
+    from fastunlearn.evaluation.relearning import Settings, relearn
     result = relearn("outputs/neon", Settings(attack="lora", seeds=(0, 1)))
     result["summary"]["steps_to_half"], result["runs"][0]["recognised"]
-
-    from fastunlearn.relearning import attack_steps          # the attacker alone, for other code
-
-What this is: an attack on a copy of the erased model, and what the judge sees on the way.
-What this is not: a defence, or anything that a training run imports. The names are loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a relearning curve says in two numbers, and what several seeds say together.
 
-What this is: pure functions on the measured points; between them a curve is taken to be straight.
-What this is not: a measurement.
+Pure functions on the measured points; between them a curve is taken to be straight.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The relearning test of a finished run: load, attack with every seed, measure on the way, put it together.
 
-What this is: the order of things. One U-Net is in memory: it is the original first, then the erased one, which every
-attack changes and gets back.
-What this is not: the attacker (``attack.py``), the figures of a curve (``curve.py``), files or text (``command.py``).
+One U-Net is in memory: it is the original first, then the erased one, which every attack changes and gets back.
 """
 
 from __future__ import annotations
@@ -17,11 +15,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastunlearn import minicanvas
 from fastunlearn.config import load_config
 from fastunlearn.errors import UserError
+from fastunlearn.evaluation.attacks.base import Embed
 from fastunlearn.evaluation.attacks.fine_tuning import (
-    Embed,
     Options,
     attack_steps,
     check_finite,
@@ -29,18 +26,19 @@ from fastunlearn.evaluation.attacks.fine_tuning import (
     edit,
     table,
 )
-from fastunlearn.evaluation.evaluate import label_samples, remembered
+from fastunlearn.evaluation.classifiers.base import Label, LoadedClassifier, choose_classifier
+from fastunlearn.evaluation.evaluate import draw_samples
 from fastunlearn.evaluation.grid import EvaluationGrid
+from fastunlearn.evaluation.label_cache import remembered
 from fastunlearn.evaluation.relearning.curve import area, steps_to_half, summary, summary_at
 from fastunlearn.evaluation.relearning.pictures import ATTACK_SEED, HELD_OUT_SEED, Pictures
 from fastunlearn.evaluation.relearning.recognition import FIGURES, attack_grid, figures
 from fastunlearn.evaluation.relearning.settings import Settings
 from fastunlearn.evaluation.relearning.task import Task, check
-from fastunlearn.evaluation.scores import Label
-from fastunlearn.minicanvas.judge import Judge
 from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import Pipeline, load_pipeline, load_unet, resolve_model
 from fastunlearn.prompts.variants import PromptTable
+from fastunlearn.registry import ATTACKS
 from fastunlearn.sampling.image_pool import LatentPool, encode_images
 
 Point = dict[str, float | None]
@@ -55,7 +53,7 @@ class Subject:
     backbone: Backbone
     rows: dict[str, int]
     bar: tqdm
-    judge: Judge | None = None
+    classifier: LoadedClassifier | None = None
     protocol: EvaluationGrid | None = None
 
 
@@ -102,10 +100,8 @@ def load(task: Task, bar: tqdm) -> Subject:
     backbone.unet.register_forward_pre_hook(lambda _, args: _count(bar, len(args[0])))
     subject = Subject(task, pipeline, backbone, book.index, bar)
     if task.not_judged is None:
-        subject.judge, subject.protocol = (
-            minicanvas.load_judge(device.type),
-            attack_grid(cfg, task.settings.sampler_steps),
-        )
+        subject.classifier = choose_classifier(cfg).load(device.type)
+        subject.protocol = attack_grid(cfg, task.settings.sampler_steps)
     return subject
 
 
@@ -115,24 +111,29 @@ def measure(
     """The figures of the model as it is now. ``remember``: they are those of the weights in ``unet_dir`` (None: of the
     original), so what the judge sees need be drawn only once."""
     point: Point = dict.fromkeys(FIGURES)
-    if subject.protocol is not None and subject.judge is not None:
-        judge, protocol = subject.judge, subject.protocol
+    if subject.protocol is not None and subject.classifier is not None:
+        classifier, protocol = subject.classifier, subject.protocol
         base = resolve_model(subject.task.cfg.model.pretrained_model_name_or_path)
 
         def draw_first() -> list[Label]:
             _more(subject.bar, _drawing(subject))
-            return _draw(subject)
+            return label_samples(subject)
 
-        seen = remembered(base, unet_dir, judge, protocol, draw_first) if remember else _draw(subject)
+        device = subject.backbone.embeds.hidden.device.type
+        seen = (
+            remembered(base, unet_dir, classifier, protocol, device, draw_first) if remember else label_samples(subject)
+        )
         point |= figures(protocol, seen)
     point["error"] = denoising_error(subject.backbone, held_out, embed)
     return point
 
 
-def _draw(subject: Subject) -> list[Label]:
-    assert subject.judge is not None and subject.protocol is not None
-    device = subject.backbone.embeds.hidden.device
-    return label_samples(subject.pipeline.to(device), subject.judge, subject.protocol, subject.task.cfg, False)
+def label_samples(subject: Subject) -> list[Label]:
+    """Draw the reduced grid with the model as it is now; what is seen."""
+    if subject.classifier is None or subject.protocol is None:
+        raise ValueError("no classifier knows this run")
+    pipeline = subject.pipeline.to(subject.backbone.embeds.hidden.device)
+    return subject.classifier.look(draw_samples(pipeline, subject.protocol, subject.task.cfg, False))
 
 
 def _pictures(subject: Subject) -> tuple[LatentPool, LatentPool]:
@@ -227,7 +228,7 @@ def _described(subject: Subject, pictures: int) -> dict:
         "held_out": settings.num_images,
         "steps": list(settings.steps),
         "seeds": list(settings.seeds),
-        "lora_rank": settings.lora_rank if settings.attack == "lora" else None,
+        **({"lora_rank": None} | ATTACKS[settings.attack].facts(settings)),
         "optimizer": {"name": "AdamW"} | options,
         "base": cfg.model.pretrained_model_name_or_path,
         "concepts": [concept.name for concept in cfg.concepts],

@@ -1,8 +1,7 @@
 """The pictures of an attack, as latents: drawn once by the original model, or a folder's, encoded once.
 
-What this is: pools, and their cache. They do not depend on the attack's seed, its steps or the erased model, so all
+Pools, and their cache. They do not depend on the attack's seed, its steps or the erased model, so all
 attacks on models of the same base share them; the cache's folder may be deleted at any time.
-What this is not: prompts (``prompts.py``) or the sampler (``retain.generate_pool``).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """samples/relearn.png: how an erased concept comes back, and what else changes meanwhile.
 
-What this is: the picture of one result, or of two runs beside each other. A line is the mean over the attack's seeds,
+The picture of one result, or of two runs beside each other. A line is the mean over the attack's seeds,
 its band one standard deviation; thin lines are the seeds.
-What this is not: a figure that is not in relearn.json.
 """
 
 from __future__ import annotations

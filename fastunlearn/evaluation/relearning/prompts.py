@@ -1,7 +1,6 @@
 """Which prompts stand for what the attacker has pictures of: the erased concept, its neighbours, or harmless things.
 
-What this is: text only. None of these prompts is one that the evaluation draws.
-What this is not: pictures (``pictures.py``).
+None of these prompts is one that the evaluation draws.
 
 On MiniCanvas every prompt names an object and a style: asked for one alone, the model draws the erased other one time
 in ten. There "related" is the rest of the concept's group in `GROUPS`, "benign" everything outside of it. Elsewhere

@@ -1,7 +1,6 @@
 """What the judge recognises while a model is attacked: a reduced grid, and the figures that are taken from it.
 
-What this is: the evaluation's own prompts and seeds, fewer of them, so that a curve of several points takes minutes.
-What this is not: another definition of UA, IRA or CRA (``scoring/metrics.py``).
+The evaluation's own prompts and seeds, fewer of them, so that a curve of several points takes minutes.
 """
 
 from __future__ import annotations
@@ -10,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastunlearn.evaluation.evaluate import grid_of
+from fastunlearn.evaluation.classifiers.base import Label, choose_classifier
 from fastunlearn.evaluation.grid import EvaluationGrid
-from fastunlearn.evaluation.scores import Label, score
+from fastunlearn.evaluation.metrics.scores import score
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
 TARGET_SEEDS = 4
-FIGURES = ("recognised", "UA", "IRA", "CRA")
+METRIC_NAMES = ("UA", "IRA", "CRA")
+FIGURES = ("recognised", *METRIC_NAMES)
 
 
 def attack_grid(cfg: Config, sampler_steps: int | None = None) -> EvaluationGrid:
@@ -29,7 +29,8 @@ def attack_grid(cfg: Config, sampler_steps: int | None = None) -> EvaluationGrid
     few: dict = {"num_inference_steps": sampler_steps} if sampler_steps else {}
     few |= {"target_seeds": min(TARGET_SEEDS, cfg.evaluation.target_seeds), "retain_seeds": 1}
     cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=few)})
-    target, kept = grid_of(cfg), grid_of(cfg, quick=True)
+    classifier = choose_classifier(cfg)
+    target, kept = classifier.grid(cfg), classifier.grid(cfg, quick=True)
     cells = [cell for cell in target.cells if cell.part == "target"]
     cells += [cell for cell in kept.cells if cell.part == "kept"]
     return replace(target, cells=tuple(cells), quick=True)
@@ -37,5 +38,5 @@ def attack_grid(cfg: Config, sampler_steps: int | None = None) -> EvaluationGrid
 
 def figures(protocol: EvaluationGrid, seen: Sequence[Label]) -> dict[str, float]:
     """The figures of one model; ``recognised`` is the share of its pictures that do show the concept, 1 - UA."""
-    scored = score(list(zip(protocol.cells, seen, strict=True)), protocol.concepts)
-    return {"recognised": 1 - scored["UA"]} | {name: scored[name] for name in ("UA", "IRA", "CRA")}
+    scored = score(list(zip(protocol.cells, seen, strict=True)), protocol.concepts, METRIC_NAMES)
+    return {"recognised": 1 - scored["UA"]} | {name: scored[name] for name in METRIC_NAMES}

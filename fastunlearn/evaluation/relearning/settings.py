@@ -1,7 +1,6 @@
 """What an attack is asked to do: names, defaults, and the refusal of what makes no sense.
 
-What this is: plain values and text, so that a mistake is answered before torch is loaded.
-What this is not: the attack (``attack.py``) or a check of the folders (``experiment.py``).
+Plain values and text, so that a mistake is answered before torch is loaded. The run's folder is checked in ``task.py``.
 """
 
 from __future__ import annotations
@@ -12,22 +11,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fastunlearn.errors import UserError, nearest
+from fastunlearn.registry import ATTACKS
 
-ATTACKS = {
-    "full": "all weights of the U-Net",
-    "attn": "the weights of its self- and cross-attentions",
-    "lora": "low-rank additions to its attention projections",
-    "textual-inversion": "the input embeddings of the concept's words, the U-Net as it is",
-}
 DATA = {
     "forbidden": "pictures of the erased concept",
     "related": "pictures of kept concepts close to it",
     "benign": "pictures that have nothing to do with it",
 }
 DEFAULT_STEPS = (0, 10, 50, 100, 300)
-# A fine-tune's usual rate, on the embedded model and on Stable Diffusion; what has fewer numbers takes larger steps.
+# A fine-tune's usual rate, on the embedded model and on Stable Diffusion.
 BASE_RATES = {True: 1e-4, False: 1e-5}
-RATE_FACTORS = {"full": 1.0, "attn": 1.0, "lora": 10.0, "textual-inversion": 100.0}
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ class Settings:
     """Of the pictures that the judge looks at; None: as many as the run's own evaluation takes."""
 
     def __post_init__(self) -> None:
-        _check_choice("--attack", self.attack, ATTACKS)
+        attack = ATTACKS.get_known(self.attack)
         _check_choice("--data", self.data, DATA)
         _check_steps(self.steps)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
@@ -74,15 +67,11 @@ class Settings:
             raise UserError(f"--caption_dropout: {self.caption_dropout:g} is not allowed; from 0 to below 1")
         if self.images is None:
             check_size(self.num_images, self.batch_size)
-        if self.attack == "textual-inversion" and (self.data != "forbidden" and self.images is None):
-            raise UserError(
-                f"--data: {self.data!r} pictures do not name the erased concept, whose words --attack "
-                "'textual-inversion' learns; use 'forbidden'"
-            )
+        attack.refuse(self)
 
     def rate(self, minicanvas: bool) -> float:
         """The given learning rate, or the usual one for this attack on this kind of model."""
-        return self.learning_rate or BASE_RATES[minicanvas] * RATE_FACTORS[self.attack]
+        return self.learning_rate or BASE_RATES[minicanvas] * ATTACKS[self.attack].rate_factor
 
 
 def parse_steps(text: str) -> tuple[int, ...]:

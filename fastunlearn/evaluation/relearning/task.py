@@ -1,7 +1,7 @@
 """What a relearning test is about to do, checked before any weights are loaded.
 
-What this is: the run's configuration, the prompts and folders of the test, and every refusal that needs no model.
-What this is not: the values of the options (``settings.py``) or the test itself (``experiment.py``).
+The run's configuration, the prompts and folders of the test, and every refusal that needs no model. The values of the
+options are checked in ``settings.py``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from pathlib import Path
 
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.evaluate import draws_minicanvas, why_not_judged
+from fastunlearn.evaluation.classifiers.minicanvas import draws_minicanvas
+from fastunlearn.evaluation.evaluate import why_not_judged
 from fastunlearn.evaluation.grid import Erased, known_concepts
 from fastunlearn.evaluation.relearning.prompts import forbidden_prompts, other_prompts
 from fastunlearn.evaluation.relearning.settings import Settings, check_size
 from fastunlearn.models.checks import check_model
 from fastunlearn.models.loading import resolve_model
+from fastunlearn.registry import ATTACKS
 from fastunlearn.sampling.captions import read_captions
 from fastunlearn.utils.run_folder import check_results
 
@@ -71,7 +73,7 @@ def check(output_dir: str | Path, settings: Settings, baseline: str | Path | Non
         attacking = [caption for _, caption in captions]
         check_size(len(captions), settings.batch_size)
     task = Task(cfg, settings, folders, like_minicanvas, concepts, not_judged, forbidden, attacking, captions)
-    if settings.attack == "textual-inversion":
+    if ATTACKS[settings.attack].learns_words:
         _check_words(task)
     return task
 
@@ -97,6 +99,6 @@ def _check_words(task: Task) -> None:
     for text in task.attacking:
         if not any(word.lower() in text.lower() for word in task.words):
             raise UserError(
-                f"--attack: 'textual-inversion' learns the words {', '.join(task.words)}, which the caption {text!r} "
-                "does not hold; use another attack, or captions with them"
+                f"--attack: {task.settings.attack!r} learns the words {', '.join(task.words)}, which the caption "
+                f"{text!r} does not hold; use another attack, or captions with them"
             )

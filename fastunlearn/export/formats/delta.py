@@ -1,9 +1,4 @@
-"""What a run leaves for others: the U-Net in diffusers format, the delta file, the before/after picture, the card.
-
-What this is: the weights, written and read here, and the one place from which the writers of the picture (`samples.py`)
-and of the model card (`card.py`) are imported. Each replaces the old content in one step (`files.py`).
-What this is not: metrics.json or checkpoints.
-"""
+"""delta.safetensors: the changed tensors only, with what they belong to in the header; written, read and applied."""
 
 from __future__ import annotations
 
@@ -11,66 +6,38 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from fastunlearn.errors import UserError
-from fastunlearn.export.card import write_card
-from fastunlearn.export.samples import before_after, before_after_grid, choose_validation_rows
-from fastunlearn.utils.files import atomic_file, atomic_folder
+from fastunlearn.export.formats.base import Export, ExportFormat
+from fastunlearn.utils.files import atomic_file
 from fastunlearn.utils.text import first_line
 
 if TYPE_CHECKING:
-    from fastunlearn.config import Config
+    from torch import Tensor, nn
 
-__all__ = [
-    "apply_delta",
-    "before_after",
-    "before_after_grid",
-    "choose_validation_rows",
-    "delta_metadata",
-    "load_delta",
-    "write_card",
-    "write_delta",
-    "write_unet",
-]
+    from fastunlearn.config import Config
 
 DELTA_VERSION = "1"
 
 
-def write_unet(
-    unet: UNet2DConditionModel,
-    folder: str | os.PathLike[str],
-    dtype: torch.dtype,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write ``folder`` so that ``UNet2DConditionModel.from_pretrained(folder)`` loads it.
+class Delta(ExportFormat):
+    """The tensors' new values, for the base model that the header names."""
 
-    Args:
-        unet: gives the architecture, and the weights where ``state_dict`` is None. It is not changed.
-        state_dict: all weights, for example gathered fp32 masters; on any device.
-        dtype: of the file; floating tensors are cast, others kept.
+    title = "the changed tensors only; base model, concepts and method are in its header"
+    path = "delta.safetensors"
 
-    Raises:
-        UserError: a weight is not finite in ``dtype`` (the training diverged), or the folder cannot be written.
-    """
-    weights = unet.state_dict() if state_dict is None else state_dict
-    cast = {name: _cast(tensor, dtype) for name, tensor in weights.items()}
-    broken = next((name for name, tensor in cast.items() if not torch.isfinite(tensor).all()), None)
-    if broken is not None:
-        raise UserError(
-            f"unet: {broken} is not finite in {str(dtype).removeprefix('torch.')}; the training diverged, "
-            'lower train.learning_rate (or set export.dtype = "fp32" if the base model needs it); nothing was written'
-        )
-    config = {key: value for key, value in unet.config.items() if key != "_name_or_path"}  # a path of this machine
-    with torch.device("meta"):
-        shell = UNet2DConditionModel.from_config(config)
-    shell.load_state_dict(cast, assign=True)
-    with atomic_folder(folder) as partial:
-        shell.save_pretrained(partial)
+    def disk_bytes(self, unet_bytes: int, trained: int) -> int:
+        """In fp32."""
+        return 4 * trained
+
+    def write(self, export: Export) -> None:
+        """In the dtype of the export."""
+        changed = {name: tensor.to(export.dtype) for name, tensor in export.changed.items()}
+        write_delta(changed, export.folder / self.path, delta_metadata(export.cfg))
+
+
+FORMAT = Delta()
 
 
 def write_delta(changed: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
@@ -79,6 +46,8 @@ def write_delta(changed: Mapping[str, Tensor], path: str | os.PathLike[str], met
     Raises:
         UserError: the file cannot be written.
     """
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in changed.items()}
     header = {"format": "pt", "format_version": DELTA_VERSION} | dict(metadata)
     with atomic_file(path) as partial:
@@ -120,6 +89,8 @@ def apply_delta(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str, str]
     Raises:
         UserError: the file cannot be read or belongs to another architecture. ``unet`` is then as it was.
     """
+    import torch
+
     tensors, header = load_delta(path)
     own = unet.state_dict()
     for name, tensor in tensors.items():
@@ -131,8 +102,3 @@ def apply_delta(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str, str]
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
     return header
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor.contiguous()
