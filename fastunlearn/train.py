@@ -1,8 +1,7 @@
-"""Entry of ``deepspeed fastunlearn/train.py --config configs/minicanvas_style.toml [--section.field value ...]``.
+"""Entry of ``deepspeed fastunlearn/train.py --preset minicanvas-style [--section.field value ...]``.
 
-What this is: parse, check, connect, train, tear down. Bad input ends in one line and exit status 2, before torch is
-loaded.
-What this is not: the algorithm; that is ``trainer.py``.
+Parse, check, connect, train, tear down. Bad input ends in one line and exit status 2, before torch is loaded. The loop
+is in ``training/trainer.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``fastunlearn doctor``: what this machine has for a run, and models with random weights to try it with.
 
-Versions, devices, memory, and which choices of attention and optimizer can be met here.
-Torch is imported when something is asked of it.
+Versions, devices, memory, and which choices of attention and optimizer can be met here. Whether a run fits is said by
+``fastunlearn plan``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.registry import OPTIMIZERS
+from fastunlearn.schema.fields import WeightDtype
+from fastunlearn.utils.environment import prepare_environment
 from fastunlearn.utils.machine import PACKAGES, host_memory_bytes, package_version
 from fastunlearn.utils.text import GIB
+
+
+def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """Read the arguments, and do what they ask for."""
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--make-random", nargs=2, metavar=("KIND", "DIR"),
         help=f"write a diffusers folder with random weights; KIND: {', '.join(PUBLIC_MODELS)}",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="of the weights (fp16)")
+    parser.add_argument("--dtype", choices=get_args(WeightDtype), help="of the weights (fp16)")
     parser.add_argument("--seed", type=int, help="of the weights (0)")
     parser.add_argument("--small-text-encoders", action="store_true", help="two layers each, of the same widths")
     parser.add_argument("--single-file", metavar="FILE", help="write the same model as one .safetensors file too")
@@ -40,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an option that does not fit.
     """
+    prepare_environment()
     if args.make_random is not None:
         return make_random(args)
     for option in ("dtype", "seed", "small_text_encoders", "single_file"):

@@ -1,13 +1,13 @@
-"""``fastunlearn evaluate --model OUT [--json] [--quick] [--full]``: measure what a run left, as a table or JSON.
+"""``fastunlearn evaluate --model OUT [...]``: measure what a run left, as a table or JSON.
 
-It writes one file, ``OUT/evaluation.json``, with ``--full`` also those of ``fastunlearn relearn``, and leaves all
-else as it is.
+It writes one file, ``OUT/evaluation.json``, with ``--full`` also those of ``fastunlearn relearn``, and leaves all else
+as it is. The measurement itself is in ``evaluation/``.
 """
 
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from fastunlearn.config import Config
 
 SEEN_SHOWN = 5
+
+
+def main(parser: ArgumentParser, argv: list[str]) -> int:
+    """Read the arguments, and do what they ask for."""
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--model", required=True, metavar="OUT", help="output_dir of a finished run")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--quick", action="store_true", help="fewer images, wider intervals")
+    parser.add_argument("--full", action="store_true", help="also the relearning test (see fastunlearn relearn)")
 
 
 def run(args: Namespace) -> int:

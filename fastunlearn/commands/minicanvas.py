@@ -1,19 +1,23 @@
-"""`fastunlearn minicanvas path | sample | rebuild`: arguments and printing only."""
+"""``fastunlearn minicanvas path | sample | rebuild``: the embedded model, its folder, its pictures, its making."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 from fastunlearn.errors import UserError
 from fastunlearn.minicanvas import OBJECTS, STYLES, pipeline_path
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `minicanvas` with its three actions to the `fastunlearn` command."""
-    parser = subparsers.add_parser("minicanvas", help="the embedded model: where it is, what it draws, how it was made")
+def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """Read the arguments, and do what they ask for."""
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("path", help="print the pipeline folder and nothing else")
     sample = actions.add_parser("sample", help="draw prompts, or every object in every style")
@@ -29,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments of `add_parser` ask for; the exit status.
+    """Do one of the three actions; return the exit status.
 
     Raises:
         UserError: a number out of range, or a file or folder that cannot be written.

@@ -1,22 +1,32 @@
-"""``fastunlearn plan``: the command.
+"""``fastunlearn plan``: what a run will need of memory, as a table or JSON; the figures are made in ``planning/``.
 
-What this is: the table as text or JSON, and the exit status: 0 where the run fits or no limit is known, 1 where it does
-not fit.
-What this is not: the figures (``plan.py``) or the options (``cli.py``).
+The exit status is 0 where the run fits or no limit is known, and 1 where it does not fit.
 """
 
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import torch
-
-from fastunlearn.config import Config, resolved_scope
-from fastunlearn.planning.advice import smallest_change
-from fastunlearn.planning.plan import ALLOWANCE, Plan, make_plan, read_model
+from fastunlearn.commands.train import rank_count
+from fastunlearn.config import Config, config_from_arguments, resolved_scope
+from fastunlearn.config.loader import take_option
+from fastunlearn.errors import UserError
+from fastunlearn.utils.environment import prepare_environment
 from fastunlearn.utils.memory_rows import ALWAYS, Row
 from fastunlearn.utils.text import GIB, size
+
+if TYPE_CHECKING:
+    from fastunlearn.planning.plan import Plan
+
+USAGE = """usage: fastunlearn plan [--config FILE] [--num_gpus N] [--vram GIB] [--json] [--section.field VALUE ...]
+
+Say what a run will need of memory, before any weights are loaded. All options of `fastunlearn train` are understood.
+
+  --vram GIB   memory of one GPU; by default that of the GPU that is there
+  --json       print JSON only"""
 
 PHASE_WORDS = {
     "attack": "simulated attack",
@@ -28,13 +38,45 @@ PHASE_WORDS = {
 }
 
 
-def run(cfg: Config, ranks: int, gib: float | None, as_json: bool) -> int:
-    """Print the plan of a configuration; return the exit status. ``gib``: the limit, by default that of the GPU.
+def main(parser: ArgumentParser, argv: list[str]) -> int:
+    """The options of ``fastunlearn train``, and ``--vram`` and ``--json``."""
+    if "--help" in argv or "-h" in argv:
+        print(USAGE)
+        return 0
+    text, rest = take_option(argv, "num_gpus")
+    ranks = rank_count(text)
+    text, rest = take_option(rest, "vram")
+    limit = None if text is None else gib(text)
+    config = config_from_arguments([word for word in rest if word != "--json"])
+    prepare_environment(1)
+    return run(config, ranks, limit, as_json="--json" in rest)
+
+
+def gib(text: str) -> float:
+    """The value of ``--vram``.
+
+    Raises:
+        UserError: it is no size of a GPU's memory.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise UserError(f"--vram: {text!r} is not allowed; give the memory of one GPU in GiB, such as 24")
+    return number
+
+
+def run(cfg: Config, ranks: int, vram: float | None, as_json: bool) -> int:
+    """Print the plan of a configuration; return the exit status. ``vram``: GiB, by default those of the GPU.
 
     Raises:
         UserError: the model folder cannot be read.
     """
-    limit = _gpu_bytes() if gib is None else int(gib * GIB)
+    from fastunlearn.planning.advice import smallest_change
+    from fastunlearn.planning.plan import make_plan, read_model
+
+    limit = _gpu_bytes() if vram is None else int(vram * GIB)
     model = read_model(cfg)
     plan = make_plan(cfg, ranks, model)
     fits = limit is None or plan.fits(limit)
@@ -44,6 +86,8 @@ def run(cfg: Config, ranks: int, gib: float | None, as_json: bool) -> int:
 
 
 def _gpu_bytes() -> int | None:
+    import torch
+
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
@@ -90,6 +134,8 @@ def _when(row: Row) -> str:
 
 
 def _verdict(plan: Plan, limit: int | None, better: Plan | None) -> list[str]:
+    from fastunlearn.planning.plan import ALLOWANCE
+
     if limit is None:
         return ["no limit known: give --vram"]
     asked = f"{size(plan.device)} and {size(ALLOWANCE)} for the CUDA context and workspaces, of {size(limit)}"
@@ -111,6 +157,8 @@ def _evaluations(plan: Plan) -> list[str]:
 
 def as_data(plan: Plan, limit: int | None, better: Plan | None) -> dict:
     """The same for ``--json``, in bytes."""
+    from fastunlearn.planning.plan import ALLOWANCE
+
     return {
         "parameters": plan.sizes.total,
         "trained_parameters": sum(plan.sizes.trained),

@@ -1,7 +1,7 @@
 """``fastunlearn relearn --model OUT [...]``: attack what a run left, as a table or JSON, with a picture.
 
-Two files are written, ``OUT/relearn.json`` and ``OUT/samples/relearn.png``, both at the end and each in one step.
-Everything else in the folder stays as it is.
+It writes two files, ``OUT/relearn.json`` and ``OUT/samples/relearn.png``, both at the end and each in one step, and
+leaves everything else as it is. The test itself is in ``evaluation/relearning/``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.run_folder import check_results
 
 DEFAULTS = Settings()
+
+
+def main(parser: ArgumentParser, argv: list[str]) -> int:
+    """Read the arguments, and do what they ask for."""
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -18,6 +18,8 @@ from fastunlearn.config.base import RunConfig
 from fastunlearn.config.concept_rules import check_config, check_runtime
 from fastunlearn.config.defaults import resolved_keep, resolved_scope, resolved_steps
 from fastunlearn.config.loader import emit_toml, merge, one_line, parse_overrides, read_toml, take_option, train_help
+from fastunlearn.config.presets import preset_file
+from fastunlearn.errors import UserError
 
 OF_ONE_MODEL = ("revision", "variant")
 
@@ -84,13 +86,18 @@ def _forget_the_files_model(data: dict[str, Any], given: dict[str, Any]) -> None
 
 
 def config_from_arguments(arguments: Sequence[str]) -> Config:
-    """The configuration of ``train.py [--config FILE] [overrides]``; ``--help`` prints the options and leaves.
+    """The configuration of ``train.py [--preset NAME | --config FILE] [overrides]``; ``--help`` prints and leaves.
 
     Raises:
-        UserError: as ``load_config``.
+        UserError: as ``load_config``, or the preset is unknown.
     """
     if "--help" in arguments or "-h" in arguments:
         print(train_help(Config))
         raise SystemExit(0)
-    path, overrides = take_option(arguments, "config")
+    path, rest = take_option(arguments, "config")
+    preset, overrides = take_option(rest, "preset")
+    if preset is not None:
+        if path is not None:
+            raise UserError(f"--preset: {preset!r} and --config {path!r} were given; allowed is one of the two")
+        path = str(preset_file(preset))
     return load_config(path, overrides)

@@ -56,8 +56,8 @@ SWITCHES = {
 IGNORED = ("local_rank",)  # DeepSpeed's launcher appends it; the rank is read from the environment
 BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
-TRAIN_USAGE = """usage: fastunlearn train [--config FILE] [--num_gpus N] [--section.field VALUE ...]
-       deepspeed [--num_gpus N] fastunlearn/train.py [--config FILE] [--section.field VALUE ...]
+TRAIN_USAGE = """usage: fastunlearn train [--preset NAME | --config FILE] [--num_gpus N] [--section.field VALUE ...]
+       deepspeed [--num_gpus N] fastunlearn/train.py [--preset NAME | --config FILE] [--section.field VALUE ...]
 
 Erase concepts from a Stable Diffusion or SDXL model. A list is written "a; b", a missing value none."""
 

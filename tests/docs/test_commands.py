@@ -30,14 +30,6 @@ def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def skip_without_presets(words: tuple[str, ...]) -> None:
-    """Until the command line has them."""
-    from fastunlearn import cli
-
-    if ("--preset" in words or "presets" in words) and "presets" not in cli.COMMANDS:
-        pytest.skip("the command line has no presets yet")
-
-
 def run_cli(*words: str) -> int:
     from fastunlearn import cli
 
@@ -147,7 +139,6 @@ HANDLERS |= {name: known_as_it_stands for name in ("pip", "source", "ruff", "myp
 @pytest.mark.parametrize("command", [*COMMANDS, *header_commands()], ids=str)
 def test_a_command_is_understood(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.words[0] in HANDLERS, "neither run nor known"
-    skip_without_presets(command.words)
     HANDLERS[command.words[0]](command, tmp_path, capsys)
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from fastunlearn import cli
-
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("fastunlearn", "kernels", "configs", "pyproject.toml", "README.md", "LICENSE")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -136,10 +134,6 @@ def test_the_installed_package_is_the_wheels(binaries: Path, tmp_path: Path) -> 
         assert Path(line).is_relative_to(binaries.parent)
 
 
-needs_presets = pytest.mark.skipif("presets" not in cli.COMMANDS, reason="the command line has no presets yet")
-
-
-@needs_presets
 def test_readmes_first_command_runs_there(binaries: Path, tmp_path: Path) -> None:
     run(binaries, tmp_path, *first_command(), *SHORTER)
     folder = tmp_path / first_command()[-1]
@@ -147,7 +141,6 @@ def test_readmes_first_command_runs_there(binaries: Path, tmp_path: Path) -> Non
         assert (folder / name).is_file()
 
 
-@needs_presets
 def test_presets_and_help_are_there(binaries: Path, tmp_path: Path) -> None:
     listed = run(binaries, tmp_path, "fastunlearn", "presets")
     for path in (ROOT / "configs").glob("*.toml"):

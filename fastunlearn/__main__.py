@@ -1,0 +1,7 @@
+"""``python -m fastunlearn`` is the ``fastunlearn`` command."""
+
+import sys
+
+from fastunlearn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,66 @@
+"""``fastunlearn train``: a run in this process, or through DeepSpeed's launcher where several ranks are asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import fastunlearn
+from fastunlearn.config import config_from_arguments
+from fastunlearn.config.loader import take_option
+from fastunlearn.errors import UserError
+
+
+def main(parser: ArgumentParser, argv: list[str]) -> int:
+    """Check, so that a mistake is reported at once and not by every rank; then train."""
+    from fastunlearn.training.preflight import check_all
+
+    text, rest = take_option(argv, "num_gpus")
+    ranks = rank_count(text)
+    config = config_from_arguments(rest)
+    check_all(config)
+    if ranks > 1:
+        gpus = gpu_count()
+        if 0 < gpus < ranks:
+            raise UserError(f"--num_gpus: {ranks} ranks, but there are {gpus} GPUs; allowed are 1 to {gpus}")
+        config.validate_runtime(ranks, has_gpu=gpus > 0)
+        launch(ranks, rest, on_gpus=gpus > 0)
+    from fastunlearn.train import main as train_main
+
+    return train_main(rest)
+
+
+def rank_count(text: str | None) -> int:
+    """The value of ``--num_gpus``.
+
+    Raises:
+        UserError: it is no number of ranks.
+    """
+    if text is None:
+        return 1
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--num_gpus: {text!r} is not allowed; a whole number of at least 1 is needed")
+    return int(text)
+
+
+def gpu_count() -> int:
+    """How many GPUs torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def launch(ranks: int, argv: list[str], on_gpus: bool) -> None:
+    """Become DeepSpeed's launcher; this does not come back."""
+    command = launch_command(ranks, argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpus else "cpu")  # found out by itself, it warns
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def launch_command(ranks: int, argv: list[str]) -> list[str]:
+    """DeepSpeed's launcher on ``train.py``, by the interpreter that runs now, whatever is first on the PATH."""
+    script = Path(fastunlearn.__path__[0]) / "train.py"
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks), str(script), *argv]
