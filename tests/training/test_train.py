@@ -163,7 +163,7 @@ CHECKPOINTS = ("--checkpointing_steps", "2", "--train.logging_steps", "1")
 KILLED = f"""
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
-from fastunlearn.quiet import prepare_environment
+from fastunlearn.utils.environment import prepare_environment
 prepare_environment(1)
 import importlib
 from fastunlearn.train import main
@@ -203,8 +203,8 @@ def test_what_methods_carry_on_is_resumed_too(case: str, uninterrupted: Callable
 # Between the retain and the unlearning window of update 5, and while the weights are those of a simulated attack in
 # update 6, the fourth that has one.
 MOMENTS = {
-    "surgery with a running mean in 8 bits": (("fastunlearn.gradients.projection", "Surgery", "keep", "6"), 5),
-    "a meta term beside surgery": (("fastunlearn.meta.inner_loop", "Attack", "_fine_tune", "4"), 6),
+    "surgery with a running mean in 8 bits": (("fastunlearn.gradients.transforms", "GradientTransforms", "store", "6"), 5),
+    "a meta term beside surgery": (("fastunlearn.meta.inner_loop", "InnerLoop", "_fine_tune", "4"), 6),
 }
 
 
