@@ -203,9 +203,11 @@ def test_what_methods_carry_on_is_resumed_too(case: str, uninterrupted: Callable
 # Between the retain and the unlearning window of update 5, and while the weights are those of a simulated attack in
 # update 6, the fourth that has one.
 MOMENTS = {
-    "surgery with a running mean in 8 bits": (("fastunlearn.gradients.transforms", "GradientTransforms", "store", "6"), 5),
+    "surgery with a running mean in 8 bits": (
+        ("fastunlearn.gradients.transforms", "GradientTransforms", "store", "6"), 5,
+    ),
     "a meta term beside surgery": (("fastunlearn.meta.inner_loop", "InnerLoop", "_fine_tune", "4"), 6),
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow
