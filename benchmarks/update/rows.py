@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastunlearn.config import Config
-from fastunlearn.config import loader as config_text
+from fastunlearn.config.loader import merge, one_line
+from fastunlearn.config.options import parse_overrides
 from fastunlearn.errors import UserError, nearest
 
 Row = dict[str, str]
@@ -141,11 +142,11 @@ def config_of(row: Mapping[str, str], has_gpu: bool, *, short: bool) -> Config:
             data["meta"]["num_images"] = 8
     given = {OPTIONAL.get(name, name): value for name, value in row.items() if name in OPTIONAL or "." in name}
     options = [part for name, value in given.items() for part in (f"--{name}", value)]
-    config_text.merge(data, config_text.parse_overrides(options, Config))
+    merge(data, parse_overrides(options, Config))
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise config_text.one_line(error, Config) from None
+        raise one_line(error, Config) from None
 
 
 def _sections(row: Mapping[str, str], has_gpu: bool) -> dict[str, Any]:

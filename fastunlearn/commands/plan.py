@@ -10,9 +10,9 @@ from argparse import ArgumentParser
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from fastunlearn.commands.train import rank_count
-from fastunlearn.config import Config, config_from_arguments, resolved_scope
-from fastunlearn.config.loader import take_option
+from fastunlearn.commands.train import NUM_GPUS, rank_count
+from fastunlearn.config import Config, config_of, resolved_scope, run_options
+from fastunlearn.config.options import Option
 from fastunlearn.errors import UserError
 from fastunlearn.utils.environment import prepare_environment
 from fastunlearn.utils.memory_rows import ALWAYS, Row
@@ -21,12 +21,14 @@ from fastunlearn.utils.text import GIB, size
 if TYPE_CHECKING:
     from fastunlearn.planning.plan import Plan
 
-USAGE = """usage: fastunlearn plan [--config FILE] [--num_gpus N] [--vram GIB] [--json] [--section.field VALUE ...]
+DESCRIPTION = """\
+Say what a run will need of memory, before any weights are loaded:
 
-Say what a run will need of memory, before any weights are loaded. All options of `fastunlearn train` are understood.
+  fastunlearn plan --preset sdxl-24gb-style --vram 24
 
-  --vram GIB   memory of one GPU; by default that of the GPU that is there
-  --json       print JSON only"""
+All options of `fastunlearn train` are understood."""
+VRAM = Option("vram", "memory of one GPU (default: that of the GPU that is there)", "GIB")
+JSON = Option("json", "print JSON only", switch=True)
 
 PHASE_WORDS = {
     "attack": "simulated attack",
@@ -40,24 +42,23 @@ PHASE_WORDS = {
 
 def main(parser: ArgumentParser, argv: list[str]) -> int:
     """The options of ``fastunlearn train``, and ``--vram`` and ``--json``."""
-    if "--help" in argv or "-h" in argv:
-        print(USAGE)
-        return 0
-    text, rest = take_option(argv, "num_gpus")
-    ranks = rank_count(text)
-    text, rest = take_option(rest, "vram")
-    limit = None if text is None else gib(text)
-    config = config_from_arguments([word for word in rest if word != "--json"])
+    parser.description = DESCRIPTION
+    given = run_options(parser, NUM_GPUS, VRAM, JSON).help_or_read(argv)
+    ranks, vram = rank_count(given.pop(NUM_GPUS.name, None)), gib(given.pop(VRAM.name, None))
+    as_json = given.pop(JSON.name, False)
+    config = config_of(given)
     prepare_environment(1)
-    return run(config, ranks, limit, as_json="--json" in rest)
+    return run(config, ranks, vram, as_json)
 
 
-def gib(text: str) -> float:
+def gib(text: str | None) -> float | None:
     """The value of ``--vram``.
 
     Raises:
         UserError: it is no size of a GPU's memory.
     """
+    if text is None:
+        return None
     try:
         number = float(text)
     except ValueError:

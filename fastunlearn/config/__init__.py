@@ -1,7 +1,7 @@
 """The configuration of a run: reading it, the rules across its fields, the defaults that depend on method and concept.
 Not here: the fields themselves (`schema/`), or checks of the disk (`training/preflight.py`)."""
 
-from fastunlearn.config.config import Config, config_from_arguments, load_config
+from fastunlearn.config.config import Config, config_from_arguments, config_of, load_config, run_options
 from fastunlearn.config.defaults import (
     concept_kind,
     first_student_update,
@@ -45,10 +45,12 @@ __all__ = [
     "TrainConfig",
     "concept_kind",
     "config_from_arguments",
+    "config_of",
     "first_student_update",
     "load_config",
     "resolved_keep",
     "resolved_scope",
     "resolved_steps",
+    "run_options",
     "student_updates",
 ]

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, create_model, field_validator
 
 from fastunlearn.prompts.vocabulary import GENERIC, MINICANVAS, ConceptVocabulary
 from fastunlearn.registry import ENGINES, METHODS, OPTIMIZERS, Registry
-from fastunlearn.schema.fields import ConfigModel, PathStr, StrippedStr, known_in
+from fastunlearn.schema.fields import ConfigModel, KnownIn, PathStr, StrippedStr
 from fastunlearn.schema.meta import MetaConfig, is_active
 from fastunlearn.schema.sections import (
     CheckpointConfig,
@@ -36,9 +36,9 @@ META_STEPS = 100  # of the meta term alone, after an edit in closed form (arXiv 
 class FixedSections(ConfigModel):
     """The fields that every run has."""
 
-    method: Annotated[str, AfterValidator(known_in(METHODS))] = "kscu"
+    method: Annotated[str, AfterValidator(KnownIn(METHODS))] = "kscu"
     """The erasure method."""
-    engine: Annotated[str, AfterValidator(known_in(ENGINES))] = "zero"
+    engine: Annotated[str, AfterValidator(KnownIn(ENGINES))] = "zero"
     """zero: DeepSpeed, on any number of GPUs; fused: one GPU, layers projected and stepped as their gradients come."""
     concepts: list[Concept] = Field(default_factory=list)
     """What to erase: strings, or tables {name, anchor, kind}."""

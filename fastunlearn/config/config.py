@@ -3,12 +3,13 @@
     cfg = load_config("configs/minicanvas_style.toml", ["--train.max_train_steps", "100"])
 
 The fields are in ``schema/`` and in the files of methods and engines, what follows from them in ``base.py`` and
-``defaults.py``, refusals in the files that end in ``_rules``, TOML and command-line text in ``loader.py``. Nothing here
-imports torch.
+``defaults.py``, refusals in the files that end in ``_rules``; TOML is read in ``loader.py``, the command line in
+``options.py``. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,20 @@ from pydantic import ValidationError, model_validator
 from fastunlearn.config.base import RunConfig
 from fastunlearn.config.concept_rules import check_config, check_runtime
 from fastunlearn.config.defaults import resolved_keep, resolved_scope, resolved_steps
-from fastunlearn.config.loader import emit_toml, merge, one_line, parse_overrides, read_toml, take_option, train_help
+from fastunlearn.config.loader import emit_toml, merge, one_line, read_toml
+from fastunlearn.config.options import Option, Options, parse_overrides
 from fastunlearn.config.presets import preset_file
 from fastunlearn.errors import UserError
 
 OF_ONE_MODEL = ("revision", "variant")
+LAUNCHED = """\
+Erase concepts from a Stable Diffusion or SDXL model. The launcher's own options come first:
+
+  deepspeed --num_gpus 2 fastunlearn/train.py --preset sdxl-2x24gb-style --output_dir output/style"""
+SOURCES = (
+    Option("preset", "a configuration that comes along; `fastunlearn presets` lists them", "NAME"),
+    Option("config", "a TOML file: one of your own, or the config.toml that a run has left", "FILE"),
+)
 
 
 class Config(RunConfig):
@@ -67,8 +77,40 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     Raises:
         UserError: the file cannot be read, or a field is unknown, of the wrong type or out of range.
     """
+    return _read(path, parse_overrides(overrides, Config))
+
+
+def run_options(parser: ArgumentParser, *own: Option) -> Options:
+    """The options of a command that reads a whole run, for ``config_of``, and what else the command takes."""
+    return Options(parser, Config, (*SOURCES, *own))
+
+
+def config_of(given: dict[str, Any]) -> Config:
+    """The configuration that ``run_options(...).help_or_read(...)`` found, without the command's own options.
+
+    Raises:
+        UserError: as ``load_config``, or the preset is unknown.
+    """
+    path, preset = given.pop("config", None), given.pop("preset", None)
+    if preset is not None:
+        if path is not None:
+            raise UserError(f"--preset: {preset!r} and --config {path!r} were given; allowed is one of the two")
+        path = str(preset_file(preset))
+    return _read(path, given)
+
+
+def config_from_arguments(arguments: Sequence[str]) -> Config:
+    """The configuration of ``train.py [--preset NAME | --config FILE] [overrides]``; ``--help`` prints and leaves.
+
+    Raises:
+        UserError: as ``config_of``.
+    """
+    parser = ArgumentParser(prog="deepspeed fastunlearn/train.py", description=LAUNCHED)
+    return config_of(run_options(parser).help_or_read(arguments))
+
+
+def _read(path: str | None, given: dict[str, Any]) -> Config:
     data = read_toml(path) if path is not None else {}
-    given = parse_overrides(overrides, Config)
     _forget_the_files_model(data, given)
     merge(data, given)
     try:
@@ -83,21 +125,3 @@ def _forget_the_files_model(data: dict[str, Any], given: dict[str, Any]) -> None
     if isinstance(model, dict) and f"model.{named}" in given and given[f"model.{named}"] != model.get(named):
         for field in OF_ONE_MODEL:
             model.pop(field, None)
-
-
-def config_from_arguments(arguments: Sequence[str]) -> Config:
-    """The configuration of ``train.py [--preset NAME | --config FILE] [overrides]``; ``--help`` prints and leaves.
-
-    Raises:
-        UserError: as ``load_config``, or the preset is unknown.
-    """
-    if "--help" in arguments or "-h" in arguments:
-        print(train_help(Config))
-        raise SystemExit(0)
-    path, rest = take_option(arguments, "config")
-    preset, overrides = take_option(rest, "preset")
-    if preset is not None:
-        if path is not None:
-            raise UserError(f"--preset: {preset!r} and --config {path!r} were given; allowed is one of the two")
-        path = str(preset_file(preset))
-    return load_config(path, overrides)

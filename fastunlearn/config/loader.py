@@ -1,76 +1,17 @@
-"""Text in and out of a configuration: TOML, command-line overrides, one-line errors, and the listing for ``--help``.
-
-Everything is derived from the pydantic schema that the caller passes, so that a new field needs no entry here. No field
-is known by name, except for diffusers' names in ``ALIASES``.
-"""
+"""TOML in and out of a configuration, and what is wrong with one as a single line. The command line: ``options.py``."""
 
 from __future__ import annotations
 
-import json
 import reprlib
 import tomllib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
+from fastunlearn.config.options import Schema, fields_of, nearest_option
 from fastunlearn.errors import UserError, nearest
-
-# diffusers' names where the meaning is the same; those in ``SWITCHES`` stand for one value of the field.
-ALIASES = {
-    "pretrained_model_name_or_path": "model.pretrained_model_name_or_path",
-    "revision": "model.revision",
-    "variant": "model.variant",
-    "mixed_precision": "model.mixed_precision",
-    "gradient_checkpointing": "model.gradient_checkpointing",
-    "enable_xformers_memory_efficient_attention": "model.attention",
-    "max_train_steps": "train.max_train_steps",
-    "train_batch_size": "train.train_batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "learning_rate": "train.learning_rate",
-    "lr_scheduler": "train.lr_scheduler",
-    "lr_warmup_steps": "train.lr_warmup_steps",
-    "max_grad_norm": "train.max_grad_norm",
-    "resolution": "train.resolution",
-    "use_8bit_adam": "optimizer.name",
-    "adam_beta1": "optimizer.adam_beta1",
-    "adam_beta2": "optimizer.adam_beta2",
-    "adam_epsilon": "optimizer.adam_epsilon",
-    "adam_weight_decay": "optimizer.adam_weight_decay",
-    "num_inference_steps": "sampler.num_inference_steps",
-    "guidance_scale": "sampler.guidance_scale",
-    "zero_stage": "zero.stage",
-    "checkpointing_steps": "checkpoint.checkpointing_steps",
-    "checkpoints_total_limit": "checkpoint.checkpoints_total_limit",
-    "report_to": "report.report_to",
-    "validation_prompt": "report.validation_prompts",
-    "num_validation_images": "report.num_validation_seeds",
-}
-SWITCHES = {
-    "use_8bit_adam": {True: "adamw8bit", False: "adamw"},
-    "enable_xformers_memory_efficient_attention": {True: "xformers", False: "auto"},
-}
-IGNORED = ("local_rank",)  # DeepSpeed's launcher appends it; the rank is read from the environment
-BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-
-TRAIN_USAGE = """usage: fastunlearn train [--preset NAME | --config FILE] [--num_gpus N] [--section.field VALUE ...]
-       deepspeed [--num_gpus N] fastunlearn/train.py [--preset NAME | --config FILE] [--section.field VALUE ...]
-
-Erase concepts from a Stable Diffusion or SDXL model. A list is written "a; b", a missing value none."""
-
-Schema = type[BaseModel]
-
-
-def fields_of(schema: Schema, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf field with its dotted name, in the order of the schema."""
-    for name, info in schema.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from fields_of(info.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, info
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -87,20 +28,6 @@ def read_toml(path: str) -> dict[str, Any]:
         raise UserError(f"--config: {path!r} is not valid TOML: {error}") from None
 
 
-def take_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Take ``--name VALUE`` or ``--name=VALUE`` out of the arguments: (the last value or None, the other arguments)."""
-    value, rest, words = None, [], list(arguments)
-    while words:
-        word = words.pop(0)
-        if word == f"--{name}":
-            value = _take_value(name, words, switch=False)
-        elif word.startswith(f"--{name}="):
-            value = word.partition("=")[2]
-        else:
-            rest.append(word)
-    return value, rest
-
-
 def merge(data: dict[str, Any], flat: dict[str, Any]) -> None:
     """Write ``{"train.scope": "full"}`` into the nested ``data``, in place."""
     for dotted, value in flat.items():
@@ -111,104 +38,6 @@ def merge(data: dict[str, Any], flat: dict[str, Any]) -> None:
             if not isinstance(target, dict):
                 raise UserError(f"{section}: {target!r} is not a section; write [{section}] in the TOML file")
         target[leaf] = value
-
-
-def parse_overrides(arguments: Sequence[str], schema: Schema) -> dict[str, Any]:
-    """Read ``--section.field value``, ``--section.field=value`` and diffusers' names into ``{dotted name: value}``.
-
-    A value that does not fit its field's type is left as text, so that validation reports it together with what is
-    allowed. A later argument wins over an earlier one.
-
-    Raises:
-        UserError: an unknown option, a word that belongs to no option, or a missing value.
-    """
-    fields = dict(fields_of(schema))
-    result: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise UserError(f'{word!r}: unexpected argument; write --section.field value (a list as "a; b")')
-        name, separator, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        dotted = ALIASES.get(name, name)
-        if dotted not in fields and name not in IGNORED:
-            raise UserError(f"--{name}: unknown option{_nearest_option(name, fields)}")
-        switch = name in SWITCHES or (dotted in fields and fields[dotted].annotation is bool)
-        if not separator:
-            text = _take_value(name, rest, switch)
-        if name not in IGNORED:
-            result[dotted] = _alias_value(name, text, fields[dotted])
-    return result
-
-
-def _take_value(name: str, rest: list[str], switch: bool) -> str:
-    if switch:
-        return rest.pop(0) if rest and rest[0].lower() in BOOLEANS else "true"
-    if not rest or rest[0].startswith("--"):
-        raise UserError(f"--{name}: a value is missing; write --{name} VALUE")
-    return rest.pop(0)
-
-
-def _alias_value(name: str, text: str, info: FieldInfo) -> Any:
-    if name in SWITCHES:
-        if text.lower() not in BOOLEANS:
-            raise UserError(f"--{name}: {text!r} is not true or false")
-        return SWITCHES[name][BOOLEANS[text.lower()]]
-    if name == "validation_prompt":  # one prompt, which may hold a semicolon
-        return [text]
-    return convert(text, info.annotation)
-
-
-def convert(text: str, annotation: Any) -> Any:
-    """Read ``text`` as a value of this type; text that does not fit comes back unchanged."""
-    options = set(get_args(annotation))
-    if type(None) in options and text.lower() in ("none", "null"):
-        return None
-    if get_origin(annotation) is list:
-        return _convert_list(text, get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        readings = {str(option).lower(): option for option in get_args(annotation)}
-        return readings.get(text.lower(), text)
-    if annotation is bool:
-        return BOOLEANS.get(text.lower(), text)
-    if annotation is str or str in options:
-        return text
-    return _convert_number(text)
-
-
-def _convert_number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            number = kind(text)
-        except ValueError:
-            continue
-        return int(number) if isinstance(number, float) and number.is_integer() else number
-    return text
-
-
-def _convert_list(text: str, item: Any) -> Any:
-    if text.lstrip().startswith("["):
-        try:
-            return tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            return text
-    parts = [part.strip() for part in text.split(";")]
-    if parts[-1] == "":  # "" is the empty list, and "a;" is one item
-        parts.pop()
-    is_text = item is str or (isinstance(item, type) and issubclass(item, BaseModel))
-    return parts if is_text else [_convert_number(part) for part in parts]
-
-
-def _nearest_option(name: str, fields: dict[str, FieldInfo]) -> str:
-    by_leaf = {dotted.rpartition(".")[2]: dotted for dotted in fields}
-    leaf = name.rpartition(".")[2]
-    if leaf in by_leaf:  # the right field in the wrong section
-        return f" (nearest: --{by_leaf[leaf]})"
-    found = nearest(name, [*fields, *ALIASES])
-    if not found:
-        found = nearest(leaf, by_leaf)
-    return found.replace("nearest: ", "nearest: --")
 
 
 def one_line(error: ValidationError, schema: Schema) -> UserError:
@@ -271,7 +100,7 @@ def _nearest_field(location: tuple[int | str, ...], schema: Schema) -> str:
     found = nearest(leaf, siblings)
     if found:
         return found.replace("nearest: ", f"nearest: {prefix}")
-    return _nearest_option(prefix + leaf, fields).replace("nearest: --", "nearest: ")
+    return nearest_option(prefix + leaf, fields).replace("nearest: --", "nearest: ")
 
 
 def emit_toml(data: dict[str, Any]) -> str:
@@ -283,33 +112,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def train_help(schema: Schema) -> str:
-    """What ``fastunlearn train --help`` prints."""
-    return f"{TRAIN_USAGE}\n\noptions (in TOML: field = value under [section]):\n{options_help(schema)}"
-
-
-def options_help(schema: Schema) -> str:
-    """One line per option: name, type or choices, default, and the field's docstring."""
-    aliases: dict[str, list[str]] = {}
-    for alias, dotted in ALIASES.items():
-        aliases.setdefault(dotted, []).append(f"--{alias}")
-    lines = []
-    for dotted, info in fields_of(schema):
-        value = info.get_default(call_default_factory=True)
-        default = "none" if value is None else json.dumps(value, ensure_ascii=False)
-        lines.append(f"  --{dotted} {_type_name(info.annotation)} (default {default})")
-        also = f" Also {', '.join(aliases[dotted])}." if dotted in aliases else ""
-        lines.append(f"      {info.description}{also}")
-    return "\n".join(lines)
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return "|".join(str(option).lower() for option in get_args(annotation))
-    if get_origin(annotation) is list:
-        return '"A; B; ..."'
-    names = {str: "TEXT", int: "N", float: "X", bool: "true|false"}
-    kinds = [kind for kind in (get_args(annotation) or [annotation]) if kind is not type(None)]
-    return next((names[kind] for kind in names for option in kinds if kind in (option, *get_args(option))), "VALUE")

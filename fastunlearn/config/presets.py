@@ -23,7 +23,7 @@ def preset_file(name: str) -> Path:
     known = preset_files()
     wanted = name.replace("_", "-")
     if wanted not in known:
-        raise UserError(f"--preset: {name!r} is unknown; `fastunlearn presets` lists them{nearest(wanted, known)}")
+        raise UserError(f"preset: {name!r} is unknown; `fastunlearn presets` lists them{nearest(wanted, known)}")
     return known[wanted]
 
 

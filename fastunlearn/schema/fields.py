@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import (
@@ -29,6 +28,7 @@ __all__ = [
     "Fraction",
     "GradientDtype",
     "KernelBackend",
+    "KnownIn",
     "MixedPrecision",
     "NonNegativeFloat",
     "NonNegativeInt",
@@ -41,7 +41,6 @@ __all__ = [
     "Scope",
     "StrippedStr",
     "WeightDtype",
-    "known_in",
 ]
 
 PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -71,14 +70,20 @@ class ConfigModel(BaseModel):
     )
 
 
-def known_in(registry: Registry, *others: str) -> Callable[[str], str]:
+class KnownIn:
     """A validator that refuses what is neither in the registry nor one of ``others``, as pydantic refuses a literal."""
 
-    def check(name: str) -> str:
-        if name not in (known_names := (*others, *registry.entries)):
-            *first, last = [repr(known) for known in known_names]
+    def __init__(self, registry: Registry, *others: str) -> None:
+        self.registry, self.others = registry, others
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is allowed."""
+        return (*self.others, *self.registry.entries)
+
+    def __call__(self, name: str) -> str:
+        if name not in self.names:
+            *first, last = [repr(known) for known in self.names]
             expected = f"{', '.join(first)} or {last}" if first else last
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
         return name
-
-    return check

@@ -19,6 +19,7 @@ from fastunlearn.schema.fields import (
     ConfigModel,
     Fraction,
     GradientDtype,
+    KnownIn,
     MixedPrecision,
     NonNegativeFloat,
     NonNegativeInt,
@@ -30,7 +31,6 @@ from fastunlearn.schema.fields import (
     Scope,
     StrippedStr,
     WeightDtype,
-    known_in,
 )
 
 
@@ -134,7 +134,7 @@ class TrainConfig(ConfigModel):
 class OptimizerConfig(ConfigModel):
     """The optimizer that DeepSpeed steps."""
 
-    name: Annotated[str, AfterValidator(known_in(OPTIMIZERS))] = "adamw"
+    name: Annotated[str, AfterValidator(KnownIn(OPTIMIZERS))] = "adamw"
     """torch AdamW, or bitsandbytes' AdamW with 8-bit state, optionally paged to host memory."""
     adam_beta1: Beta = 0.9
     """Decay of the first moment."""
@@ -248,9 +248,9 @@ class EvaluationConfig(ConfigModel):
 
     mode: Literal["auto", "off"] = "auto"
     """auto: evaluate where an embedded judge knows the concepts, that is on MiniCanvas."""
-    classifier: Annotated[str, AfterValidator(known_in(CLASSIFIERS, "auto"))] = "auto"
+    classifier: Annotated[str, AfterValidator(KnownIn(CLASSIFIERS, "auto"))] = "auto"
     """Who looks at the pictures; auto: the first that knows the model and the concepts."""
-    metrics: list[Annotated[str, AfterValidator(known_in(METRICS))]] = list(METRICS)
+    metrics: list[Annotated[str, AfterValidator(KnownIn(METRICS))]] = list(METRICS)
     """Which figures are reported."""
     num_inference_steps: SamplerSteps = 25
     """Sampler steps per evaluation image."""
@@ -269,7 +269,7 @@ class EvaluationConfig(ConfigModel):
 class ExportConfig(ConfigModel):
     """The weights that a run leaves."""
 
-    formats: Annotated[list[Annotated[str, AfterValidator(known_in(FORMATS))]], Field(min_length=1)] = ["unet", "delta"]
+    formats: Annotated[list[Annotated[str, AfterValidator(KnownIn(FORMATS))]], Field(min_length=1)] = ["unet", "delta"]
     """What is written; "unet" must be among them, since evaluation and relearning read it."""
     dtype: Literal["auto", WeightDtype] = "auto"
     """Type of unet/; auto: that of the base model's U-Net files."""
