@@ -1,6 +1,7 @@
 """The main job as a user starts it: what a run leaves, kill and resume, and the wrong inputs.
 
-Every test starts `train.py` as a process of its own on the embedded model, with few updates and few sampler steps.
+Every test starts `train.py` as a process of its own on the embedded model, with few updates and few sampler steps: the
+first run, and what is refused before torch is loaded, as a shell does, all others forked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -33,19 +35,24 @@ SHORT = [
 ]  # fmt: skip
 
 
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, str(TRAIN), *SHORT, "--output_dir", str(out), *more]
+def words(out: Path, *more: str) -> list[str]:
+    return [str(TRAIN), *SHORT, "--output_dir", str(out), *more]
 
 
 def run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return forked.run(words(out, *more), out.parent / "printed", cwd=out.parent)
+
+
+def run_afresh(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words(out, *more)]
     # From another folder: neither the source tree nor its parent may be needed on the path.
-    return subprocess.run(command(out, *more), capture_output=True, text=True, timeout=600, cwd=out.parent, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=out.parent, check=False)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
-    done = run(out, "--checkpointing_steps", "2", "--checkpoints_total_limit", "2")
+    done = run_afresh(out, "--checkpointing_steps", "2", "--checkpoints_total_limit", "2")
     assert done.returncode == 0, done.stderr
     noise = [line for line in done.stderr.splitlines() if "warn" in line.lower() or "error" in line.lower()]
     assert not noise, noise
@@ -91,21 +98,16 @@ def test_only_the_scope_has_changed_and_the_delta_says_how(finished: Path) -> No
 
 def kill_and_resume(out: Path, arguments: tuple[str, ...], updates_before_the_kill: int) -> None:
     """Start a run, kill it without notice after so many updates, and let it go on."""
-    process = subprocess.Popen(
-        command(out, *arguments),
-        cwd=out.parent,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = forked.start(words(out, *arguments), Path(os.devnull), Path(os.devnull), cwd=out.parent)
+    assert process.pid is not None
     deadline = time.time() + 300
     log = out / "train_log.jsonl"
-    while time.time() < deadline and process.poll() is None:
+    while time.time() < deadline and process.exitcode is None:
         if log.exists() and log.read_text().count("\n") >= updates_before_the_kill:
             break
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     resume(out, arguments)
 
 
@@ -218,9 +220,8 @@ def test_killed_in_the_middle_of_an_update_it_ends_with_the_same_bits(
     out, driver = tmp_path / "out", tmp_path / "driver.py"
     arguments, (place, updates) = (*WITH_STATE[case], *CHECKPOINTS), MOMENTS[case]
     driver.write_text(KILLED)
-    _, _, *options = command(out, *arguments)
-    words = [sys.executable, str(driver), *place, *options]
-    died = subprocess.run(words, capture_output=True, timeout=600, check=False)
+    _, *options = words(out, *arguments)
+    died = forked.run([str(driver), *place, *options], tmp_path)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert (out / "train_log.jsonl").read_text().count("\n") == updates
     resume(out, arguments)
@@ -252,7 +253,7 @@ def test_a_checkpoint_of_another_run_or_world_is_refused(finished: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "said"),
     [
         (["--train.lerning_rate", "1"], ["lerning_rate", "learning_rate"]),
         (["--train.max_train_steps", "many"], ["max_train_steps", "many"]),
@@ -265,9 +266,9 @@ def test_a_checkpoint_of_another_run_or_world_is_refused(finished: Path, tmp_pat
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_line_and_status_2(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], said: list[str], tmp_path: Path) -> None:
     started = time.process_time()
-    one_line_refusal(run(tmp_path / "out", *arguments), *words)
+    one_line_refusal(run_afresh(tmp_path / "out", *arguments), *said)
     assert not (tmp_path / "out").exists()
     assert time.process_time() - started < 30
 
@@ -280,9 +281,8 @@ def test_a_finished_run_is_not_overwritten_unless_told_to(finished: Path) -> Non
 
 def test_more_ranks_than_cores_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4096", "LOCAL_WORLD_SIZE": "4096"}
-    done = subprocess.run(
-        command(tmp_path / "out"), capture_output=True, text=True, timeout=120, env=os.environ | world, check=False
-    )
+    command = [sys.executable, *words(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | world, check=False)
     one_line_refusal(done, "4096")
 
 
@@ -295,11 +295,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_exports_nothing(tmp_path: P
 
 
 def test_evaluate_measures_what_the_run_left(finished: Path, tmp_path: Path) -> None:
-    evaluate = [sys.executable, "-m", "fastunlearn.cli", "evaluate", "--model", str(finished), "--quick"]
+    evaluate = ["-m", "fastunlearn.cli", "evaluate", "--quick", "--model"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*evaluate, "--json"], capture_output=True, text=True, timeout=600, env=environment, check=False
-    )
+    done = forked.run([*evaluate, str(finished), "--json"], tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     for when in ("before", "after"):
@@ -308,9 +306,4 @@ def test_evaluate_measures_what_the_run_left(finished: Path, tmp_path: Path) -> 
         assert 0 <= low <= figures["UA"] <= high <= 1
         assert figures["protocol"]["num_inference_steps"] == 2 and figures["protocol"]["quick"]
     assert (finished / "evaluation.json").is_file()
-    one_line_refusal(
-        subprocess.run(
-            [*evaluate[:4], "--model", str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-        ),
-        "config.toml",
-    )
+    one_line_refusal(forked.run([*evaluate, str(tmp_path)], tmp_path), "config.toml")
