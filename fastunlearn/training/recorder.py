@@ -59,6 +59,7 @@ class Recorder:
         self._map = None if segments is None else BlockCosines(segments, cfg.surgery.granularity)
         self._map_path = Path(cfg.output_dir) / SURGERY_LOG
         self._clock = time.perf_counter()
+        self._not_finite_since: int | None = None
         self._writer = None
         if not world.is_main:
             return
@@ -116,7 +117,8 @@ class Recorder:
                 shown = [(entry["update"], update.applied.projection) for entry, update, _ in pending]
                 rows = [{"update": n, "cosine": self._map.of(stats)} for n, stats in shown if stats is not None]
                 self._append(self._map_path, rows)
-        _refuse_divergence(entries)
+        for entry in entries:
+            self._note_divergence(entry)
         self._clock = time.perf_counter()
 
     def _means(self, losses: list[list[Tensor]]) -> list[float]:
@@ -126,12 +128,31 @@ class Recorder:
         return mean_over_ranks(torch.stack(means)).tolist()
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files.
+
+        Raises:
+            UserError: the run ended with losses that were not finite: its last updates were skipped, the weights are
+                of no use.
+        """
         self.flush()
+        if self._not_finite_since is not None:
+            raise _diverged(self._not_finite_since)
         if self._world.is_main:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _note_divergence(self, entry: dict[str, Any]) -> None:
+        """Remember since when the loss has not been finite. The engine's guard skips such updates, and stops the run
+        itself after too many in a row."""
+        if math.isfinite(entry["loss"]):
+            self._not_finite_since = None
+        elif self._not_finite_since is None:
+            self._not_finite_since = entry["update"]
+        if entry.get("skipped"):
+            return
+        if not math.isfinite(entry["loss"]) or not math.isfinite(entry["unlearn_grad_norm"] or 0.0):
+            raise _diverged(entry["update"])
 
     def _append(self, path: Path, entries: list[dict[str, Any]]) -> None:
         try:
@@ -162,15 +183,11 @@ def _surgery_figures(figures: SurgeryStats | None) -> dict[str, Any]:
     }
 
 
-def _refuse_divergence(entries: list[dict[str, Any]]) -> None:
-    for entry in entries:
-        if entry.get("skipped"):
-            continue  # the engine's guard counts these and stops the run itself
-        if not math.isfinite(entry["loss"]) or not math.isfinite(entry["unlearn_grad_norm"] or 0.0):
-            raise UserError(
-                f"the loss is not finite at update {entry['update']}: lower train.learning_rate or set "
-                "train.max_grad_norm; nothing was exported"
-            )
+def _diverged(update: int) -> UserError:
+    return UserError(
+        f"the loss is not finite at update {update}: lower train.learning_rate or set train.max_grad_norm; nothing was "
+        "exported"
+    )
 
 
 def _truncate_log(path: Path, start: int) -> None:
