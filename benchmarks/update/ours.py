@@ -76,7 +76,7 @@ class Ours:
             clock.watch(engine.transforms, "store", "surgery")
             clock.watch(engine.transforms, "apply", "surgery")
         if run.cfg.retains:
-            clock.watch(run.engine.guard, "allows", "surgery")  # type: ignore[attr-defined]
+            clock.watch(run.engine.guard, "allows", "surgery")
 
     def _meta_window(self, *arguments: Any) -> dict[str, torch.Tensor]:
         """The meta term, its evaluations counted."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fastunlearn.config import Config
+    from fastunlearn.gradients.guard import FiniteGuard
     from fastunlearn.gradients.shard import GradientKind
     from fastunlearn.gradients.stats import SurgeryStats
     from fastunlearn.utils.distributed import World
@@ -130,6 +131,8 @@ class Engine(ABC):
 
     named: Mapping[str, nn.Parameter]
     """What is trained."""
+    guard: FiniteGuard
+    """Stands before every step, and counts those that it refused."""
 
     @property
     @abstractmethod
@@ -145,11 +148,6 @@ class Engine(ABC):
     @abstractmethod
     def grad_norm(self) -> Tensor | float | None:
         """Global norm of the last update's gradient, before clipping; None where it was skipped."""
-
-    @property
-    @abstractmethod
-    def skipped_updates(self) -> int:
-        """How many there were."""
 
     @property
     @abstractmethod

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from torch import Tensor
 
 from fastunlearn.errors import UserError
-from fastunlearn.gradients.stats import SurgeryStats
 
 
 class FiniteGuard:
@@ -18,16 +16,19 @@ class FiniteGuard:
         self.limit = limit
         self.in_a_row = 0
         self.skipped = 0
+        self.applied = 0
 
-    def allows(self, passes: Sequence[SurgeryStats]) -> bool:
-        """Whether the update may be applied: the same answer on every rank, since the tables are. Waits for the device,
-        once.
+    def allows(self, *found_inf: Tensor) -> bool:
+        """Whether the update may be applied. Waits for the device, once.
+
+        ``found_inf``: one number each, not 0 where something is not finite; the same on every rank.
 
         Raises:
             UserError: too many updates in a row were not finite.
         """
-        if not bool(torch.stack([stats.plan.found_inf.reshape(()) for stats in passes]).any()):
+        if not bool(torch.stack([flag.reshape(()) for flag in found_inf]).any()):
             self.in_a_row = 0
+            self.applied += 1
             return True
         self.in_a_row += 1
         self.skipped += 1
@@ -38,3 +39,15 @@ class FiniteGuard:
                 "was exported"
             )
         return False
+
+    def check_end(self) -> None:
+        """Refuse the result of a run that was too short for the limit and has changed nothing.
+
+        Raises:
+            UserError: every update was skipped.
+        """
+        if self.skipped and not self.applied:
+            raise UserError(
+                f"the unlearning or the retain gradient was not finite in any of the {self.skipped} updates: lower "
+                "train.learning_rate, or use model.mixed_precision 'no'; nothing was exported"
+            )

@@ -77,6 +77,7 @@ def update_loop(run: Run) -> None:
             recorder.flush()
             save_checkpoint(run.cfg, run.world, run.engine, run.parts, run.position)
     recorder.close()
+    run.engine.guard.check_end()
 
 
 def one_update(run: Run, step: KeyStep) -> Update:

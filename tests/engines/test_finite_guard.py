@@ -7,6 +7,7 @@ One launch each trains all ZeRO cases of `broken_updates.py` on one and on two r
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from broken_updates import BROKEN, FUSED_RUNS, LIMIT, ZERO_RUNS, BrokenRun, suff
 from launched import WORKERS, launch
 from surgery_worker import build_broken_run
 
+from fastunlearn.errors import UserError
+from fastunlearn.gradients.guard import FiniteGuard
 from fastunlearn.utils.distributed import World
 
 WORKER = WORKERS / "surgery_worker.py"
@@ -42,8 +45,8 @@ def test_zero_skips_it_on_all_ranks_and_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("case", FUSED_RUNS, ids=lambda case: case.name)
 def test_the_fused_engine_skips_it(case: BrokenRun) -> None:
-    """A loss that is not finite leaves everything as it was; a gradient, its own layer: the others were stepped before
-    anybody could know."""
+    """A loss that is not finite leaves everything as it was; a gradient, its own layer and those that come after it in
+    the backward pass: the others were stepped before anybody could know."""
     seen = suffer_broken_updates(case, build_broken_run(case, World(0, 1, torch.device("cpu"))))
     assert_skipped(case, seen)
     for number in BROKEN:
@@ -51,6 +54,16 @@ def test_the_fused_engine_skips_it(case: BrokenRun) -> None:
         assert ends_the_run or not seen[number]["tensor"]
         if case.what == "loss":
             assert not seen[number]["weights"] and (ends_the_run or not seen[number]["moments"])
+
+
+@pytest.mark.parametrize(("finite", "refused"), [([True] * 3, False), ([False] * 3, True), ([True, False], False)])
+def test_a_short_run_that_trained_nothing_is_refused(
+    finite: list[bool], refused: bool
+) -> None:
+    guard = FiniteGuard(limit=5)
+    assert [guard.allows(torch.tensor(float(not sound))) for sound in finite] == finite
+    with pytest.raises(UserError, match="nothing was exported") if refused else nullcontext():
+        guard.check_end()
 
 
 def assert_skipped(case: BrokenRun, seen: list[dict[str, Any]]) -> None:

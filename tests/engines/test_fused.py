@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(monkeypatch: pyte
     run.rollout.restart(run.table[0])
     one_update(run, run.table[0])
     assert torch.equal(flat(run.engine.export_weights().trained), before)
-    assert run.engine.skipped_updates == 1
+    assert run.engine.guard.skipped == 1
     with pytest.raises(UserError, match="max_skipped_updates"):
         one_update(run, run.table[1])
 
@@ -189,9 +189,36 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_counts(monkeypatch: py
     before = run.engine.export_weights().trained
     update_all(run)
     hooks.remove()
-    assert run.engine.skipped_updates == 1
+    assert run.engine.guard.skipped == 1
     assert all(weight.isfinite().all() for weight in run.engine.export_weights().trained.values())
     assert torch.equal(run.engine.export_weights().trained[name], before[name])
+
+
+MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+def test_nothing_moves_where_the_retain_gradient_is_not_finite() -> None:
+    """It is known before the first layer is stepped."""
+    run = fused_run(the_case(updates=1))
+    window = iter([float("inf"), 1.0])  # the retain window, then the unlearning window
+    run.engine.named[MIDDLE].register_hook(lambda g: g * next(window))
+    before = flat(run.engine.export_weights().trained)
+    update_all(run)
+    assert run.engine.guard.skipped == 1
+    assert torch.equal(flat(run.engine.export_weights().trained), before)
+
+
+def test_no_layer_moves_after_one_whose_gradient_is_not_finite() -> None:
+    """Of the layers of a U-Net the last is stepped first, and small tensors together with the last of them."""
+    run = fused_run(the_case(updates=1))
+    window = iter([1.0, float("inf")])
+    run.engine.named[MIDDLE].register_hook(lambda g: g * next(window))
+    before = run.engine.export_weights().trained
+    update_all(run)
+    after = run.engine.export_weights().trained
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert run.engine.guard.skipped == 1
+    assert {name.partition(".")[0] for name in moved} == {"up_blocks"}
 
 
 def test_a_run_goes_on_bit_for_bit_from_its_checkpoint(tmp_path: Path) -> None:

@@ -172,6 +172,6 @@ def difference(before: dict[str, Any], after: dict[str, Any], run: Run, message:
         assert weight.isfinite().all()
         digest.update(weight.numpy().tobytes())
     return Seen(
-        moved("weights"), tensor, moved("moments"), moved("rate"), moved("average"), run.engine.skipped_updates,
+        moved("weights"), tensor, moved("moments"), moved("rate"), moved("average"), run.engine.guard.skipped,
         digest.hexdigest(), message,
     )  # fmt: skip

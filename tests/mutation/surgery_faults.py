@@ -80,5 +80,5 @@ def suffer(fault: Fault, run: Run, folder: Path) -> None:
         weights["own"] = {name: p.detach().clone() for name, p in run.engine.named.items()}
     everything = {f"{when}: {name}": tensor for when, some in weights.items() for name, tensor in some.items()}
     save_file(everything, folder / f"{fault.name}-rank-{run.world.rank}.safetensors")
-    report = {"message": message, "skipped": run.engine.skipped_updates}
+    report = {"message": message, "skipped": run.engine.guard.skipped}
     (folder / f"{fault.name}-rank-{run.world.rank}.json").write_text(json.dumps(report))

@@ -42,7 +42,7 @@ class Surgery:
         return stats
 
     def is_finite(self, stats: SurgeryStats) -> bool:
-        allowed = self.guard.allows([stats])
+        allowed = self.guard.allows(stats.plan.found_inf)
         if not allowed:
             self.transforms.reset_broken([stats])
         return allowed

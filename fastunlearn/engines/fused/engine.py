@@ -7,8 +7,9 @@ masters: that is how a whole SDXL U-Net fits a small card.
 Two things differ from the same transforms under ZeRO, because a tensor is stepped before the next one's gradient is
 known:
   * clipping goes by the norm of the update before; in the first one, by that of each layer;
-  * a gradient that is not finite keeps its own layer from being stepped. All layers stay as they are where already the
-    loss is not finite. Either way the update counts as skipped.
+  * an update whose loss, retain gradient or meta gradient is not finite changes nothing, as under ZeRO. Where only the
+    unlearning gradient is not, no layer is stepped from the one on in which that shows; those whose gradients came
+    before have moved. Either way the update counts as skipped.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class FusedEngine(Engine):
         self._table: Tensor | None = None
         self._sums: Tensor | None = None
         """As ``_table``, of the gradient that is stepped; apart from it only with a meta term."""
-        self._loss_is_bad = torch.zeros((), device=world.device)
+        self._broken = torch.zeros((), device=world.device)
+        """1 from the moment on at which something of the update at hand was not finite; read on the device only."""
         self._norm: Tensor | None = None
         """Of the last update that was applied, for clipping."""
         self._skipped = False
@@ -137,11 +139,6 @@ class FusedEngine(Engine):
         return None if self._skipped else self._norm
 
     @property
-    def skipped_updates(self) -> int:
-        """As the guard counted them."""
-        return self.guard.skipped
-
-    @property
     def projected_segments(self) -> Sequence[str] | None:
         """Every tensor is projected by itself."""
         return list(self.named) if self.cfg.retains else None
@@ -150,7 +147,7 @@ class FusedEngine(Engine):
         """Make the gradients; the hooks use them up. ``last``: there is one micro-batch, but for a meta term's."""
         if not last and self._capturing != "meta":
             raise RuntimeError("the fused engine steps in the backward pass, so that a window can have only one")
-        self._loss_is_bad = 1.0 - loss.detach().isfinite().float()
+        self._note_broken(1.0 - loss.detach().isfinite().float())
         loss.backward()
         for layer in self._layers:
             if layer.missing != len(layer.parameters):  # some parameter had no part in the loss
@@ -169,8 +166,8 @@ class FusedEngine(Engine):
         """The weights have moved in the backward pass; the learning rate follows, unless something was not finite."""
         seen = self._seen()
         projection = seen[0] if self.cfg.retains else None
-        self._table, self._sums = None, None
-        self._skipped = not self.guard.allows(seen)
+        self._table, self._sums, self._broken = None, None, torch.zeros_like(self._broken)
+        self._skipped = not self.guard.allows(*(stats.plan.found_inf for stats in seen))
         if self._skipped:
             for layer in self._layers:  # no average is continued with what is not finite
                 layer.kept.reset()
@@ -246,12 +243,15 @@ class FusedEngine(Engine):
     def _complete(self, layer: Layer) -> None:
         """All gradients of a layer are there."""
         gradients = layer.gradients()
-        if self._capturing == "retain":
-            layer.kept.store(gradients)
-        elif self._capturing == "meta":
-            layer.meta.add(gradients)
-        else:
+        if self._capturing is None:
             self._update(layer, gradients)
+        else:
+            squares = surgery_dots(gradients, None, per_tensor(gradients))
+            self._note_broken(1.0 - squares.isfinite().all().float())
+            if self._capturing == "retain":
+                layer.kept.store(gradients)
+            else:
+                layer.meta.add(gradients)
         layer.free()
 
     def _update(self, layer: Layer, gradients: list[Tensor]) -> None:
@@ -270,6 +270,7 @@ class FusedEngine(Engine):
         layer.optimizer.param_groups[0]["lr"] = self.learning_rate
         layer.optimizer.step(retain=retain, plan=plan, segments=segments)
         layer.held = plan.found_inf
+        self._note_broken(plan.found_inf.reshape(()))
         layer.kept.free()
         layer.meta.free()
         if layer.moments is not None:
@@ -287,22 +288,26 @@ class FusedEngine(Engine):
         return meta, added._replace(found_inf=torch.maximum(added.found_inf, plan.found_inf))
 
     def _plan(self, layer: Layer, table: Tensor) -> SurgeryPlan:
-        """Coefficients of the layer's tensors; the scale of the clipping; and no step where the loss is not finite."""
+        """Coefficients of the layer's tensors; the scale of the clipping; and no step where something before it was not
+        finite."""
         first = self._norm is None
         plan = self.project.plan(table, layer.kept.bias_correction, self.clip.limit if first else None)
         if self.clip.limit and self._norm is not None:
             plan = plan._replace(scale=plan.scale * clip_scale(self._norm, self.clip).to(plan.scale.dtype))
-        return plan._replace(found_inf=torch.maximum(plan.found_inf, self._loss_is_bad))
+        return plan._replace(found_inf=torch.maximum(plan.found_inf, self._broken))
 
     def _seen(self) -> list[SurgeryStats]:
         """What the passes of the backward pass that has just ended saw, all layers together."""
         assert self._table is not None, "apply() before backward()"
         plan = self.project.plan(self._table, self._layers[0].kept.bias_correction, None)
-        plan = plan._replace(found_inf=torch.maximum(plan.found_inf, self._loss_is_bad))
+        plan = plan._replace(found_inf=torch.maximum(plan.found_inf, self._broken))
         seen = [SurgeryStats(self._table, plan)]
         if self._sums is not None:
             seen.append(SurgeryStats(self._sums, self.add.plan(self._sums, 1.0, None)))
         return seen
+
+    def _note_broken(self, flag: Tensor) -> None:
+        self._broken = torch.maximum(self._broken, flag)
 
     def _noted(self, whole: Tensor | None, layer: Layer, table: Tensor) -> Tensor:
         """A layer's rows of inner products, entered in the table of all."""

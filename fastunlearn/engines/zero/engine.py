@@ -86,11 +86,6 @@ class ZeroEngine(Engine):
         return self._grad_norm
 
     @property
-    def skipped_updates(self) -> int:
-        """As the guard counted them."""
-        return self.guard.skipped
-
-    @property
     def projected_segments(self) -> Sequence[str] | None:
         """Those of ``surgery.granularity``."""
         return self.transforms.segments_of(self.cfg.surgery.granularity) if self.cfg.retains else None
@@ -115,7 +110,7 @@ class ZeroEngine(Engine):
         seen = self.transforms.apply(self._shards.read(), second_moments, self.cfg.optimizer.adam_epsilon)
         projection = seen[0] if self.cfg.retains else None
         self._grad_norm = None
-        if not self.guard.allows(seen):
+        if not self.guard.allows(*(stats.plan.found_inf for stats in seen)):
             self.transforms.reset_broken(seen)
             self._shards.take()  # weights, optimizer and learning rate stay as they are
             return Applied(False, projection)
