@@ -57,9 +57,7 @@ def test_the_fused_engine_skips_it(case: BrokenRun) -> None:
 
 
 @pytest.mark.parametrize(("finite", "refused"), [([True] * 3, False), ([False] * 3, True), ([True, False], False)])
-def test_a_short_run_that_trained_nothing_is_refused(
-    finite: list[bool], refused: bool
-) -> None:
+def test_a_short_run_that_trained_nothing_is_refused(finite: list[bool], refused: bool) -> None:
     guard = FiniteGuard(limit=5)
     assert [guard.allows(torch.tensor(float(not sound))) for sound in finite] == finite
     with pytest.raises(UserError, match="nothing was exported") if refused else nullcontext():
