@@ -323,9 +323,9 @@ class Brightness(Classifier):
 
     def grid(self, cfg, quick=False):
         asked = [("target", "a house in ink style", "ink", CONCEPT), ("kept", "a house", "day", None)]
-        cells = [EvaluationSample(part, prompt, seed, "house", style, concept)
+        samples = [EvaluationSample(part, prompt, seed, "house", style, concept)
                  for part, prompt, style, concept in asked for seed in (1, 2)]
-        return EvaluationGrid((CONCEPT,), tuple(cells), cfg.evaluation.num_inference_steps, 4.0, quick)
+        return EvaluationGrid((CONCEPT,), tuple(samples), cfg.evaluation.num_inference_steps, 4.0, quick)
 
     def load(self, device):
         return Loaded()

@@ -92,11 +92,11 @@ def needs_images(cfg: Config) -> bool:
 
 
 def draw_samples(pipe: Pipeline, grid: EvaluationGrid, cfg: Config, progress: bool | str) -> Tensor:
-    """Draw every cell, in their order: (N, 3, H, W) fp32 in [0, 1], on the CPU."""
+    """Draw every sample, in their order: (N, 3, H, W) fp32 in [0, 1], on the CPU."""
     return generate(
         pipe,
-        [cell.prompt for cell in grid.cells],
-        [cell.seed for cell in grid.cells],
+        [sample.prompt for sample in grid.samples],
+        [sample.seed for sample in grid.samples],
         steps=grid.num_inference_steps,
         guidance=grid.guidance_scale,
         batch_size=cfg.evaluation.batch_size,
@@ -114,5 +114,5 @@ def _figures(cfg: Config, grid: EvaluationGrid, classifier: LoadedClassifier, im
 
 
 def _figures_of_labels(cfg: Config, grid: EvaluationGrid, seen: Sequence[Label], images: Tensor | None) -> dict:
-    judged = list(zip(grid.cells, seen, strict=True))
+    judged = list(zip(grid.samples, seen, strict=True))
     return score(judged, grid.concepts, cfg.evaluation.metrics, images) | {"protocol": grid.describe()}

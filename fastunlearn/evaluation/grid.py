@@ -8,7 +8,7 @@ Parts, with their default number of images:
 
 * target (80 for a style, 64 for an object, with 8 seeds): asks for an erased concept beside each kept class of the
   other kind.
-* kept (140 or 144): every kept object x kept style; a kept cell never holds an erased concept.
+* kept (140 or 144): every kept object x kept style; a kept sample never asks for an erased concept.
 * paraphrase (40), kept_paraphrase (40): the same two questions in `PARAPHRASES` wordings.
 * synonym (16, objects only): the target question with another word for the object.
 
@@ -65,17 +65,17 @@ class EvaluationSample:
 
 @dataclass(frozen=True)
 class EvaluationGrid:
-    """All cells of an evaluation and how they are sampled."""
+    """All samples of an evaluation and how they are sampled."""
 
     concepts: tuple[Erased, ...]
-    cells: tuple[EvaluationSample, ...]
+    samples: tuple[EvaluationSample, ...]
     num_inference_steps: int
     guidance_scale: float
     quick: bool = False
 
     def counts(self) -> dict[str, int]:
         """Number of images per part, in the order of `PARTS`."""
-        return {part: sum(cell.part == part for cell in self.cells) for part in PARTS}
+        return {part: sum(sample.part == part for sample in self.samples) for part in PARTS}
 
     def describe(self) -> dict:
         """What a reader needs to repeat or to distrust the figures; JSON-ready."""
@@ -88,13 +88,13 @@ class EvaluationGrid:
             "sampler": "DDIM, eta 0",
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
-            "seeds": sorted({cell.seed for cell in self.cells}),
+            "seeds": sorted({sample.seed for sample in self.samples}),
             "quick": self.quick,
         }
 
     def digest(self) -> str:
         """A hash over everything that decides which pictures are drawn."""
-        drawn = [(cell.prompt, cell.seed) for cell in self.cells]
+        drawn = [(sample.prompt, sample.seed) for sample in self.samples]
         key = [VERSION, drawn, self.num_inference_steps, self.guidance_scale]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
@@ -130,20 +130,20 @@ def build_grid(
     }
     if not kept["object"] or not kept["style"]:
         raise ValueError("every object or every style is erased: nothing is left to measure what was kept")
-    cells: list[EvaluationSample] = []
+    samples: list[EvaluationSample] = []
     for concept in concepts:
         pairs = _pairs_of(concept, kept)
-        cells += _grid("target", pairs, seed_list(seeds, target_seeds), quick, concept)
-        cells += _reworded("paraphrase", pairs, PARAPHRASES, seeds, PARAPHRASE_IMAGES, quick, concept)
+        samples += _grid("target", pairs, seed_list(seeds, target_seeds), quick, concept)
+        samples += _reworded("paraphrase", pairs, PARAPHRASES, seeds, PARAPHRASE_IMAGES, quick, concept)
         if concept.kind == "object":
             words = [EVALUATION_TEMPLATE.replace("{object}", word) for word in SYNONYMS[concept.name]]
-            cells += _reworded("synonym", pairs, words, seeds, SYNONYM_IMAGES, quick, concept)
+            samples += _reworded("synonym", pairs, words, seeds, SYNONYM_IMAGES, quick, concept)
     pairs = list(product(kept["object"], kept["style"]))
-    cells += _grid("kept", pairs, seed_list(seeds, retain_seeds), quick, None)
+    samples += _grid("kept", pairs, seed_list(seeds, retain_seeds), quick, None)
     # A stride that shares no factor with the grid's sides, so that a few images still visit every class.
-    cells += _reworded("kept_paraphrase", _spread(pairs), PARAPHRASES, seeds, PARAPHRASE_IMAGES, quick, None)
-    cells.sort(key=lambda cell: PARTS.index(cell.part))
-    return EvaluationGrid(tuple(concepts), tuple(cells), num_inference_steps, guidance_scale, quick)
+    samples += _reworded("kept_paraphrase", _spread(pairs), PARAPHRASES, seeds, PARAPHRASE_IMAGES, quick, None)
+    samples.sort(key=lambda sample: PARTS.index(sample.part))
+    return EvaluationGrid(tuple(concepts), tuple(samples), num_inference_steps, guidance_scale, quick)
 
 
 def seed_list(seeds: Sequence[int], count: int) -> list[int]:
@@ -164,14 +164,14 @@ def _grid(
     """Every pair with every seed. Quick takes a diagonal third, which visits all classes evenly."""
     rows: dict[str, int] = {}
     columns: dict[str, int] = {}
-    cells = []
+    samples = []
     for turn, seed in enumerate(seeds):
         for name, style in pairs:
             diagonal = rows.setdefault(name, len(rows)) + columns.setdefault(style, len(columns)) + turn
             if not quick or diagonal % QUICK_SHARE == 0:
                 prompt = EVALUATION_TEMPLATE.format(object=name, style=style)
-                cells.append(EvaluationSample(part, prompt, seed, name, style, concept))
-    return cells
+                samples.append(EvaluationSample(part, prompt, seed, name, style, concept))
+    return samples
 
 
 def _reworded(
@@ -186,12 +186,12 @@ def _reworded(
     """``count`` images that go round the pairs; each further round moves on to the next wording and the next seed."""
     count = max(1, count // QUICK_SHARE) if quick else count
     turns = seed_list(seeds, -(-count // len(pairs)))
-    cells = []
+    samples = []
     for i in range(count):
         turn, (name, style) = i // len(pairs), pairs[i % len(pairs)]
         prompt = templates[(i + turn) % len(templates)].format(object=name, style=style)
-        cells.append(EvaluationSample(part, prompt, turns[turn], name, style, concept))
-    return cells
+        samples.append(EvaluationSample(part, prompt, turns[turn], name, style, concept))
+    return samples
 
 
 def _spread(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ def remembered(
 ) -> list[Label]:
     """What was seen of the base model, or of it with the U-Net in ``unet_dir``: as kept, else as drawn now."""
     file = _file(base, unet_dir, classifier, grid, device)
-    seen = _read(file, classifier, len(grid.cells))
+    seen = _read(file, classifier, len(grid.samples))
     if seen is None:
         seen = draw()
         _write(file, seen)

@@ -56,12 +56,13 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     shares: list[float] = []
 
     def look(subject: experiment.Subject) -> list[Label]:
-        protocol = subject.protocol
-        assert protocol is not None
-        share, targets = shares.pop(0), protocol.counts()["target"]
+        grid = subject.grid
+        assert grid is not None
+        share, targets = shares.pop(0), grid.counts()["target"]
         shown = iter([True] * round(share * targets) + [False] * targets)
         return [
-            Label(cell.object, cell.style if cell.part == "kept" or next(shown) else "sepia") for cell in protocol.cells
+            Label(sample.object, sample.style if sample.part == "kept" or next(shown) else "sepia")
+            for sample in grid.samples
         ]
 
     def never_remembered(*asked: object) -> list[Label]:
@@ -207,9 +208,9 @@ def test_the_grid_is_a_part_of_the_evaluations() -> None:
     whole, part = choose_classifier(cfg).grid(cfg), attack_grid(cfg)
     assert part.counts() == {"target": 40, "kept": 24, "paraphrase": 0, "kept_paraphrase": 0, "synonym": 0}
     fewer = attack_grid(cfg, 9)
-    assert fewer.cells == part.cells and fewer.num_inference_steps == 9
-    assert set(part.cells) <= set(whole.cells) and part.num_inference_steps == whole.num_inference_steps
-    seen = [Label(cell.object, cell.style) for cell in part.cells]
+    assert fewer.samples == part.samples and fewer.num_inference_steps == 9
+    assert set(part.samples) <= set(whole.samples) and part.num_inference_steps == whole.num_inference_steps
+    seen = [Label(sample.object, sample.style) for sample in part.samples]
     assert figures(part, seen) == {"recognised": 1.0, "UA": 0.0, "IRA": 1.0, "CRA": 1.0}
 
 

@@ -153,7 +153,7 @@ def test_minicanvas_prompts_ask_for_what_they_should(names: list[str]) -> None:
     assert set().union(*map(held, forbidden)) == erased
     for data in ("related", "benign"):
         assert not set().union(*map(held, other_prompts(data, cfg, concepts)))
-    drawn = {cell.prompt for cell in build_grid(concepts).cells}
+    drawn = {sample.prompt for sample in build_grid(concepts).samples}
     assert not drawn & {*forbidden, *other_prompts("related", cfg, concepts), *other_prompts("benign", cfg, concepts)}
 
 

@@ -89,18 +89,18 @@ def test_grid_has_the_stated_sizes(concepts: list[Erased], counts: dict[str, int
 @pytest.mark.parametrize("concepts", [[NEON], [CAT], [NEON, CAT], [NEON, INK, CAT, FISH]])
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_cell_asks_for_what_its_part_says(concepts: list[Erased], quick: bool) -> None:
-    cells = build_grid(concepts, quick=quick).cells
-    assert len(set(cells)) == len(cells)
-    for cell in cells:
-        held = [c for c in concepts if c.name in (cell.object, cell.style)]
-        assert held == ([cell.concept] if cell.concept else [])
-        if cell.part in ("target", "kept"):
-            assert cell.prompt == f"a {cell.object} image in {cell.style} style"
-        elif cell.part == "synonym":
-            assert any(f"a {word} image" in cell.prompt for word in SYNONYMS[cell.object])
-            assert f"a {cell.object} image" not in cell.prompt
+    samples = build_grid(concepts, quick=quick).samples
+    assert len(set(samples)) == len(samples)
+    for sample in samples:
+        held = [c for c in concepts if c.name in (sample.object, sample.style)]
+        assert held == ([sample.concept] if sample.concept else [])
+        if sample.part in ("target", "kept"):
+            assert sample.prompt == f"a {sample.object} image in {sample.style} style"
+        elif sample.part == "synonym":
+            assert any(f"a {word} image" in sample.prompt for word in SYNONYMS[sample.object])
+            assert f"a {sample.object} image" not in sample.prompt
         else:
-            assert cell.prompt in [words.format(object=cell.object, style=cell.style) for words in PARAPHRASES]
+            assert sample.prompt in [words.format(object=sample.object, style=sample.style) for words in PARAPHRASES]
 
 
 @pytest.mark.parametrize("concepts", [[NEON], [CAT], [NEON, INK], [CAT, FISH]])
@@ -108,24 +108,24 @@ def test_quick_is_about_a_third_and_visits_every_class_evenly(concepts: list[Era
     full, quick = build_grid(concepts), build_grid(concepts, quick=True)
     for part, count in quick.counts().items():
         assert full.counts()[part] * 0.28 <= count <= full.counts()[part] * 0.4
-    kept = [cell for cell in quick.cells if cell.part == "kept"]
+    kept = [sample for sample in quick.samples if sample.part == "kept"]
     for kind in ("object", "style"):
-        visits = Counter(getattr(cell, kind) for cell in kept)
+        visits = Counter(getattr(sample, kind) for sample in kept)
         assert len(visits) == (10 if kind == "object" else 8) - sum(c.kind == kind for c in concepts)
         assert max(visits.values()) - min(visits.values()) <= 2
-    target = [cell for cell in quick.cells if cell.part == "target"]
+    target = [sample for sample in quick.samples if sample.part == "target"]
     assert max(Counter((c.object, c.style) for c in target).values()) <= 4
 
 
 def test_reworded_cells_visit_all_wordings_and_synonyms() -> None:
-    cells = build_grid([CAT]).cells
+    samples = build_grid([CAT]).samples
     for words in PARAPHRASES:
         start = words.split("{")[0] or words.split("}")[-1]
-        assert sum(start in cell.prompt for cell in cells if cell.part == "paraphrase") >= 10
-    assert all(sum(word in c.prompt for c in cells if c.part == "synonym") == 8 for word in SYNONYMS["cat"])
-    kept = [cell for cell in cells if cell.part == "kept_paraphrase"]
-    assert {cell.style for cell in kept} == set(STYLES)
-    assert len({cell.object for cell in kept}) == 9
+        assert sum(start in sample.prompt for sample in samples if sample.part == "paraphrase") >= 10
+    assert all(sum(word in c.prompt for c in samples if c.part == "synonym") == 8 for word in SYNONYMS["cat"])
+    kept = [sample for sample in samples if sample.part == "kept_paraphrase"]
+    assert {sample.style for sample in kept} == set(STYLES)
+    assert len({sample.object for sample in kept}) == 9
 
 
 def test_the_digest_follows_what_is_drawn() -> None:
@@ -156,20 +156,20 @@ def test_concepts_are_read_in_the_judges_words() -> None:
 # --- the figures -----------------------------------------------------------------------------------------------------
 
 
-def cell(part: str, thing: str, style: str, concept: Erased | None = None) -> EvaluationSample:
+def sample(part: str, thing: str, style: str, concept: Erased | None = None) -> EvaluationSample:
     return EvaluationSample(part, f"{thing} {style}", 0, thing, style, concept)
 
 
 def test_figures_of_an_erased_style() -> None:
     judged = [
-        (cell("target", "cat", "neon", NEON), Label("cat", "ink")),
-        (cell("target", "fish", "neon", NEON), Label("fish", "neon")),
-        (cell("target", "car", "neon", NEON), Label("other", "ink")),
-        (cell("target", "tree", "neon", NEON), Label("tree", "sepia")),
-        (cell("kept", "cat", "ink"), Label("cat", "ink")),
-        (cell("kept", "fish", "flat"), Label("car", "flat")),
-        (cell("paraphrase", "cat", "neon", NEON), Label("cat", "flat")),
-        (cell("kept_paraphrase", "cat", "ink"), Label("cat", "flat")),
+        (sample("target", "cat", "neon", NEON), Label("cat", "ink")),
+        (sample("target", "fish", "neon", NEON), Label("fish", "neon")),
+        (sample("target", "car", "neon", NEON), Label("other", "ink")),
+        (sample("target", "tree", "neon", NEON), Label("tree", "sepia")),
+        (sample("kept", "cat", "ink"), Label("cat", "ink")),
+        (sample("kept", "fish", "flat"), Label("car", "flat")),
+        (sample("paraphrase", "cat", "neon", NEON), Label("cat", "flat")),
+        (sample("kept_paraphrase", "cat", "ink"), Label("cat", "flat")),
     ]
     figures = score(judged, [NEON])
     assert (figures["UA"], figures["IRA"], figures["CRA"], figures["CRA_target"]) == (0.75, 1.0, 0.5, 0.75)
@@ -185,11 +185,11 @@ def test_figures_of_an_erased_style() -> None:
 
 def test_figures_of_an_erased_object_are_mirrored() -> None:
     judged = [
-        (cell("target", "cat", "ink", CAT), Label("other", "ink")),
-        (cell("target", "cat", "flat", CAT), Label("fish", "neon")),
-        (cell("kept", "fish", "ink"), Label("fish", "flat")),
-        (cell("kept", "car", "ink"), Label("cat", "ink")),
-        (cell("synonym", "cat", "ink", CAT), Label("cat", "ink")),
+        (sample("target", "cat", "ink", CAT), Label("other", "ink")),
+        (sample("target", "cat", "flat", CAT), Label("fish", "neon")),
+        (sample("kept", "fish", "ink"), Label("fish", "flat")),
+        (sample("kept", "car", "ink"), Label("cat", "ink")),
+        (sample("synonym", "cat", "ink", CAT), Label("cat", "ink")),
     ]
     figures = score(judged, [CAT])
     assert (figures["UA"], figures["IRA"], figures["CRA"], figures["CRA_target"]) == (1.0, 0.5, 0.5, 0.5)
@@ -199,11 +199,11 @@ def test_figures_of_an_erased_object_are_mirrored() -> None:
 
 def test_figures_of_two_styles_and_an_object() -> None:
     judged = [
-        (cell("target", "fish", "neon", NEON), Label("fish", "ink")),  # ink is erased too, but it is not neon
-        (cell("target", "fish", "ink", INK), Label("cat", "ink")),
-        (cell("target", "cat", "flat", CAT), Label("cat", "sepia")),
-        (cell("target", "cat", "sepia", CAT), Label("fish", "sepia")),
-        (cell("kept", "fish", "flat"), Label("fish", "sepia")),
+        (sample("target", "fish", "neon", NEON), Label("fish", "ink")),  # ink is erased too, but it is not neon
+        (sample("target", "fish", "ink", INK), Label("cat", "ink")),
+        (sample("target", "cat", "flat", CAT), Label("cat", "sepia")),
+        (sample("target", "cat", "sepia", CAT), Label("fish", "sepia")),
+        (sample("kept", "fish", "flat"), Label("fish", "sepia")),
     ]
     figures = score(judged, [NEON, INK, CAT])
     assert figures["UA"] == 0.5

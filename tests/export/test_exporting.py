@@ -191,13 +191,13 @@ def test_both_models_draw_from_the_same_noise_and_the_unet_is_put_back(
 
 
 def figures(concept: Erased, erased: bool) -> dict:
-    protocol = build_grid([concept])
+    grid = build_grid([concept])
     seen = [
         Label("other" if erased and c.concept and concept.kind == "object" else c.object,
                 "ink" if erased and c.concept and concept.kind == "style" else c.style)
-        for c in protocol.cells
+        for c in grid.samples
     ]  # fmt: skip
-    return score(list(zip(protocol.cells, seen, strict=True)), [concept]) | {"protocol": protocol.describe()}
+    return score(list(zip(grid.samples, seen, strict=True)), [concept]) | {"protocol": grid.describe()}
 
 
 def metrics_of(concept: Erased) -> dict:

@@ -78,15 +78,15 @@ def score(
 def per_class(judged: Judged) -> dict[str, dict[str, float]]:
     """Accuracy of each object and style: kept ones on the kept prompts, erased ones on the prompts asking for them."""
     hits: dict[str, dict[str, list[bool]]] = {"object": {}, "style": {}}
-    for cell, seen in judged:
-        if cell.part == "kept":
+    for sample, seen in judged:
+        if sample.part == "kept":
             kinds: tuple[str, ...] = ("object", "style")
-        elif cell.part == "target":
-            kinds = (concept_of(cell).kind,)
+        elif sample.part == "target":
+            kinds = (concept_of(sample).kind,)
         else:
             continue
         for kind in kinds:
-            hits[kind].setdefault(getattr(cell, kind), []).append(is_right(cell, seen, kind))
+            hits[kind].setdefault(getattr(sample, kind), []).append(is_right(sample, seen, kind))
     return {kind: {name: mean(right) for name, right in names.items()} for kind, names in hits.items()}
 
 
@@ -94,7 +94,7 @@ def confusion(judged: Judged, concepts: Sequence[Erased]) -> dict[str, dict[str,
     """What is seen, in the concept's own kind, on the prompts that ask for each erased concept; most often first."""
     rows = [(sample, seen) for sample, seen in judged if sample.part == "target"]
     seen_for = {
-        concept: Counter(getattr(seen, concept.kind) for cell, seen in rows if cell.concept == concept)
+        concept: Counter(getattr(seen, concept.kind) for sample, seen in rows if sample.concept == concept)
         for concept in concepts
     }
     return {concept.name: dict(counter.most_common()) for concept, counter in seen_for.items()}

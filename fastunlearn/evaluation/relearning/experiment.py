@@ -54,7 +54,7 @@ class Subject:
     rows: dict[str, int]
     bar: tqdm
     classifier: LoadedClassifier | None = None
-    protocol: EvaluationGrid | None = None
+    grid: EvaluationGrid | None = None
 
 
 def relearn(
@@ -101,7 +101,7 @@ def load(task: Task, bar: tqdm) -> Subject:
     subject = Subject(task, pipeline, backbone, book.index, bar)
     if task.not_judged is None:
         subject.classifier = choose_classifier(cfg).load(device.type)
-        subject.protocol = attack_grid(cfg, task.settings.sampler_steps)
+        subject.grid = attack_grid(cfg, task.settings.sampler_steps)
     return subject
 
 
@@ -111,8 +111,8 @@ def measure(
     """The figures of the model as it is now. ``remember``: they are those of the weights in ``unet_dir`` (None: of the
     original), so what the judge sees need be drawn only once."""
     point: Point = dict.fromkeys(FIGURES)
-    if subject.protocol is not None and subject.classifier is not None:
-        classifier, protocol = subject.classifier, subject.protocol
+    if subject.grid is not None and subject.classifier is not None:
+        classifier, grid = subject.classifier, subject.grid
         base = resolve_model(subject.task.cfg.model.pretrained_model_name_or_path)
 
         def draw_first() -> list[Label]:
@@ -120,20 +120,18 @@ def measure(
             return label_samples(subject)
 
         device = subject.backbone.embeds.hidden.device.type
-        seen = (
-            remembered(base, unet_dir, classifier, protocol, device, draw_first) if remember else label_samples(subject)
-        )
-        point |= figures(protocol, seen)
+        seen = remembered(base, unet_dir, classifier, grid, device, draw_first) if remember else label_samples(subject)
+        point |= figures(grid, seen)
     point["error"] = denoising_error(subject.backbone, held_out, embed)
     return point
 
 
 def label_samples(subject: Subject) -> list[Label]:
     """Draw the reduced grid with the model as it is now; what is seen."""
-    if subject.classifier is None or subject.protocol is None:
+    if subject.classifier is None or subject.grid is None:
         raise ValueError("no classifier knows this run")
     pipeline = subject.pipeline.to(subject.backbone.embeds.hidden.device)
-    return subject.classifier.look(draw_samples(pipeline, subject.protocol, subject.task.cfg, False))
+    return subject.classifier.look(draw_samples(pipeline, subject.grid, subject.task.cfg, False))
 
 
 def _pictures(subject: Subject) -> tuple[LatentPool, LatentPool]:
@@ -219,7 +217,7 @@ def _described(subject: Subject, pictures: int) -> dict:
     """What a reader needs to repeat or to distrust the curves."""
     task, settings = subject.task, subject.task.settings
     cfg, options = task.cfg, asdict(options_of(task))
-    protocol = None if subject.protocol is None else subject.protocol.describe()
+    grid = None if subject.grid is None else subject.grid.describe()
     return {
         "attack": settings.attack,
         "data": settings.data if settings.images is None else "images",
@@ -233,7 +231,7 @@ def _described(subject: Subject, pictures: int) -> dict:
         "base": cfg.model.pretrained_model_name_or_path,
         "concepts": [concept.name for concept in cfg.concepts],
         "why_not_judged": task.not_judged,
-        "protocol": protocol,
+        "protocol": grid,
     }
 
 
@@ -254,8 +252,8 @@ def _attack_evaluations(subject: Subject) -> int:
 
 def _drawing(subject: Subject) -> int:
     """U-Net evaluations of the pictures that the judge looks at once."""
-    protocol = subject.protocol
-    return 0 if protocol is None else 2 * len(protocol.cells) * protocol.num_inference_steps
+    grid = subject.grid
+    return 0 if grid is None else 2 * len(grid.samples) * grid.num_inference_steps
 
 
 def _more(bar: tqdm, evaluations: int) -> None:

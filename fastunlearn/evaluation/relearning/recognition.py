@@ -31,12 +31,12 @@ def attack_grid(cfg: Config, sampler_steps: int | None = None) -> EvaluationGrid
     cfg = cfg.model_copy(update={"evaluation": cfg.evaluation.model_copy(update=few)})
     classifier = choose_classifier(cfg)
     target, kept = classifier.grid(cfg), classifier.grid(cfg, quick=True)
-    cells = [cell for cell in target.cells if cell.part == "target"]
-    cells += [cell for cell in kept.cells if cell.part == "kept"]
-    return replace(target, cells=tuple(cells), quick=True)
+    samples = [sample for sample in target.samples if sample.part == "target"]
+    samples += [sample for sample in kept.samples if sample.part == "kept"]
+    return replace(target, samples=tuple(samples), quick=True)
 
 
-def figures(protocol: EvaluationGrid, seen: Sequence[Label]) -> dict[str, float]:
+def figures(grid: EvaluationGrid, seen: Sequence[Label]) -> dict[str, float]:
     """The figures of one model; ``recognised`` is the share of its pictures that do show the concept, 1 - UA."""
-    scored = score(list(zip(protocol.cells, seen, strict=True)), protocol.concepts, METRIC_NAMES)
+    scored = score(list(zip(grid.samples, seen, strict=True)), grid.concepts, METRIC_NAMES)
     return {"recognised": 1 - scored["UA"]} | {name: scored[name] for name in METRIC_NAMES}
