@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from launched import WORKERS, launch
+from launched import WORKERS, run_ranks
 from safetensors.torch import load_file
 from speed_worker import BACKEND, LEVERS, ZERO, pull
 from tiny import flat, tiny_unet
@@ -201,7 +201,7 @@ def test_what_does_not_go_together_is_refused(sections: dict, field: str) -> Non
 @pytest.mark.slow
 def test_zero_on_two_ranks_gives_the_same_weights(tmp_path: Path) -> None:
     """Whole updates by the trainer's own functions, at stages 1 and 2. Adam's first steps hang on a gradient's sign."""
-    launch(WORKER, tmp_path, world=2)
+    run_ranks(WORKER, tmp_path, world=2)
     start = tiny_unet().state_dict()
     for stage, scope in ZERO:
         plain = load_file(tmp_path / f"{stage}-{scope}-plain.safetensors")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from broken_updates import BROKEN, FUSED_RUNS, LIMIT, ZERO_RUNS, BrokenRun, suffer_broken_updates
-from launched import WORKERS, launch
+from launched import WORKERS, run_ranks
 from surgery_worker import build_broken_run
 
 from fastunlearn.errors import UserError
@@ -27,7 +27,7 @@ WORKER = WORKERS / "surgery_worker.py"
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def suffered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("broken")
-    launch(WORKER, folder, "broken", world=request.param)
+    run_ranks(WORKER, folder, "broken", world=request.param)
     return folder, request.param
 
 

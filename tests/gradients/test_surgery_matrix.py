@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import WORKERS, launch
+from launched import WORKERS, run_ranks
 from safetensors.torch import load_file
 from surgery_faults import FAULTS, SOUND, UPDATES, Fault
 from surgery_mutations import MUTATIONS
@@ -49,7 +49,7 @@ WORLD = 2
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
-    launch(WORKER, folder, "cases", "faults", world=WORLD)
+    run_ranks(WORKER, folder, "cases", "faults", world=WORLD)
     return folder
 
 
@@ -170,7 +170,7 @@ def assert_starts_from_the_original(case: Case, folder: Path) -> None:
 @pytest.fixture(scope="module", params=[1, 3], ids=["one rank", "three ranks"])
 def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("elsewhere")
-    launch(WORKER, folder, "few", world=request.param)
+    run_ranks(WORKER, folder, "few", world=request.param)
     return folder
 
 
@@ -223,7 +223,7 @@ def test_the_optimizers_metric_is_another_one() -> None:
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
-    launch(WORKER, folder, "mutations", world=WORLD)
+    run_ranks(WORKER, folder, "mutations", world=WORLD)
     return folder
 
 

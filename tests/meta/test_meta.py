@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched import WORKERS, launch
+from launched import WORKERS, run_ranks
 from meta_case import ASCENT, CASES, Case, build_run, config_of, error, reference, samples, weighted
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,7 +38,7 @@ FUSED = Case("fused", engine="fused", meta=ASCENT)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("meta")
-    launch(WORKERS / "meta_worker.py", folder, world=2)
+    run_ranks(WORKERS / "meta_worker.py", folder, world=2)
     return folder
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -183,8 +182,8 @@ SHORT = [
 
 
 def run(out: Path, *more: str) -> None:
-    command = [sys.executable, str(ROOT / "fastunlearn" / "train.py"), *SHORT, "--output_dir", str(out), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=out.parent, check=False)
+    train = str(ROOT / "fastunlearn" / "train.py")
+    done = forked.run([train, *SHORT, "--output_dir", str(out), *more], out.parent, cwd=out.parent)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from launched import WORKERS, launch
+from launched import WORKERS, run_ranks
 from peak_worker import CASES, config
 
 from fastunlearn.planning.plan import make_plan, read_model
@@ -14,7 +14,7 @@ from fastunlearn.planning.plan import make_plan, read_model
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     folder = tmp_path_factory.mktemp("peaks")
-    launch(WORKERS / "peak_worker.py", folder, world=1)
+    run_ranks(WORKERS / "peak_worker.py", folder, world=1)
     return json.loads((folder / "peaks.json").read_text())
 
 

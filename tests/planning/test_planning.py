@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from launched import WORKERS, launch
+from launched import WORKERS, run_ranks
 from plan_worker import COUNT_CASES, SCOPE, STATE_CASES, WORLD, count_config, state_config
 from tiny import tiny_unet
 from tiny_run import SMALL_TENSOR_NUMEL
@@ -51,7 +51,7 @@ MINICANVAS = ["--concepts", "neon style"]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
-    launch(WORKER, folder, world=WORLD)
+    run_ranks(WORKER, folder, world=WORLD)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_every_row_is_what_a_rank_holds(name: str, measured: Path, tiny_sizes: S
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 4])
 def test_and_so_on_one_and_on_four_ranks(world: int, tmp_path: Path, tiny_sizes: Sizes) -> None:
-    launch(WORKER, tmp_path, *OTHER_WORLDS, world=world)
+    run_ranks(WORKER, tmp_path, *OTHER_WORLDS, world=world)
     for name in OTHER_WORLDS:
         hold_against_plan(name, world, tmp_path, tiny_sizes)
 

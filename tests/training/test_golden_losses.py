@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from fastunlearn.config import load_config
@@ -56,7 +57,8 @@ def test_the_loss_curves_are_the_recorded_ones(kernels: str, tmp_path: Path) -> 
     here = tmp_path / "losses.json"
     # A process of its own: DeepSpeed is connected once in a process.
     environment = os.environ | {"FASTUNLEARN_KERNELS": kernels}
-    subprocess.run([sys.executable, __file__, str(here)], check=True, timeout=600, env=environment)
+    done = forked.run([__file__, str(here)], tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
     for case, losses in json.loads(here.read_text(encoding="utf-8"))["losses"].items():
         assert len(losses) >= len(recorded[case]) // INTERPRETED_SHARE, case
         assert losses == pytest.approx(recorded[case][: len(losses)], rel=TOLERANCE), case
