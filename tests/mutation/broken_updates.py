@@ -61,7 +61,7 @@ def broken_config(case: BrokenRun) -> Config:
                 "max_train_steps": UPDATES, "train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler": "linear",
                 "max_grad_norm": 1e-3 if case.what == "gradient" else 0.0,
             },
-            "kscu": {"start": 20, "uncond_gradient": False},
+            "kscu": {"start": 0, "uncond_gradient": False},
             "prompts": {"augment_fraction": 0.0},
             "sampler": {"num_inference_steps": 10},
             "zero": {"stage": case.stage},

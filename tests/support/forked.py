@@ -7,6 +7,7 @@ torch, DeepSpeed and diffusers prove nothing. Whether a program starts from noth
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -96,8 +97,12 @@ def _import_all() -> None:
 
     prepare_environment(1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.utils import nvtx
+
     for name in IMPORTED:
         importlib.import_module(name)
+    nvtx.enable_nvtx = False  # DeepSpeed's marks for a profiler that is not there, on every call of a module
+    gc.freeze()  # nor need the collector look at the libraries again; DeepSpeed calls it for each engine
     os.environ.clear()
     os.environ.update(before)
 
