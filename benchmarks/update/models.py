@@ -21,11 +21,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from fastunlearn.config import Config
 from fastunlearn.models.architectures.base import PublicModel
 from fastunlearn.models.backbone import Backbone, build_backbone
+from fastunlearn.models.description import ModelDescription, describe_model
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.models.loading import load_pipeline
 from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.models.prompt_embeds import PromptEmbeds
-from fastunlearn.planning.plan import CLIP_TOKENS, Model, read_model
 from fastunlearn.training import setup as assembly
 
 SUFFIX = "-random"
@@ -37,12 +37,14 @@ def random_architecture(name: str) -> PublicModel | None:
     return PUBLIC_MODELS.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
 
 
-def plan_model(cfg: Config) -> Model:
+def plan_model(cfg: Config) -> ModelDescription:
     """What the planner needs to know of a row's model."""
     architecture = random_architecture(cfg.model.pretrained_model_name_or_path)
     if architecture is None:
-        return read_model(cfg)
-    return Model(json.dumps(dict(architecture.unet)), CLIP_TOKENS, architecture.factor, 0)
+        return describe_model(cfg)
+    return ModelDescription(
+        json.dumps(dict(architecture.unet)), architecture.adapter.text_length, architecture.factor, 0
+    )
 
 
 @contextlib.contextmanager
@@ -57,22 +59,26 @@ def loading(cfg: Config, device: torch.device) -> Iterator[None]:
     def load(*_: Any, **__: Any) -> Any:
         return SimpleNamespace(unet=random_unet(architecture, device, dtype))
 
-    def embed(pipeline: Any, prompts: Sequence[str], resolution: int | None, place: torch.device, kind: torch.dtype,
-              ) -> Backbone:  # fmt: skip
-        return random_backbone(architecture, pipeline.unet, len(prompts), resolution, place, kind)
+    def embed(
+        pipeline: Any, prompts: Sequence[str], resolution: int | None, place: torch.device, kind: torch.dtype,
+        *, autocast: bool,
+    ) -> Backbone:  # fmt: skip
+        return random_backbone(architecture, pipeline.unet, len(prompts), resolution, place, kind, autocast=autocast)
 
     with mock.patch.object(assembly, "load_pipeline", load), mock.patch.object(assembly, "build_backbone", embed):
         yield
 
 
-def backbone_of(cfg: Config, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> Backbone:
+def backbone_of(
+    cfg: Config, prompts: Sequence[str], device: torch.device, dtype: torch.dtype, *, autocast: bool
+) -> Backbone:
     """The row's model for a baseline, in ``dtype``."""
     architecture = random_architecture(cfg.model.pretrained_model_name_or_path)
     if architecture is None:
         pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
-        return build_backbone(pipeline, prompts, cfg.train.resolution, device, dtype)
+        return build_backbone(pipeline, prompts, cfg.train.resolution, device, dtype, autocast=autocast)
     unet = random_unet(architecture, device, dtype)
-    return random_backbone(architecture, unet, len(prompts), cfg.train.resolution, device, dtype)
+    return random_backbone(architecture, unet, len(prompts), cfg.train.resolution, device, dtype, autocast=autocast)
 
 
 def random_unet(architecture: PublicModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -94,10 +100,12 @@ def random_backbone(
     resolution: int | None,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    autocast: bool,
 ) -> Backbone:
     """Normal prompt embeddings; row 0, the unconditional prompt, is zeros as SDXL's is."""
     adapter, draw = architecture.adapter, torch.Generator().manual_seed(SEED)
-    hidden = torch.randn(prompts, CLIP_TOKENS, adapter.text_width(unet.config), generator=draw)
+    hidden = torch.randn(prompts, adapter.text_length, adapter.text_width(unet.config), generator=draw)
     hidden[0] = 0
     pooled, width = None, adapter.pooled_width(unet.config)
     if width is not None:
@@ -112,4 +120,5 @@ def random_backbone(
         embeds=PromptEmbeds(hidden, pooled).to(device, dtype).numbered(),
         sample_shape=shape,
         fixed_inputs=adapter.fixed_inputs(shape[-1] * architecture.factor, device),
+        autocast=autocast,
     )

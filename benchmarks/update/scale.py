@@ -28,7 +28,8 @@ if __name__ == "__main__":
     prepare_environment(cpu_threads=1)
 
 from fastunlearn.config import Config  # noqa: E402
-from fastunlearn.planning.plan import make_plan, read_model  # noqa: E402
+from fastunlearn.models.description import describe_model  # noqa: E402
+from fastunlearn.planning.plan import make_plan  # noqa: E402
 from fastunlearn.planning.unet_calls import count_evaluations  # noqa: E402
 from fastunlearn.utils.text import GIB  # noqa: E402
 from markdown_table import markdown_table  # noqa: E402
@@ -72,7 +73,7 @@ def traffic(parameters: int, ranks: int, stage: int, forwards: float) -> float:
 def row(model: str, stage: int, ranks: int) -> dict:
     """One line of the table."""
     cfg = config(model, stage, ranks)
-    plan = make_plan(cfg, ranks, read_model(cfg))
+    plan = make_plan(cfg, ranks, describe_model(cfg))
     count = count_evaluations(cfg, ranks)
     updates = cfg.train.max_train_steps or UPDATES
     # One call holds several conditions of a sample; with one trajectory a rank these are the calls without a gradient.

@@ -74,11 +74,12 @@ def run(cfg: Config, ranks: int, vram: float | None, as_json: bool) -> int:
     Raises:
         UserError: the model folder cannot be read.
     """
+    from fastunlearn.models.description import describe_model
     from fastunlearn.planning.advice import smallest_change
-    from fastunlearn.planning.plan import make_plan, read_model
+    from fastunlearn.planning.plan import make_plan
 
     limit = _gpu_bytes() if vram is None else int(vram * GIB)
-    model = read_model(cfg)
+    model = describe_model(cfg)
     plan = make_plan(cfg, ranks, model)
     fits = limit is None or plan.fits(limit)
     better = None if fits or limit is None else smallest_change(plan, model, limit)

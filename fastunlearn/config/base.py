@@ -159,6 +159,11 @@ class FixedSections(ConfigModel):
         return self.model.mixed_precision == "bf16" and self.engine_spec.holds_bf16(self)
 
     @property
+    def autocast(self) -> bool:
+        """Whether the U-Net computes in bf16 from fp32 weights."""
+        return self.model.mixed_precision == "bf16" and not self.bf16_weights
+
+    @property
     def uses_minicanvas(self) -> bool:
         """Whether the embedded model is edited."""
         return self.model.pretrained_model_name_or_path == "minicanvas"

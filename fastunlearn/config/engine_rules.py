@@ -72,7 +72,7 @@ def _check_graphs(cfg: RunConfig) -> None:
             f"model.cuda_graphs: true with method {cfg.method!r}, whose trajectories a running mean of the weights "
             "walks; use false"
         )
-    if cfg.model.mixed_precision == "bf16" and not cfg.bf16_weights:
+    if cfg.autocast:
         raise UserError(
             "model.cuda_graphs: true under autocast, which would record casts of weights that have changed since; set "
             "zero.stage to 1 or 2, or use false"

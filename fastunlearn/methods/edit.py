@@ -103,12 +103,10 @@ def _refuse_training(cfg: Config) -> None:
     why = f"has no meaning for method {cfg.method!r}, which makes no updates; drop it"
     engines = [name for name, spec in ENGINES.items() if spec.Settings is not None]
     for section in ("optimizer", *engines, *OF_TRAINING):
-        values = getattr(cfg, section)
-        for field in type(values).model_fields:
-            value, default = getattr(values, field), type(values).model_fields[field].default
-            if value != default and f"{section}.{field}" not in STILL_READ:
+        for field, value in getattr(cfg, section).changed_fields().items():
+            if f"{section}.{field}" not in STILL_READ:
                 raise UserError(f"{section}.{field}: {value!r} {why}")
-    if cfg.engine != type(cfg).model_fields["engine"].default:
+    if "engine" in cfg.changed_fields():
         raise UserError(f"engine: {cfg.engine!r} {why}")
     if cfg.resume_from_checkpoint is not None:
         raise UserError(

@@ -72,7 +72,7 @@ class UceSpec(EditSpec):
 
     def refuse_settings(self, cfg: Config) -> None:
         """Settings of RECE's rounds, which UCE does not have."""
-        if cfg.rece != type(cfg.rece)():
+        if cfg.rece.changed_fields():
             raise UserError("rece: its settings do not apply to method 'uce'; drop them, or use method 'rece'")
 
 

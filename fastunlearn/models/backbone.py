@@ -61,7 +61,13 @@ class Backbone:
 
 
 def build_backbone(
-    pipeline: Pipeline, prompts: Sequence[str], resolution: int | None, device: torch.device, dtype: torch.dtype
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    resolution: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    autocast: bool = False,
 ) -> Backbone:
     """Embed all prompts of the run, then keep only what training needs: text encoders and VAE are not referenced."""
     with encoders_on(pipeline, device):
@@ -74,6 +80,7 @@ def build_backbone(
         embeds=embeds,
         sample_shape=latent_shape(pipeline, resolution),
         fixed_inputs=architecture.fixed_inputs(image_side(pipeline, resolution), device),
+        autocast=autocast,
     )
 
 

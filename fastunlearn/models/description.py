@@ -1,6 +1,6 @@
 """What a model's files say of it before any weights are loaded: its denoiser, its sizes, what loading it takes.
 
-From a folder's configurations, a hub's, or the header of a single file. How another kind of model is refused: ``formats/``.
+From a folder's configurations, a hub's, or the header of a single file. ``formats/`` refuses another kind of model.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.config.loader import merge
 from fastunlearn.errors import UserError
+from fastunlearn.models.description import ModelDescription
 from fastunlearn.models.parameter_names import SCOPES
-from fastunlearn.planning.plan import Model, Plan, make_plan, unet_sizes
+from fastunlearn.planning.plan import Plan, make_plan, unet_sizes
 from fastunlearn.registry import ENGINES
 
 
@@ -32,7 +33,7 @@ class Change:
         return " ".join(([f"--num_gpus {self.world}"] if self.world else []) + words)
 
 
-def smallest_change(plan: Plan, model: Model, limit: int) -> Plan | None:
+def smallest_change(plan: Plan, model: ModelDescription, limit: int) -> Plan | None:
     """The plan of the first change that fits, or else of the changes together that do; None where they do not.
 
     Together they are added one by one, each where it lowers the peak; then those that turn out not to be needed go.
@@ -55,7 +56,7 @@ def smallest_change(plan: Plan, model: Model, limit: int) -> Plan | None:
     return None
 
 
-def _without_the_needless(plan: Plan, model: Model, limit: int, taken: tuple[Change, ...]) -> Plan | None:
+def _without_the_needless(plan: Plan, model: ModelDescription, limit: int, taken: tuple[Change, ...]) -> Plan | None:
     for change in taken[::-1]:  # the last ones cost most
         fewer = tuple(other for other in taken if other != change)
         tried = apply(plan, model, fewer)
@@ -64,7 +65,7 @@ def _without_the_needless(plan: Plan, model: Model, limit: int, taken: tuple[Cha
     return apply(plan, model, taken)
 
 
-def apply(plan: Plan, model: Model, changes: tuple[Change, ...]) -> Plan | None:
+def apply(plan: Plan, model: ModelDescription, changes: tuple[Change, ...]) -> Plan | None:
     """The plan with these changes; None where they contradict each other."""
     data = plan.cfg.model_dump()
     world = plan.world
@@ -78,7 +79,7 @@ def apply(plan: Plan, model: Model, changes: tuple[Change, ...]) -> Plan | None:
         return None
 
 
-def _changes(plan: Plan, model: Model) -> Iterator[Change]:
+def _changes(plan: Plan, model: ModelDescription) -> Iterator[Change]:
     """In the order in which they are tried."""
     cfg = plan.cfg
     yield from _set(cfg.retains and cfg.surgery.retain_dtype != "int8", "surgery.retain_dtype", "int8")
@@ -122,7 +123,7 @@ def _batches(cfg: Config) -> Iterator[Change]:
         yield Change(tuple(fields))
 
 
-def _scopes(cfg: Config, model: Model) -> Iterator[Change]:
+def _scopes(cfg: Config, model: ModelDescription) -> Iterator[Change]:
     def trained(scope: str) -> int:
         return sum(unet_sizes(model, scope).trained)
 

@@ -1,20 +1,15 @@
 """What a run will need of memory, before any weights are loaded.
 
 The table of the rank that needs most, for one configuration: the sum of the rows that engine, teacher, method and meta
-term report, and of activations as ``activations.py`` measures them. The U-Net is built from ``unet/config.json``
-without weights. On a GPU the CUDA context, convolution workspaces and the allocator's fragments come on top
-(``ALLOWANCE``).
+term report, and of activations as ``activations.py`` measures them, without weights. On a GPU the CUDA context,
+convolution workspaces and the allocator's fragments come on top (``ALLOWANCE``).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,22 +17,10 @@ from fastunlearn.config import Config, resolved_scope
 from fastunlearn.config.run_prompts import meta_texts, preserve_prompts, retain_prompts
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.optimizers.groups import parameter_groups
-from fastunlearn.errors import UserError
 from fastunlearn.meta.image_sets import set_captions
 from fastunlearn.meta.memory import attack_rows, pool_sizes
 from fastunlearn.methods.tables import build_method
-from fastunlearn.models.architectures.base import architecture_of
-from fastunlearn.models.formats.headers import (
-    COMPONENTS,
-    DENOISERS,
-    FIELD,
-    check_kind,
-    check_safetensors,
-    is_hub_id,
-    variant_of,
-)
-from fastunlearn.models.formats.single_file import read_single_file
-from fastunlearn.models.loading import hub_file, stored_dtype
+from fastunlearn.models.description import ModelDescription
 from fastunlearn.models.parameter_names import is_small, layer_of, text_projections, trainable_names
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.edits import edit_rows, mean_rows
@@ -48,37 +31,8 @@ from fastunlearn.schema.meta import meta_weights, set_weights
 from fastunlearn.utils.memory_rows import Row, Sizes, peak, totals
 from fastunlearn.utils.text import GIB
 
-CLIP_TOKENS = 77
 # What a GPU's driver and libraries take for themselves; a rule of thumb, not measured here.
 ALLOWANCE = GIB
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the plan needs to know of a model folder."""
-
-    unet: str
-    """The text of ``unet/config.json``, a key for the measurement of activations."""
-    tokens: int
-    factor: int
-    """Pixels per latent."""
-    loading: int
-    """Bytes of the whole pipeline in fp32, as it is loaded on the host; 0 where it is not known."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The U-Net's configuration."""
-        return json.loads(self.unet)
-
-    @property
-    def text_width(self) -> int:
-        """Of the token embeddings."""
-        return architecture_of(self.config).text_width(self.config)
-
-    def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
-        """(C, H, W) of one sample, as ``backbone.build_backbone`` finds it."""
-        side = resolution // self.factor if resolution else None
-        return architecture_of(self.config).latent_shape(self.config, side)
 
 
 @dataclass(frozen=True)
@@ -114,61 +68,7 @@ class Plan:
         return self.device + ALLOWANCE <= limit
 
 
-def read_model(cfg: Config) -> Model:
-    """The configurations in the model's folder; for a hub id, downloaded or from the cache; for a file, as its header
-    tells.
-
-    Raises:
-        UserError: there is no such folder, no U-Net in it, or a kind of model that cannot be edited.
-    """
-    name = cfg.model.pretrained_model_name_or_path
-    if cfg.uses_minicanvas:
-        from fastunlearn.minicanvas import pipeline_path
-
-        name = str(pipeline_path())
-    folder = Path(name)
-    if not folder.exists() and is_hub_id(name):
-        check_kind(hub_file(name, "model_index.json", cfg.model).parent, name)
-        text = hub_file(name, "unet/config.json", cfg.model).read_text(encoding="utf-8")
-        return Model(text, CLIP_TOKENS, 8, 0)
-    if folder.is_file():
-        found = read_single_file(folder)
-        known = found.public_model(cfg.model)
-        return Model(json.dumps(dict(known.unet)), CLIP_TOKENS, known.factor, 4 * found.elements)
-    if (folder / "model_index.json").is_file():
-        check_kind(folder)
-    file = folder / "unet" / "config.json"
-    try:
-        text = file.read_text(encoding="utf-8")
-        kind = json.loads(text)["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{FIELD}: {str(file)!r} cannot be read; a plan needs the U-Net's configuration") from None
-    if kind not in DENOISERS:
-        raise UserError(f"{FIELD}: {str(file)!r} is a {kind}; a {' or '.join(DENOISERS)} is needed")
-    text_encoder, vae = _optional(folder / "text_encoder"), _optional(folder / "vae")
-    factor = 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
-    return Model(text, text_encoder.get("max_position_embeddings", CLIP_TOKENS), factor, _loaded_bytes(cfg, folder))
-
-
-def _optional(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _loaded_bytes(cfg: Config, folder: Path) -> int:
-    """The pipeline on the host: in fp32, but the U-Net as it is stored where nothing is lost by that."""
-    total, as_stored = 0, cfg.bf16_weights or not cfg.trains
-    for component in COMPONENTS:
-        elements: Counter[str | None] = Counter()
-        for file in (folder / component).glob("*.safetensors"):
-            elements[variant_of(file)] += check_safetensors(file)
-        # Of several variants one is loaded; they have the same number of elements.
-        width = stored_dtype(cfg.model).itemsize if component == "unet" and as_stored else 4
-        total += width * max(elements.values(), default=0)
-    return total
-
-
-def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = ()) -> Plan:
+def make_plan(cfg: Config, world: int, model: ModelDescription, changes: tuple[str, ...] = ()) -> Plan:
     """The plan of one configuration on this many ranks."""
     scope = resolved_scope(cfg)
     sizes = unet_sizes(model, scope)
@@ -186,7 +86,7 @@ def make_plan(cfg: Config, world: int, model: Model, changes: tuple[str, ...] = 
 
 
 @lru_cache(maxsize=16)
-def unet_sizes(model: Model, scope: str) -> Sizes:
+def unet_sizes(model: ModelDescription, scope: str) -> Sizes:
     """The U-Net's tensors in the groups of its optimizer."""
     unet = build_unet(model.config)
     names = set(trainable_names(unet, scope))
@@ -202,12 +102,12 @@ def unet_sizes(model: Model, scope: str) -> Sizes:
     )
 
 
-def latent_side(cfg: Config, model: Model) -> int:
+def latent_side(cfg: Config, model: ModelDescription) -> int:
     """Side of the latents."""
     return model.latent_shape(cfg.train.resolution)[-1]
 
 
-def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
+def _latents_and_text(cfg: Config, model: ModelDescription) -> list[Row]:
     """Prompt embeddings, pictures as latents, and what the method itself holds."""
     channels, side, _ = latent = model.latent_shape(cfg.train.resolution)
     pictures = 0
@@ -238,7 +138,7 @@ def _latents_and_text(cfg: Config, model: Model) -> list[Row]:
     return rows
 
 
-def activation_rows(cfg: Config, model: Model, scope: str, gradients: int) -> list[Row]:
+def activation_rows(cfg: Config, model: ModelDescription, scope: str, gradients: int) -> list[Row]:
     """One row for each call of the U-Net. ``gradients``: bytes of other rows that come as activations go; a row has
     only what activations and they take beyond these at any one time."""
     peaks = _windows(cfg, model, scope, gradients).items()
@@ -253,7 +153,7 @@ def activation_rows(cfg: Config, model: Model, scope: str, gradients: int) -> li
     return rows
 
 
-def _windows(cfg: Config, model: Model, scope: str, gradients: int) -> dict[str, int]:
+def _windows(cfg: Config, model: ModelDescription, scope: str, gradients: int) -> dict[str, int]:
     """The peak of everything that calls the U-Net, by name, with the gradients where there are ``gradients``."""
     batch, retained, calls = cfg.train.train_batch_size, cfg.retain.batch_size, cfg.method_spec.calls(cfg)
 
@@ -282,11 +182,9 @@ def _windows(cfg: Config, model: Model, scope: str, gradients: int) -> dict[str,
     return windows
 
 
-def _activations(cfg: Config, model: Model, scope: str, rows: int) -> Activations:
-    half = cfg.model.mixed_precision == "bf16"
-    autocast = half and not cfg.bf16_weights
+def _activations(cfg: Config, model: ModelDescription, scope: str, rows: int) -> Activations:
     shape = Shape(
-        latent_side(cfg, model), model.tokens, torch.bfloat16 if half and not autocast else torch.float32, autocast,
+        latent_side(cfg, model), model.tokens, torch.bfloat16 if cfg.bf16_weights else torch.float32, cfg.autocast,
         cfg.model.gradient_checkpointing, cfg.model.attention in ("eager", "sdpa-math"),
     )  # fmt: skip
     return measure(model.unet, scope, rows, shape)

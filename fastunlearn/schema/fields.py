@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -68,6 +68,13 @@ class ConfigModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def changed_fields(self) -> dict[str, Any]:
+        """Those whose values are not the defaults, whoever set them."""
+        defaults = {
+            name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()
+        }
+        return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
 
 
 class KnownIn:

@@ -12,8 +12,9 @@ import torch
 
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
+from fastunlearn.models.description import describe_model
 from fastunlearn.planning.advice import smallest_change
-from fastunlearn.planning.plan import ALLOWANCE, Plan, make_plan, read_model
+from fastunlearn.planning.plan import ALLOWANCE, Plan, make_plan
 from fastunlearn.utils.machine import host_memory_bytes
 from fastunlearn.utils.text import size
 
@@ -28,7 +29,7 @@ def check_memory(cfg: Config, world: int) -> None:
     """
     if cfg.train.memory_check == "off" or cfg.uses_minicanvas:
         return
-    model = read_model(cfg)
+    model = describe_model(cfg)
     plan = make_plan(cfg, world, model)
     limit, needed = _gpu(plan) if torch.cuda.is_available() else _host(plan)
     if limit is None or needed * (1 - PLAN_ERROR) <= limit:

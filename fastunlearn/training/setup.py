@@ -97,7 +97,9 @@ def prepare(cfg: Config, world: World) -> Run:
     edited = method.edit(pipeline, world.device) if cfg.closed_form else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet) | edited
-    backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg))
+    backbone = build_backbone(
+        pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg), autocast=cfg.autocast
+    )
     del pipeline  # with it go the text encoders and the VAE
     models, engine, ema = shard(cfg, backbone, originals, world, edited)
     del originals
@@ -160,7 +162,6 @@ def shard(
     closed form; ``edited``: these alone. The teacher is made before the student gets them.
     """
     unet = backbone.unet.train()
-    backbone.autocast = cfg.model.mixed_precision == "bf16" and not cfg.bf16_weights
     if cfg.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     attention = install_attention(unet, cfg.model.attention, device=world.device, dtype=compute_dtype(cfg))

@@ -13,8 +13,9 @@ from tiny_run import tiny_run, update_all
 from fastunlearn.acceleration.text_kv_cache import PromptKeys, cross_attentions
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
+from fastunlearn.models.description import describe_model
 from fastunlearn.models.parameter_names import trainable_names
-from fastunlearn.planning.plan import make_plan, read_model
+from fastunlearn.planning.plan import make_plan
 from fastunlearn.training.setup import Run
 from fastunlearn.utils.distributed import World
 
@@ -89,7 +90,9 @@ def test_embeddings_with_noise_are_projected() -> None:
 
 def test_the_planner_knows_the_tables() -> None:
     cfg = load_config(None, ["--concepts", "cat", "--model.cache_prompt_keys", "true"])
-    (row,) = [row for row in make_plan(cfg, 1, read_model(cfg)).rows if row.name == "keys and values of the prompts"]
+    (row,) = [
+        row for row in make_plan(cfg, 1, describe_model(cfg)).rows if row.name == "keys and values of the prompts"
+    ]
     unet = tiny_unet()
     embeds = the_run("attn2", cached=False).models.backbone.embeds
     keys = PromptKeys(unet, embeds, autocast=False)

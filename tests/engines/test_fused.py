@@ -27,8 +27,9 @@ from fastunlearn.engines.fused.engine import FusedEngine
 from fastunlearn.engines.fused.memory import fused_rows
 from fastunlearn.engines.fused.moments import HostMoments
 from fastunlearn.errors import UserError
+from fastunlearn.models.description import ModelDescription
 from fastunlearn.models.parameter_names import layer_of, trainable_names
-from fastunlearn.planning.plan import Model, unet_sizes
+from fastunlearn.planning.plan import unet_sizes
 from fastunlearn.training.setup import Run
 from fastunlearn.training.trainer import capture_retain_gradient, one_update
 from fastunlearn.utils.distributed import World
@@ -330,7 +331,7 @@ def test_the_planner_knows_what_the_engine_holds(sections: dict[str, Any]) -> No
     found["optimizer state ("] = storage_bytes(moments)
     found["teacher: originals"] = storage_bytes(teacher_tensors(run.models.teacher))
     config = json.dumps(dict(run.models.backbone.unet.config) | {"_class_name": "UNet2DConditionModel"})
-    rows = fused_rows(cfg, unet_sizes(Model(config, 5, 8, 0), "full"))
+    rows = fused_rows(cfg, unet_sizes(ModelDescription(config, 5, 8, 0), "full"))
     for start, size in found.items():
         (row,) = (row for row in rows if row.name.startswith(start))
         share = 0.15 if row.name.endswith(("(int8)", "(fp8)")) and "teacher" in row.name else 0.02

@@ -97,9 +97,8 @@ def reference(clip: bool, granularity: str, extra: tuple, half: str = "", batch:
     bf16 copies of the fp64 weights, or under "autocast"; everything behind its gradient stays fp64."""
     case = Case(0, False, 1, False, clip, granularity, "auto", extra=extra, batch=batch)
     cfg, book = config_of(case, 1), the_book()
-    backbone = tiny_backbone(book)
+    backbone = tiny_backbone(book, autocast=half == "autocast")
     dtype = {"": torch.float64, "sharded": torch.bfloat16, "autocast": torch.float32}[half]
-    backbone.autocast = half == "autocast"
     unet = backbone.unet.to(dtype)
     backbone.embeds = backbone.embeds.to(torch.device("cpu"), dtype)
     names = trained_names(unet)

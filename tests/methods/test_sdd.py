@@ -20,7 +20,8 @@ from fastunlearn.denoisers.predictors import Evaluations, Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.export.formats.delta import load_delta
 from fastunlearn.methods.tables import build_method
-from fastunlearn.planning.plan import make_plan, read_model
+from fastunlearn.models.description import describe_model
+from fastunlearn.planning.plan import make_plan
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.training.setup import exponential_average
 
@@ -164,7 +165,7 @@ def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], words: tupl
 def test_the_plan_counts_the_mean_instead_of_a_teacher() -> None:
     def rows(**fields: object) -> dict[str, int]:
         cfg = a_config(**fields)
-        plan = make_plan(cfg, 1, read_model(cfg))
+        plan = make_plan(cfg, 1, describe_model(cfg))
         found = {row.name.split(":")[0].split(" of ")[0]: row.device for row in plan.rows}
         return found | {"trained": sum(plan.sizes.trained)}
 

@@ -8,7 +8,8 @@ import pytest
 from launched import WORKERS, run_ranks
 from peak_worker import CASES, config
 
-from fastunlearn.planning.plan import make_plan, read_model
+from fastunlearn.models.description import describe_model
+from fastunlearn.planning.plan import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_within_a_tenth_of_the_peak(case: str, measured: dict[str, int]) -> None:
     cfg = config(case)
-    plan = make_plan(cfg, 1, read_model(cfg))
+    plan = make_plan(cfg, 1, describe_model(cfg))
     planned = max(device + host for device, host in plan.phases.values())  # on a CPU both are the same memory
     assert planned == pytest.approx(measured[case], rel=0.1), (planned, measured[case])

@@ -25,10 +25,11 @@ from fastunlearn.engines.optimizers.groups import parameter_groups
 from fastunlearn.engines.zero.memory import ZeroMemory
 from fastunlearn.minicanvas import pipeline_path
 from fastunlearn.models import parameter_names
+from fastunlearn.models.description import ModelDescription, describe_model
 from fastunlearn.models.parameter_names import set_trainable, trainable_names
 from fastunlearn.planning.activations import Shape, example_inputs, measure
 from fastunlearn.planning.advice import _changes, apply, smallest_change
-from fastunlearn.planning.plan import ALLOWANCE, Model, Plan, make_plan, read_model, unet_sizes
+from fastunlearn.planning.plan import ALLOWANCE, Plan, make_plan, unet_sizes
 from fastunlearn.planning.unet_calls import count_evaluations
 from fastunlearn.utils.memory_rows import Row, Sizes
 from fastunlearn.utils.text import GIB
@@ -145,14 +146,14 @@ def test_autocast_keeps_weights_cast_for_the_backward_pass() -> None:
     text = (pipeline_path() / "unet" / "config.json").read_text()
     one, two = (measure(text, "attn2", rows, Shape(16, 16, autocast=True)).saved for rows in (1, 2))
     half = measure(text, "attn2", 1, Shape(16, 16, torch.bfloat16)).saved
-    weights = 2 * unet_sizes(read_model(Config.model_validate({"concepts": ["cat"]})), "attn2").total
+    weights = 2 * unet_sizes(describe_model(Config.model_validate({"concepts": ["cat"]})), "attn2").total
     assert one - (two - one) == pytest.approx(weights, rel=0.2)  # what does not grow with the batch
     assert half < two - one < 2.2 * half
 
 
 @pytest.fixture(scope="module")
-def sdxl() -> Model:
-    return Model(json.dumps(SDXL), tokens=77, factor=8, loading=0)
+def sdxl() -> ModelDescription:
+    return ModelDescription(json.dumps(SDXL), tokens=77, factor=8, loading=0)
 
 
 def sdxl_config(**fields: dict) -> Config:
@@ -170,7 +171,7 @@ def row(plan_rows: list[Row], name: str) -> Row:
     return next(row for row in plan_rows if row.name.startswith(name))
 
 
-def test_sdxl_is_planned_without_weights(sdxl: Model) -> None:
+def test_sdxl_is_planned_without_weights(sdxl: ModelDescription) -> None:
     plan = make_plan(sdxl_config(), 1, sdxl)
     assert plan.sizes.total == 2_567_463_684 and len(plan.sizes.trained) == 350
     trained = sum(plan.sizes.trained)
@@ -185,7 +186,7 @@ def test_sdxl_is_planned_without_weights(sdxl: Model) -> None:
     assert row(smaller.rows, "retain gradient").device == pytest.approx(trained * (1 + 4 / 256), rel=0.01)
 
 
-def test_ranks_share_what_their_stage_shards(sdxl: Model) -> None:
+def test_ranks_share_what_their_stage_shards(sdxl: ModelDescription) -> None:
     one, two = (make_plan(sdxl_config(zero={"stage": 2}), world, sdxl) for world in (1, 2))
     for name in ("fp32 master", "optimizer state", "gradients", "retain gradient"):
         assert row(two.rows, name).device == pytest.approx(row(one.rows, name).device / 2, rel=0.02)
@@ -197,9 +198,9 @@ def test_ranks_share_what_their_stage_shards(sdxl: Model) -> None:
         assert row(offload.rows, name).device == 0 < row(offload.rows, name).host
 
 
-def minicanvas_plan(world: int = 1, **fields: dict) -> tuple[Plan, Model]:
+def minicanvas_plan(world: int = 1, **fields: dict) -> tuple[Plan, ModelDescription]:
     cfg = Config.model_validate({"concepts": ["neon style"], "surgery": {"enabled": True}} | fields)
-    model = read_model(cfg)
+    model = describe_model(cfg)
     return make_plan(cfg, world, model), model
 
 

@@ -51,7 +51,9 @@ def tiny_book(names: list[str] | None = None, **prompts: object) -> PromptTable:
     return build_prompt_table(concepts, PromptsConfig.model_validate(prompts), seed=0)
 
 
-def tiny_backbone(book: PromptTable, prediction_type: str = "epsilon", unet: object = None) -> Backbone:
+def tiny_backbone(
+    book: PromptTable, prediction_type: str = "epsilon", unet: object = None, *, autocast: bool = False
+) -> Backbone:
     """Random prompt embeddings, one per text of the book."""
     draw = torch.Generator().manual_seed(7)
     hidden = torch.randn(len(book.texts), TOKENS, TEXT_WIDTH, generator=draw)
@@ -63,6 +65,7 @@ def tiny_backbone(book: PromptTable, prediction_type: str = "epsilon", unet: obj
         embeds=PromptEmbeds(hidden, pooled).numbered(),
         sample_shape=(4, 8, 8),
         fixed_inputs={"time_ids": torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])},
+        autocast=autocast,
     )
 
 

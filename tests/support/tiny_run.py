@@ -29,7 +29,7 @@ SMALL_TENSOR_NUMEL = 100  # so that matrices and biases are in groups of their o
 def tiny_run(cfg: Config, world: World, book: PromptTable, names: Sequence[str], pool: LatentPool | None = None) -> Run:
     """A run that trains the tensors ``names``; with surgery where there is a ``pool`` of pictures to keep."""
     parameter_names.SMALL_TENSOR_NUMEL = SMALL_TENSOR_NUMEL
-    backbone = tiny_backbone(book)
+    backbone = tiny_backbone(book, autocast=cfg.autocast)
     set_trainable(backbone.unet, names)
     originals = trained_tensors(backbone.unet)
     backbone.unet.to(weights_dtype(cfg))

@@ -11,18 +11,19 @@ from tiny import tiny_unet
 
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
-from fastunlearn.planning.plan import Model, make_plan
+from fastunlearn.models.description import ModelDescription
+from fastunlearn.planning.plan import make_plan
 from fastunlearn.training import memory_check as guard
 
 UNET = json.dumps(dict(tiny_unet().config) | {"_class_name": "UNet2DConditionModel"})
-MODEL = Model(UNET, 5, 8, 10_000)
+MODEL = ModelDescription(UNET, 5, 8, 10_000)
 
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What the machine is said to have free."""
     memory = {"bytes": 0}
-    monkeypatch.setattr(guard, "read_model", lambda _: MODEL)
+    monkeypatch.setattr(guard, "describe_model", lambda _: MODEL)
     monkeypatch.setattr(guard, "available_host_bytes", lambda: memory["bytes"])
     monkeypatch.setattr(guard.torch.cuda, "is_available", lambda: False)
     return memory
@@ -54,7 +55,7 @@ def test_it_can_be_told_to_try(free: dict[str, int], capsys: pytest.CaptureFixtu
 
 
 def test_loading_counts_too(free: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "read_model", lambda _: Model(UNET, 5, 8, 10**12))
+    monkeypatch.setattr(guard, "describe_model", lambda _: ModelDescription(UNET, 5, 8, 10**12))
     free["bytes"] = 10**11
     with pytest.raises(UserError, match="931"):
         guard.check_memory(config(), 1)

@@ -228,7 +228,7 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     """The run's own counters, put together as ``trainer.prepare`` does."""
     retained = retain_prompts(cfg) if cfg.retains else []
     book: PromptTable = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained)
-    backbone = tiny_backbone(book)
+    backbone = tiny_backbone(book, autocast=cfg.autocast)
     set_trainable(backbone.unet, trainable_names(backbone.unet, "attn2"))
     originals = trained_tensors(backbone.unet)
     assert weights_dtype(cfg) == torch.float32

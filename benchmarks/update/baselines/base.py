@@ -63,8 +63,8 @@ class Baseline(ABC):
         if precision == "auto":
             precision = "published" if device.type == "cuda" else "no"
         dtype = torch.float32 if precision == "no" else self.DTYPE
-        self.backbone = backbone_of(cfg, PROMPTS, device, dtype)
-        self.backbone.autocast = precision == "bf16" and dtype == torch.float32
+        autocast = precision == "bf16" and dtype == torch.float32
+        self.backbone = backbone_of(cfg, PROMPTS, device, dtype, autocast=autocast)
         self.device = device
         unet = self.backbone.unet.train()
         install_attention(unet, row["attention"])

@@ -73,7 +73,7 @@ class ZeroSpec(EngineSpec):
 
     def refuse(self, cfg: Config) -> None:
         """What DeepSpeed or its optimizers cannot do."""
-        if cfg.fused != type(cfg.fused)():
+        if cfg.fused.changed_fields():
             raise UserError(
                 f"fused.offload_optimizer: {cfg.fused.offload_optimizer!r} is for engine 'fused'; with 'zero' set "
                 "zero.offload_optimizer"

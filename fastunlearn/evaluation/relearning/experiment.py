@@ -92,8 +92,8 @@ def load(task: Task, bar: tqdm) -> Subject:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
     book = PromptTable([], [], [*task.forbidden, *task.attacking])
-    backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, device, torch.float32)
-    backbone.autocast = cfg.model.mixed_precision == "bf16"
+    half = cfg.model.mixed_precision == "bf16"
+    backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, device, torch.float32, autocast=half)
     backbone.unet.eval().requires_grad_(False)
     if cfg.model.gradient_checkpointing:
         backbone.unet.enable_gradient_checkpointing()

@@ -74,7 +74,7 @@ class PublicModel:
     @property
     def factor(self) -> int:
         """Pixels per latent."""
-        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+        return pixels_per_latent(self.vae)
 
     def with_prediction(self, prediction_type: str, zero_snr: bool) -> PublicModel:
         """The same model trained to predict something else, or on another noise schedule."""
@@ -106,6 +106,8 @@ class Architecture:
     """Published models, and a tiny one of the same kind for tests."""
     index: Mapping[str, Any]
     """What else ``model_index.json`` says of every model."""
+    text_length: int
+    """L, the tokens of an embedded prompt."""
     usual_prediction: str | None = "epsilon"
     """What a model predicts that does not say it; None: nobody can tell."""
 
@@ -170,6 +172,11 @@ class Architecture:
     def pipeline_arguments(self, cond: PromptEmbeds, uncond: PromptEmbeds) -> dict[str, Any]:
         """Keyword arguments with which its diffusers pipeline takes embedded prompts."""
         raise NotImplementedError
+
+
+def pixels_per_latent(vae: Mapping[str, Any]) -> int:
+    """How much smaller than an image its latents are on each side, by the VAE's configuration; {}: as usual."""
+    return int(2 ** (len(vae.get("block_out_channels", range(4))) - 1))
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -74,6 +74,7 @@ class UNet2DArchitecture(Architecture):
     """An architecture whose denoiser is a ``UNet2DConditionModel``: attn1 attends to itself, attn2 to the text."""
 
     denoiser = "UNet2DConditionModel"
+    text_length = TEXT_LENGTH
 
     def block_of(self, name: str) -> str | None:
         """Such as ``down_blocks.1.attentions.0``."""
