@@ -193,7 +193,8 @@ OPTIMIZER = Extension(
     '''
 """torch's SGD with momentum."""
 
-from fastunlearn.engines.optimizers.base import FP32, OptimizerSpec
+from fastunlearn.engines.optimizers.base import OptimizerSpec
+from fastunlearn.utils.memory_rows import FP32
 
 
 class SGD(OptimizerSpec):

@@ -20,7 +20,6 @@ import torch
 import torch.nn.attention as torch_attention
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -154,7 +153,7 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
 
 
 def install_attention(
-    unet: UNet2DConditionModel,
+    unet: Any,
     choice: str,
     *,
     device: torch.device | None = None,
@@ -166,6 +165,7 @@ def install_attention(
     refuses, it refuses here and not in the first update.
 
     Args:
+        unet: a diffusers model whose attentions are its ``Attention`` layers.
         device: where the U-Net will run; None: where it is.
         dtype: in which it will compute, autocast included; None: that of its weights.
 

@@ -32,7 +32,7 @@ class Ema:
 
     @torch.no_grad()
     def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
-        """Run the mean weights on the arguments of ``UNet2DConditionModel.forward``."""
+        """Run the mean weights on the arguments of the U-Net's ``forward``."""
         return torch.func.functional_call(self._unet, self._called, args, kwargs)
 
     @torch.no_grad()

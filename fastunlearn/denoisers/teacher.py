@@ -39,7 +39,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, *args: Tensor, **kwargs: object) -> tuple[Tensor, ...]:
-        """Run the original weights on the arguments of ``UNet2DConditionModel.forward``."""
+        """Run the original weights on the arguments of the U-Net's ``forward``."""
         if self._swaps:
             return self._borrowing(*args, **kwargs)
         if not self._swap:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastunlearn.utils.memory_rows import quantized_nbytes
 from fastunlearn_kernels import Quantized, blockwise_dequantize, blockwise_quantize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -108,6 +109,13 @@ class GradientBuffer:
         if isinstance(self._stored, Quantized):
             return blockwise_dequantize(self._stored, dtype)
         return [tensor.to(dtype) for tensor in self._stored or []]
+
+
+def stored_nbytes(dtype: str, numel: int, as_it_came: int) -> int:
+    """Bytes of one tensor in a buffer of this ``dtype``; ``as_it_came``: of each element, where that is "auto"."""
+    if dtype == "int8":
+        return quantized_nbytes(numel)
+    return numel * (as_it_came if dtype == "auto" else DTYPES[dtype].itemsize)
 
 
 def _moved(tensors: Sequence[Tensor], place: torch.device) -> list[Tensor]:

@@ -10,6 +10,7 @@ from fastunlearn.config import Config
 from fastunlearn.config.run_prompts import meta_prompts
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.fused.moments import moment_bytes
+from fastunlearn.gradients.buffer import stored_nbytes
 from fastunlearn.schema.meta import SETS, meta_weights, set_weights
 from fastunlearn.utils.memory_rows import AFTER_META, FP32, PHASES, Row, Sizes
 
@@ -21,8 +22,7 @@ def attack_rows(cfg: Config, sizes: Sizes) -> list[Row]:
     compute = 2 if cfg.bf16_weights else FP32
     attacked = (*sizes.trained, *sizes.frozen) if cfg.meta.inner_scope == "full" else sizes.trained
     total = sum(attacked)
-    gradient = sum(sizes.trained)
-    stored = {"auto": compute, "fp32": FP32, "bf16": 2, "int8": 1}[cfg.meta.gradient_dtype] * gradient
+    stored = sum(stored_nbytes(cfg.meta.gradient_dtype, n, compute) for n in sizes.trained)
     before = total * compute
     rows = [
         Row("meta: weights before the attack", before, phases=("attack", "backward", "reduce"), windows=("meta",)),

@@ -27,8 +27,7 @@ from fastunlearn.models.formats.headers import (
 )
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.loading import hub_file, resolve_model, stored_dtype
-
-FP32 = 4  # bytes
+from fastunlearn.utils.memory_rows import FP32
 
 
 @dataclass(frozen=True)

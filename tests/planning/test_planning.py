@@ -23,6 +23,7 @@ from fastunlearn import cli
 from fastunlearn.config import Config
 from fastunlearn.engines.optimizers.groups import parameter_groups
 from fastunlearn.engines.zero.memory import ZeroMemory
+from fastunlearn.engines.zero.partition import rank_partitions
 from fastunlearn.minicanvas import pipeline_path
 from fastunlearn.models import parameter_names
 from fastunlearn.models.description import ModelDescription, describe_model
@@ -97,6 +98,11 @@ def hold_against_plan(name: str, world: int, folder: Path, tiny_sizes: Sizes) ->
     for rank in range(world):
         plan = planned(ZeroMemory(state_config(name), tiny_sizes, world, rank).rows())
         held = json.loads((folder / f"{name}-{rank}.json").read_text())
+        cut = held.pop("cut")
+        if cut:
+            stage = state_config(name).zero_stage
+            expected = rank_partitions(tiny_sizes, stage, world, rank)
+            assert cut == [[part.numel, list(part.pieces)] for part in expected]
         for what, size in held.items():
             bound = STATE_BYTES + (PEAK_SHARE * size if what.endswith("_peak") else 0)
             assert abs(plan[what] - size) <= bound, (what, plan[what], size)

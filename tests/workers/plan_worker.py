@@ -134,8 +134,8 @@ def storage_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> 
     return sum(size for pointer, size in found.items() if pointer not in ignored)
 
 
-def held(cfg: Config, world: World) -> dict[str, int]:
-    """Bytes of everything that the plan has a row for, between the first optimizer step and the second."""
+def held(cfg: Config, world: World) -> dict[str, Any]:
+    """Bytes of everything that the plan has a row for, between the first optimizer step and the second; and the cut."""
     book = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, RETAINED)
     draw = torch.Generator().manual_seed(3)
     pool = LatentPool(torch.randn(2, 4, 8, 8, generator=draw), RETAINED)
@@ -144,11 +144,12 @@ def held(cfg: Config, world: World) -> dict[str, int]:
     run.rollout.restart(step)
     _unlearn(run, step)
     _step(run)  # which makes the optimizer's state
-    found = {"keep_peak": _retain(run, step)}
+    found: dict[str, Any] = {"keep_peak": _retain(run, step)}
     kept: Any = _engine(run).transforms.stored["retain"]._stored
     found["kept"] = storage_bytes([*kept.codes, *kept.absmax] if hasattr(kept, "codes") else kept or [])
     _unlearn(run, step)
     found |= _states(run)
+    found["cut"] = cut_by_deepspeed(run)
     if cfg.optimizer.name == "adamw":
         with LiveBytes(_all_tensors()) as live:
             _step(run)
@@ -206,6 +207,13 @@ def _states(run: Run) -> dict[str, int]:
         "optimizer": storage_bytes(_optimizer_tensors(inner)),
         "gradients": storage_bytes(_gradients(run, optimizer, stage, flats)),
     }
+
+
+def cut_by_deepspeed(run: Run) -> list[tuple[int, list[int]]]:
+    """(elements with padding, elements of each parameter) of each flat partition that this rank owns."""
+    shards = _engine(run)._shards
+    flats = shards._flat_partitions() if run.cfg.zero.stage else []
+    return [(flat.numel(), [length for *_, length, _ in shards._walk(group)]) for group, flat in enumerate(flats)]
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:

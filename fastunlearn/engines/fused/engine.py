@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastunlearn.config import Config, student_updates
 from fastunlearn.engines.base import Applied, Engine, ExportedWeights
+from fastunlearn.engines.fused.memory import retain_dtype
 from fastunlearn.engines.fused.moments import HostMoments, fused_optimizer
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.buffer import GradientBuffer
@@ -39,11 +40,6 @@ from fastunlearn_kernels import Quantized, SurgeryPlan, surgery_apply, surgery_d
 from fastunlearn_kernels.gradients.segments import per_tensor
 
 STATE_FILE = "fused.pt"
-
-
-def retain_dtype(cfg: Config) -> str:
-    """How the retain gradient waits: in 8 bits where nothing else is asked for."""
-    return "int8" if cfg.surgery.retain_dtype == "auto" else cfg.surgery.retain_dtype
 
 
 class Layer:

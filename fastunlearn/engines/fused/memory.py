@@ -5,15 +5,13 @@ from __future__ import annotations
 from fastunlearn.config import Config
 from fastunlearn.denoisers.teacher import teacher_rows
 from fastunlearn.engines.fused.moments import moment_bytes
-from fastunlearn.utils.memory_rows import FP32, Row, Sizes, quantized_nbytes
+from fastunlearn.gradients.buffer import stored_nbytes
+from fastunlearn.utils.memory_rows import FP32, Row, Sizes
 
 
-def kept_bytes(cfg: Config, compute: int, numel: int) -> int:
-    """The retain gradient of one tensor."""
-    surgery = cfg.surgery
-    if surgery.retain_dtype in ("auto", "int8"):
-        return quantized_nbytes(numel)
-    return numel * {"fp32": FP32, "bf16": 2}.get(surgery.retain_dtype, compute)
+def retain_dtype(cfg: Config) -> str:
+    """How the retain gradient waits: in 8 bits where nothing else is asked for."""
+    return "int8" if cfg.surgery.retain_dtype == "auto" else cfg.surgery.retain_dtype
 
 
 def fused_rows(cfg: Config, sizes: Sizes) -> list[Row]:
@@ -43,12 +41,11 @@ def fused_rows(cfg: Config, sizes: Sizes) -> list[Row]:
 
 
 def _kept(cfg: Config, sizes: Sizes, compute: int, numels: list[int]) -> list[Row]:
-    surgery = cfg.surgery
-    kept = sum(kept_bytes(cfg, compute, n) for n in numels)
+    surgery, dtype = cfg.surgery, retain_dtype(cfg)
+    kept = sum(stored_nbytes(dtype, n, compute) for n in numels)
     host = surgery.retain_device == "host"
-    rows = [Row("retain gradient (int8)" if surgery.retain_dtype in ("auto", "int8") else
-                f"retain gradient ({surgery.retain_dtype})", 0 if host else kept, kept if host else 0)]  # fmt: skip
-    largest = max((sum(kept_bytes(cfg, compute, n) for n in layer) for layer in sizes.layers), default=0)
+    rows = [Row(f"retain gradient ({dtype})", 0 if host else kept, kept if host else 0)]
+    largest = max((sum(stored_nbytes(dtype, n, compute) for n in layer) for layer in sizes.layers), default=0)
     if host:
         rows.append(Row("retain gradient of the layer at hand", largest, phases=("backward",)))
     if surgery.retain_ema:

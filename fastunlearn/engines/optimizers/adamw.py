@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastunlearn.engines.optimizers.base import FP32, OptimizerSpec, adam_options
+from fastunlearn.engines.optimizers.base import OptimizerSpec, adam_options
 from fastunlearn.schema.sections import OptimizerConfig
+from fastunlearn.utils.memory_rows import FP32
 
 if TYPE_CHECKING:
     import torch

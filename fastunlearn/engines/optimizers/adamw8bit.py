@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastunlearn.engines.optimizers.base import FP32, SMALLEST_IN_8_BIT, STATE_BLOCK, OptimizerSpec, adam_options
+from fastunlearn.engines.optimizers.base import OptimizerSpec, adam_options
 from fastunlearn.schema.sections import OptimizerConfig
+from fastunlearn.utils.memory_rows import FP32
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+# bitsandbytes' own rules; the kernels' format has its QUANT_BLOCK, and which tensors are kept apart is said in
+# models/parameter_names.py.
+STATE_BLOCK = 256  # elements that share an absmax
+SMALLEST_IN_8_BIT = 4096  # elements; the state of smaller tensors has 32 bits
 
 
 class AdamW8bit(OptimizerSpec):

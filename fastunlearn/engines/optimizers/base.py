@@ -11,10 +11,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FP32 = 4  # bytes
-STATE_BLOCK = 256  # elements that share an absmax in bitsandbytes' 8-bit state
-SMALLEST_IN_8_BIT = 4096  # elements; below, bitsandbytes keeps 32-bit state
-
 
 class OptimizerSpec:
     """The facts of one optimizer. A file in ``engines/optimizers/`` overrides what is not as it stands here."""

@@ -1,57 +1,22 @@
 """How many bytes of weights, gradients and optimizer state one rank holds, at each ZeRO stage.
 
 Arithmetic on the sizes of the U-Net's tensors, following what DeepSpeed 0.19 and our own ``shards.py`` and
-``gradients/buffer.py`` allocate, padding included; what the optimizer keeps, its own file says. Nothing here allocates
-anything or imports DeepSpeed.
+``gradients/buffer.py`` allocate. How tensors are cut is in ``partition.py``, what an optimizer keeps in its own file.
+Nothing here allocates anything or imports DeepSpeed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.teacher import teacher_rows
-from fastunlearn.utils.memory_rows import AFTER_RETAIN, ALWAYS, FP32, PHASES, Row, Sizes, peak, quantized_nbytes
+from fastunlearn.engines.zero.partition import rank_partitions
+from fastunlearn.gradients.buffer import stored_nbytes
+from fastunlearn.utils.memory_rows import AFTER_RETAIN, ALWAYS, FP32, PHASES, Row, Sizes, peak
 
 LIVE_PARAMETERS = 10**9  # and gathers at most so many at a time
 PLAIN_REDUCTION = 500_000_000  # elements that stage 0 copies for a reduction
-ALIGNMENT = 2  # elements per rank to which stages 1 and 2 pad a group
-
-
-@dataclass(frozen=True)
-class Partition:
-    """What one rank owns of one tensor that the optimizer steps: at stages 1 to 3 a flat group."""
-
-    bits: int
-    numel: int
-    """With padding."""
-    pieces: tuple[int, ...]
-    """Elements of each parameter in it."""
-    whole: int
-    """Elements of all parameters of which it holds a piece."""
-
-
-def rank_parts(sizes: Sizes, stage: int, world: int, rank: int) -> list[Partition]:
-    """How DeepSpeed cuts the trained tensors."""
-    if stage == 0:
-        return [Partition(bits, n, (n,), n) for bits, numels in sizes.groups for n in numels]
-    if stage < 3:
-        return [_flat_part(bits, numels, world, rank) for bits, numels in sizes.groups]
-    pieces = [(bits, tuple(-(-n // world) for n in numels)) for bits, numels in sizes.groups]
-    return [Partition(bits, sum(own), own, sum(own)) for bits, own in pieces]
-
-
-def _flat_part(bits: int, numels: Sequence[int], world: int, rank: int) -> Partition:
-    length = -(-sum(numels) // (ALIGNMENT * world)) * ALIGNMENT
-    begin, pieces, whole, offset = rank * length, [], 0, 0
-    for n in numels:
-        inside = min(offset + n, begin + length) - max(offset, begin)
-        if inside > 0:
-            pieces.append(inside)
-            whole += n
-        offset += n
-    return Partition(bits, length, tuple(pieces), whole)
 
 
 class ZeroMemory:
@@ -60,7 +25,7 @@ class ZeroMemory:
     def __init__(self, cfg: Config, sizes: Sizes, world: int, rank: int) -> None:
         self.cfg, self.sizes, self.world = cfg, sizes, world
         self.stage = cfg.zero_stage
-        self.parts = rank_parts(sizes, self.stage, world, rank)
+        self.parts = rank_partitions(sizes, self.stage, world, rank)
         self.offload = cfg.zero.offload_optimizer != "none"
         self.compute = 2 if cfg.bf16_weights else FP32
         self.accumulate = FP32 if cfg.zero.grad_accum_dtype == "fp32" else self.compute
@@ -165,17 +130,21 @@ class ZeroMemory:
         """The retain gradient as its buffer stores it; 0 without surgery."""
         if not self.cfg.retains:
             return 0
-        surgery = self.cfg.surgery
-        if surgery.retain_dtype == "int8":
-            return sum(quantized_nbytes(piece) for part in self.parts for piece in part.pieces)
         if self._same_tensors:
             return self.gradient_bytes()
-        return self.exact * self._stored_size
+        dtype, came = self.cfg.surgery.retain_dtype, self._as_it_came
+        return sum(stored_nbytes(dtype, piece, came) for part in self.parts for piece in part.pieces)
+
+    @property
+    def _as_it_came(self) -> int:
+        """Bytes per element of what the buffer is handed: an average is made in fp32."""
+        return FP32 if self.cfg.surgery.retain_ema else self._piece_dtype
 
     @property
     def _stored_size(self) -> int:
-        automatic = FP32 if self.cfg.surgery.retain_ema else self._piece_dtype
-        return {"fp32": FP32, "bf16": 2}.get(self.cfg.surgery.retain_dtype, automatic)
+        """Bytes per element of what it keeps, or makes int8 of."""
+        dtype = self.cfg.surgery.retain_dtype
+        return stored_nbytes("auto" if dtype == "int8" else dtype, 1, self._as_it_came)
 
     @property
     def _same_tensors(self) -> bool:

@@ -3,7 +3,8 @@
 The protocol of two gradient windows in one update. A window is one or more backward calls, the last of
 them at a gradient accumulation boundary; after it each rank holds the mean gradient of its own part of the parameters.
 ``take`` keeps that part and arms the next window; ``read`` gives the part that ``step`` will use, for editing in place.
-``set_masters`` writes this rank's part of given weights into its fp32 masters.
+``set_masters`` writes this rank's part of given weights into its fp32 masters. Where a part begins and ends is asked of
+DeepSpeed; ``partition.py`` has the rule as arithmetic.
 
     stage 0           every rank holds whole gradients in ``p.grad``
     stage 1, 2        ``averaged_gradients[group]``: one tensor per parameter of the partition, then padding. Taking the
