@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from doc_pages import Block, blocks
 
@@ -31,10 +30,7 @@ def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_examples_train(tmp_path: Path) -> None:
     """One run with all that docs/developing.md adds: through --help, planner, training, files, card and an attack."""
     own = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path)],
-        capture_output=True, text=True, timeout=300, env=os.environ | own,
-    )  # fmt: skip
+    done = forked.run([str(WORKER), str(tmp_path)], tmp_path, env=os.environ | own, anew="fastunlearn")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--replace.weight" in done.stdout
     card = (tmp_path / "run" / "README.md").read_text()

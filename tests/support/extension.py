@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import forked
 
 WORKER = Path(__file__).resolve().parents[1] / "workers" / "extension_worker.py"
 
@@ -45,9 +44,6 @@ def run_with(extensions: Sequence[Extension], folder: Path, *commands: Sequence[
         entries.append([extension.registry, extension.name, f"{module}:{extension.attribute}"])
     asked = {"entries": entries, "commands": [list(words) for words in commands]}
     (folder / "extension.json").write_text(json.dumps(asked), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder)],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = forked.run([str(WORKER), str(folder)], folder, anew="fastunlearn")
     assert done.returncode == 0, done.stderr[-3000:]
     return [Done(**one) for one in json.loads((folder / "done.json").read_text(encoding="utf-8"))]

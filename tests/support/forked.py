@@ -29,10 +29,18 @@ PRELOAD = "FASTUNLEARN_TESTS_PRELOAD"
 
 
 def start(
-    words: list[str], out: Path, err: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    words: list[str],
+    out: Path,
+    err: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    anew: str | None = None,
 ) -> BaseProcess:
-    """What ``python WORDS`` would do, with its output in two files; it leads a process group of its own."""
-    arguments = (words, str(cwd or Path.cwd()), dict(env or os.environ), str(out), str(err))
+    """What ``python WORDS`` would do, with its output in two files; it leads a process group of its own.
+
+    ``anew``: a package that it imports itself, as the program changes what is read when that is imported.
+    """
+    arguments = (words, str(cwd or Path.cwd()), dict(env or os.environ), str(out), str(err), anew)
     process = _process(arguments)
     with pytest.MonkeyPatch.context() as patch:
         # The server looks for this module before it is told our path.
@@ -43,12 +51,17 @@ def start(
 
 
 def run(
-    words: list[str], folder: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 600
+    words: list[str],
+    folder: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    anew: str | None = None,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """`subprocess.run([sys.executable, *words])`, with what it printed; ``folder`` takes two files meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     printed = out, err = folder / f"stdout-{time.time_ns()}", folder / f"stderr-{time.time_ns()}"
-    process = start(words, out, err, cwd, env)
+    process = start(words, out, err, cwd, env, anew)
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
@@ -69,7 +82,7 @@ def _process(arguments: tuple) -> BaseProcess:
     return context.Process(target=_run, args=arguments)
 
 
-def _run(words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
+def _run(words: list[str], cwd: str, env: dict[str, str], out: str, err: str, anew: str | None) -> None:
     """In the new process: everything that a fresh one would have from its parent, then the program."""
     os.setsid()
     for number, path in ((1, out), (2, err)):
@@ -79,6 +92,8 @@ def _run(words: list[str], cwd: str, env: dict[str, str], out: str, err: str) ->
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    for name in [name for name in sys.modules if name.partition(".")[0] == anew]:
+        del sys.modules[name]
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, cwd)

@@ -6,6 +6,7 @@ bf16 also <case>-start (before the first update) and <case>-loaded (from a check
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def build_run(case: Case, world: World) -> Run:
 
 def main(folder: Path) -> None:
     world = init_distributed()
+    gc.collect()
+    gc.freeze()  # what the libraries have made need not be looked at for every case
     for case in CASES:
         run = build_run(case, world)
         weights = {"-start": run.engine.export_weights().trained} if case.precision == "bf16" else {}
