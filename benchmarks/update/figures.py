@@ -13,10 +13,10 @@ from fastunlearn.config.engine_rules import check_ranks
 from fastunlearn.planning.plan import Plan, latent_side, make_plan
 from update.baselines import named
 from update.instruments.flops import Flops, unet_flops, utilisation
-from update.models import plan_model
 from update.ours import whole_of_ours
 from update.rows import Row, config_of
-from update.subject import Whole
+from update.subjects.models import plan_model
+from update.subjects.protocol import Whole
 
 GIB = 2**30
 SMALLEST_CPU_PEAK = GIB  # below, a process's own size drowns what the planner counts

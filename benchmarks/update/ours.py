@@ -21,9 +21,9 @@ from fastunlearn.utils.distributed import World, init_distributed
 from update.baselines.deep_copy_meta import DeepCopyMeta
 from update.baselines.surgery_loop import surgery_loop
 from update.instruments.clock import Clock
-from update.models import loading
 from update.rows import Row
-from update.subject import Whole, watch_models
+from update.subjects.models import loading
+from update.subjects.protocol import Whole, watch_models
 
 
 class Ours:

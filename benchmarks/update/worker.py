@@ -31,7 +31,7 @@ from update.instruments.flops import peak_rate
 from update.instruments.profiling import profile_update
 from update.ours import Ours
 from update.rows import Row, config_of
-from update.subject import Subject
+from update.subjects.protocol import Subject
 
 GIB = 2**30
 SIGNS_OF_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")

@@ -39,7 +39,7 @@ PINNED = {
 }
 WITHOUT_CUDNN = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-PROMPT_KEYS = "prompt_keys"  # attribute of a layer that has been lent keys and values for this call
+PROMPT_KEYS = "prompt_keys"  # attribute of a layer that takes keys and values from a table in this call
 FLASH3 = "FA3"  # PyTorch's name for it
 
 
@@ -112,10 +112,10 @@ class UNetAttention:
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 
-        lent = getattr(attn, PROMPT_KEYS, None)
+        given = getattr(attn, PROMPT_KEYS, None)
         query, key, value = (
             projected.unflatten(-1, (attn.heads, -1))
-            for projected in (attn.to_q(hidden_states), *(lent or (attn.to_k(context), attn.to_v(context))))
+            for projected in (attn.to_q(hidden_states), *(given or (attn.to_k(context), attn.to_v(context))))
         )
         if attn.norm_q is not None:
             query = attn.norm_q(query)

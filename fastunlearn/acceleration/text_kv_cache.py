@@ -42,7 +42,7 @@ class PromptKeys:
         return sum(keys.nbytes + values.nbytes for keys, values in self._tables)
 
     @contextmanager
-    def lent(self, rows: Tensor | None) -> Iterator[None]:
+    def installed(self, rows: Tensor | None) -> Iterator[None]:
         """Inside, a call with these prompts reads the tables; without rows nothing changes."""
         if rows is not None:
             for layer, (keys, values) in zip(self._layers, self._tables, strict=True):

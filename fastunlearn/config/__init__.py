@@ -1,8 +1,7 @@
 """The configuration of a run: reading it, the rules across its fields, the defaults that depend on method and concept.
 Not here: the fields themselves (`schema/`), or checks of the disk (`training/preflight.py`)."""
 
-from fastunlearn.config.config import Config, config_from_arguments, config_of, load_config, run_options
-from fastunlearn.config.defaults import (
+from fastunlearn.config.base import (
     concept_kind,
     first_student_update,
     resolved_keep,
@@ -10,6 +9,7 @@ from fastunlearn.config.defaults import (
     resolved_steps,
     student_updates,
 )
+from fastunlearn.config.config import Config, config_from_arguments, config_of, load_config, run_options
 from fastunlearn.schema.meta import MetaConfig
 from fastunlearn.schema.sections import (
     CheckpointConfig,

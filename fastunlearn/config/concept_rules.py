@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 from string import Formatter
 
-from fastunlearn.config.base import RunConfig
-from fastunlearn.config.defaults import resolved_scope
+from fastunlearn.config.base import RunConfig, resolved_scope
 from fastunlearn.config.engine_rules import check_engine, check_ranks
 from fastunlearn.config.meta_rules import check_meta
 from fastunlearn.config.run_prompts import retain_prompts

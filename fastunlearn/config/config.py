@@ -2,9 +2,9 @@
 
     cfg = load_config("configs/minicanvas_style.toml", ["--train.max_train_steps", "100"])
 
-The fields are in ``schema/`` and in the files of methods and engines, what follows from them in ``base.py`` and
-``defaults.py``, refusals in the files that end in ``_rules``; TOML is read in ``loader.py``, the command line in
-``options.py``. Nothing here imports torch.
+The fields are in ``schema/`` and in the files of methods and engines, what follows from them in ``base.py``, refusals
+in the files that end in ``_rules``; TOML is read in ``loader.py``, the command line in ``options.py``. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from fastunlearn.config.base import RunConfig
+from fastunlearn.config.base import RunConfig, resolved_keep, resolved_scope, resolved_steps
 from fastunlearn.config.concept_rules import check_config, check_runtime
-from fastunlearn.config.defaults import resolved_keep, resolved_scope, resolved_steps
 from fastunlearn.config.loader import emit_toml, merge, one_line, read_toml
 from fastunlearn.config.options import Option, Options, parse_overrides
 from fastunlearn.config.presets import preset_file

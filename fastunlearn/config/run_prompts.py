@@ -6,11 +6,12 @@ Text only. The prompts of the concepts themselves are ``prompts/variants.py``.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from fastunlearn.config.base import RunConfig
-from fastunlearn.config.defaults import resolved_keep
+from fastunlearn.config.base import RunConfig, resolved_keep
 from fastunlearn.errors import UserError
 from fastunlearn.prompts import retained
+from fastunlearn.prompts.captions import read_captions
 from fastunlearn.prompts.variants import PromptPair, concept_variants
 from fastunlearn.schema.meta import SETS, set_weights
 
@@ -44,6 +45,20 @@ def preserve_prompts(cfg: RunConfig) -> list[str]:
 def refuse_erased(cfg: RunConfig, field: str, prompts: Iterable[str]) -> None:
     """Raises UserError if a prompt names a concept to be erased (on MiniCanvas also by a synonym)."""
     retained.refuse_erased([concept.name for concept in cfg.concepts], cfg.vocabulary, field, prompts)
+
+
+def folder_captions(cfg: RunConfig) -> list[tuple[Path, str]]:
+    """(image, caption) of ``retain.folder``, sorted by name.
+
+    Raises:
+        UserError: no folder, no image, an image without a caption, or a caption that names an erased concept.
+    """
+    if cfg.retain.folder is None:
+        raise UserError("retain.folder: none given; retain.source 'folder' needs images with captions")
+    pairs = read_captions(Path(cfg.retain.folder), "retain.folder")
+    for image, caption in pairs:
+        refuse_erased(cfg, f"retain.folder: {image.name}", [caption])
+    return pairs
 
 
 def meta_prompts(cfg: RunConfig) -> dict[str, list[str]]:

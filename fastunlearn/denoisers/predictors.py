@@ -121,7 +121,7 @@ class Predictors:
     ) -> tuple[Tensor, ...]:
         batch = torch.cat([latents] * len(conditions))
         embeds = PromptEmbeds.cat(conditions)
-        with nullcontext() if keys is None else keys.lent(embeds.rows):
+        with nullcontext() if keys is None else keys.installed(embeds.rows):
             prediction = self.backbone.predict(unet, batch, timesteps.repeat(len(conditions)), embeds)
         return prediction.chunk(len(conditions))
 

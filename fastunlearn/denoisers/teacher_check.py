@@ -31,18 +31,18 @@ class TargetError:
 
 
 @torch.no_grad()
-def target_errors(models: Predictors, book: PromptTable, seed: int) -> list[TargetError]:
+def target_errors(models: Predictors, prompt_table: PromptTable, seed: int) -> list[TargetError]:
     """Errors of the stored teacher at ``POINTS`` timesteps over the schedule, on noise, for a first prompt of each
     concept. Call it before the first update: the student's weights must still be the teacher's."""
     draw = torch.Generator().manual_seed(seed)
     backbone = models.backbone
-    variants = [variants[0] for variants in book.variants]
+    variants = [variants[0] for variants in prompt_table.variants]
     total = len(backbone.noise)
     found = []
     for i in range(POINTS):
         timestep = (2 * i + 1) * total // (2 * POINTS)
         latents = torch.randn(SAMPLES, *backbone.sample_shape, generator=draw).to(backbone.embeds.hidden.device)
-        rows = [(book.index[variant.prompt], book.index[variant.anchor]) for variant in variants]
+        rows = [(prompt_table.index[variant.prompt], prompt_table.index[variant.anchor]) for variant in variants]
         errors = [_errors(models, latents, timestep, pair) for pair in rows]
         found.append(TargetError(timestep, max(e[0] for e in errors), max(e[1] for e in errors)))
     return found

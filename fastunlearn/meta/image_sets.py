@@ -1,7 +1,7 @@
 """The three sets of the meta term: pictures as latents, made by the original model or read from folders, cached once.
 
 The pools, and the samples that an update draws from them: those that the simulated attack trains on, and those that are
-judged before and after it. No VAE is in the loop. The losses are in ``objective.py``.
+asked before and after it. No VAE is in the loop. The losses are in ``objective.py``.
 
 Everything random is drawn from (seed, update, sample number), so that the same global batch gives the same samples on
 any world size.
@@ -23,9 +23,9 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.prompt_embeds import PromptEmbeds
+from fastunlearn.prompts.captions import read_captions
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.batch import BatchLayout
-from fastunlearn.sampling.captions import read_captions
 from fastunlearn.sampling.image_pool import LatentPool, encode_images, generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import RetainBatch
@@ -39,7 +39,7 @@ class QueryBatch:
 
     batch: RetainBatch
     set_B: Tensor
-    """(B,) int64: which of ``config_meta.SETS`` each sample belongs to."""
+    """(B,) int64: which of ``schema.meta.SETS`` each sample belongs to."""
     anchor: PromptEmbeds
     """What each sample's prompt asks for once the concept is removed; only read on forbidden samples."""
 
@@ -58,15 +58,15 @@ class MetaSets:
     """Pools by set, and where each update's samples come from."""
 
     def __init__(
-        self, cfg: Config, models: Predictors, book: PromptTable, world: World, pools: Mapping[str, LatentPool]
+        self, cfg: Config, models: Predictors, prompt_table: PromptTable, world: World, pools: Mapping[str, LatentPool]
     ) -> None:
-        self.cfg, self.models, self.book, self.pools = cfg, models, book, pools
+        self.cfg, self.models, self.prompt_table, self.pools = cfg, models, prompt_table, pools
         self._anchors = forbidden_anchors(cfg)
         meta = cfg.meta
         self._weights = set_weights(meta)
-        self._judged = BatchLayout(world.rank, world.world_size, meta.batch_size, 1)
+        self._query = BatchLayout(world.rank, world.world_size, meta.batch_size, 1)
         self._attack = BatchLayout(world.rank, world.world_size, meta.inner_batch_size, 1)
-        variants = [{variant.prompt for variant in own} for own in book.variants]
+        variants = [{variant.prompt for variant in own} for own in prompt_table.variants]
         self._of_concept = [
             [row for row, prompt in enumerate(pools["forbidden"].prompts) if prompt in own] for own in variants
         ]
@@ -87,7 +87,7 @@ class MetaSets:
         for number, name in enumerate(SETS):
             if name not in self.pools or not self._weights[name]:
                 continue
-            draws = self._draws(step, name, self._judged)
+            draws = self._draws(step, name, self._query)
             choice = self._forbidden(step)[1] if name == "forbidden" else range(len(self.pools[name].prompts))
             rows = [draw.choice(choice) for draw in draws]
             batches.append(self._batch(name, rows, draws, fixed))
@@ -95,11 +95,11 @@ class MetaSets:
             prompts = [self.pools[name].prompts[row] for row in rows]
             anchors += [self._anchors.get(prompt, UNCONDITIONAL) for prompt in prompts]
         device = batches[0].latents.device
-        embeds = self.models.backbone.embeds.select([self.book.index[anchor] for anchor in anchors])
+        embeds = self.models.backbone.embeds.select([self.prompt_table.index[anchor] for anchor in anchors])
         return QueryBatch(_joined(batches), torch.tensor(sets, device=device), embeds)
 
     def _forbidden(self, step: KeyStep) -> tuple[Sequence[int], Sequence[int]]:
-        """(the attack's half, the judged half) of a concept's forbidden pictures; of all, where none is its own."""
+        """(the attack's half, that of the queries) of a concept's forbidden pictures; of all, where none is its own."""
         rows = self._of_concept[step.concept]
         if len(rows) < 2:
             rows = list(range(len(self.pools["forbidden"].prompts)))
@@ -114,17 +114,17 @@ class MetaSets:
     ) -> RetainBatch:
         backbone, pool = self.models.backbone, self.pools[name]
         times = [draw.randrange(len(backbone.noise)) if timestep is None else timestep for draw in draws]
-        cond = backbone.embeds.select([self.book.index[pool.prompts[row]] for row in rows])
+        cond = backbone.embeds.select([self.prompt_table.index[pool.prompts[row]] for row in rows])
         noisy = pool.noised(rows, times, draws, backbone.noise)
         return RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
 
 
 def draw_sets(
-    cfg: Config, models: Predictors, book: PromptTable, folders: Mapping[str, LatentPool] | None = None
+    cfg: Config, models: Predictors, prompt_table: PromptTable, folders: Mapping[str, LatentPool] | None = None
 ) -> dict[str, LatentPool]:
     """The pictures of each set: those of ``folders``, and for the others what the original model draws."""
     drawn = {
-        name: generate_pool(cfg, models, book, prompts, f"meta-{name}", cfg.meta.num_images)
+        name: generate_pool(cfg, models, prompt_table, prompts, f"meta-{name}", cfg.meta.num_images)
         for name, prompts in meta_prompts(cfg).items()
     }
     return {**drawn, **(folders or {})}

@@ -56,10 +56,10 @@ def add_meta(cfg: Config, count: Evaluations, ranks: int) -> None:
     """What one meta term evaluates on ``ranks`` ranks."""
     meta, weights = cfg.meta, meta_weights(cfg.meta)
     batch = meta.batch_size * ranks
-    judged = sum(1 for name in SETS if set_weights(meta)[name])
-    kept = judged - bool(weights.after_forbidden) if weights.before_related or weights.before_unrelated else 0
-    recorded = meta.inner_steps * meta.inner_batch_size * ranks + (judged + kept) * batch
+    sets = sum(1 for name in SETS if set_weights(meta)[name])
+    kept = sets - bool(weights.after_forbidden) if weights.before_related or weights.before_unrelated else 0
+    recorded = meta.inner_steps * meta.inner_batch_size * ranks + (sets + kept) * batch
     count.student_forward += recorded
     count.student_backward += recorded
     if not meta.ascends:
-        count.teacher += judged * batch * (2 if meta.negative_guidance else 1)
+        count.teacher += sets * batch * (2 if meta.negative_guidance else 1)

@@ -52,70 +52,70 @@ class MetaObjective:
 
     def capture(self, step: KeyStep, timestep: int) -> dict[str, Tensor]:
         """Make this update's gradient of the term and store it; returns the losses for the log. Collective."""
-        judged = self.sets.query_batch(step, timestep)
+        query = self.sets.query_batch(step, timestep)
         weights = self._before.tolist()
-        phases: list[Callable[..., dict[str, Tensor]]] = [partial(self._attacked, step, judged)]
+        phases: list[Callable[..., dict[str, Tensor]]] = [partial(self._attacked, step, query)]
         if any(weights):
-            phases.append(partial(self._unharmed, judged.without_forbidden()))
+            phases.append(partial(self._unharmed, query.without_forbidden()))
         found: dict[str, Tensor] = {}
         with self.engine.capture_gradient("meta"):
             for number, phase in enumerate(phases, start=1):
                 found |= phase(last=number == len(phases))
         return found
 
-    def _attacked(self, step: KeyStep, judged: QueryBatch, *, last: bool) -> dict[str, Tensor]:
+    def _attacked(self, step: KeyStep, query: QueryBatch, *, last: bool) -> dict[str, Tensor]:
         """The losses after the attack, and their gradient."""
-        goal = self._erased(judged)  # made by frozen tensors that the attack would change
+        goal = self._erased(query)  # made by frozen tensors that the attack would change
         batches = self.sets.attack_batches(step)
         if self.cfg.meta.order == "second":
-            return self._attacked_in_second_order(batches, judged, goal, last)
+            return self._attacked_in_second_order(batches, query, goal, last)
         with self.attack.applied(batches, seed=self.cfg.seed + (step.update << 20)):
-            (prediction,) = self.models.train(judged.batch.latents, judged.batch.timesteps, judged.batch.cond)
-            loss, means = self._loss(prediction, judged, self._after, goal)
+            (prediction,) = self.models.train(query.batch.latents, query.batch.timesteps, query.batch.cond)
+            loss, means = self._loss(prediction, query, self._after, goal)
             self.engine.backward(loss * self._micro_batches, last=last)
         return dict(zip(("meta_forbidden_loss", "meta_related_loss", "meta_unrelated_loss"), means, strict=True))
 
     def _attacked_in_second_order(
-        self, batches: list[RetainBatch], judged: QueryBatch, goal: Tensor | None, last: bool
+        self, batches: list[RetainBatch], query: QueryBatch, goal: Tensor | None, last: bool
     ) -> dict[str, Tensor]:
         named = self.engine.named
         with all_trainable(list(self.attack.attacked.values())):
-            prediction = attacked_prediction(self.attack, batches, judged.batch)
-            loss, means = self._loss(prediction, judged, self._after, goal)
+            prediction = attacked_prediction(self.attack, batches, query.batch)
+            loss, means = self._loss(prediction, query, self._after, goal)
             gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         # A loss whose gradient is the one at hand takes it through the engine's own reduction.
         carried = [(p * g.detach()).sum() for p, g in zip(named.values(), gradients, strict=True) if g is not None]
         self.engine.backward(torch.stack(carried).sum() * self._micro_batches, last=last)
         return dict(zip(("meta_forbidden_loss", "meta_related_loss", "meta_unrelated_loss"), means, strict=True))
 
-    def _unharmed(self, judged: QueryBatch, *, last: bool) -> dict[str, Tensor]:
+    def _unharmed(self, query: QueryBatch, *, last: bool) -> dict[str, Tensor]:
         """The losses before the attack on what must be kept, and their gradient."""
-        (prediction,) = self.models.train(judged.batch.latents, judged.batch.timesteps, judged.batch.cond)
-        loss, _ = self._loss(prediction, judged, self._before, None)
+        (prediction,) = self.models.train(query.batch.latents, query.batch.timesteps, query.batch.cond)
+        loss, _ = self._loss(prediction, query, self._before, None)
         self.engine.backward(loss * self._micro_batches, last=last)
         return {}
 
-    def _erased(self, judged: QueryBatch) -> Tensor | None:
+    def _erased(self, query: QueryBatch) -> Tensor | None:
         """What the original predicts without the concept in the prompts, and beyond; None where nobody asks."""
-        guidance, batch = self.cfg.meta.negative_guidance, judged.batch
+        guidance, batch = self.cfg.meta.negative_guidance, query.batch
         if self.cfg.meta.ascends:
             return None
         if not guidance:
-            return self.models.frozen(batch.latents, batch.timesteps, judged.anchor)[0]
-        anchor, concept = self.models.frozen(batch.latents, batch.timesteps, judged.anchor, batch.cond)
+            return self.models.frozen(batch.latents, batch.timesteps, query.anchor)[0]
+        anchor, concept = self.models.frozen(batch.latents, batch.timesteps, query.anchor, batch.cond)
         return anchor + guidance * (anchor - concept)
 
     def _loss(
-        self, prediction: Tensor, judged: QueryBatch, weights: Tensor, goal: Tensor | None
+        self, prediction: Tensor, query: QueryBatch, weights: Tensor, goal: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(weighted loss, mean of each set). ``goal``: what forbidden samples shall be predicted as, if not noise."""
-        batch, process = judged.batch, self.models.noise
+        batch, process = query.batch, self.models.noise
         forbidden = weights * torch.tensor([1.0, 0.0, 0.0], device=weights.device)
         result = weighted_noise_loss(
-            prediction, batch.noise, judged.set_B, weights if goal is None else weights - forbidden, x0=batch.clean,
+            prediction, batch.noise, query.set_B, weights if goal is None else weights - forbidden, x0=batch.clean,
             **process.loss_arguments(batch.timesteps),
         )  # fmt: skip
         if goal is None:
             return result.loss, result.mean_S
-        erased = weighted_noise_loss(prediction, goal, judged.set_B, forbidden)
+        erased = weighted_noise_loss(prediction, goal, query.set_B, forbidden)
         return result.loss + erased.loss, result.mean_S + erased.mean_S

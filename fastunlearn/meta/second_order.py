@@ -15,8 +15,8 @@ from fastunlearn.meta.inner_loop import InnerLoop
 from fastunlearn.sampling.retain import RetainBatch
 
 
-def attacked_prediction(attack: InnerLoop, batches: list[RetainBatch], judged: RetainBatch) -> Tensor:
-    """Attack with plain SGD and predict ``judged``; the graph reaches the weights before the attack.
+def attacked_prediction(attack: InnerLoop, batches: list[RetainBatch], query: RetainBatch) -> Tensor:
+    """Attack with plain SGD and predict ``query``; the graph reaches the weights before the attack.
 
     The attacked weights must require a gradient. One rank only: what other ranks add is not recorded.
     """
@@ -30,7 +30,7 @@ def attacked_prediction(attack: InnerLoop, batches: list[RetainBatch], judged: R
             name: weight if gradient is None else weight - attack.learning_rate * gradient
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
         }
-    return _predict(attack, weights, judged)
+    return _predict(attack, weights, query)
 
 
 def _predict(attack: InnerLoop, weights: dict[str, Tensor], batch: RetainBatch) -> Tensor:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from fastunlearn.config import Config, resolved_scope
-from fastunlearn.config.run_prompts import meta_texts, preserve_prompts, retain_prompts
+from fastunlearn.config.run_prompts import folder_captions, meta_texts, preserve_prompts, retain_prompts
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.optimizers.groups import parameter_groups
 from fastunlearn.meta.image_sets import set_captions
@@ -26,7 +26,6 @@ from fastunlearn.planning.activations import Activations, Shape, build_unet, mea
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.prompts.variants import build_prompt_table
-from fastunlearn.sampling.captions import folder_captions
 from fastunlearn.schema.meta import meta_weights, set_weights
 from fastunlearn.utils.memory_rows import Row, Sizes, peak, totals
 from fastunlearn.utils.text import GIB
@@ -173,10 +172,10 @@ def _windows(cfg: Config, model: ModelDescription, scope: str, gradients: int) -
     if cfg.retains:
         windows["retain"] = recorded(retained, retained if cfg.retain.target == "teacher" else 0)
     if cfg.has_meta:
-        judged = sum(1 for weight in set_weights(cfg.meta).values() if weight) * cfg.meta.batch_size
+        queries = sum(1 for weight in set_weights(cfg.meta).values() if weight) * cfg.meta.batch_size
         weights = meta_weights(cfg.meta)
         again = bool(weights.before_related or weights.before_unrelated)  # on top of the gradients after the attack
-        windows["meta"] = run(judged).backward + gradients if again else recorded(judged, 0)
+        windows["meta"] = run(queries).backward + gradients if again else recorded(queries, 0)
     if cfg.method_spec.samples == "anchors" or (cfg.retains and cfg.retain_source != "folder"):
         windows["pictures"] = run(2 * retained).forward
     return windows

@@ -22,20 +22,20 @@ class AnchorSampler(StaticSampler):
     """Every update draws anew from (seed, update, sample id)."""
 
     def __init__(
-        self, cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, pool: LatentPool
+        self, cfg: Config, models: Predictors, prompt_table: PromptTable, layout: BatchLayout, pool: LatentPool
     ) -> None:
-        self.cfg, self.models, self.book, self.layout, self.pool = cfg, models, book, layout, pool
+        self.cfg, self.models, self.prompt_table, self.layout, self.pool = cfg, models, prompt_table, layout, pool
         self.timesteps = models.noise.timesteps(cfg.sampler.num_inference_steps)
         self._prompts = [
             {anchor: [v.prompt for v in variants if v.anchor == anchor] for anchor in {v.anchor for v in variants}}
-            for variants in book.variants
+            for variants in prompt_table.variants
         ]
         self._rows = [[i for i, prompt in enumerate(pool.prompts) if prompt in known] for known in self._prompts]
 
     def batches(self, step: KeyStep, augmentation: Augmentation | None) -> Iterator[UnlearnBatch]:
         """This update's micro-batches."""
         samples, size = self.layout.global_sample_ids(), self.layout.batch
-        embeds, index, noise = self.models.backbone.embeds, self.book.index, self.models.noise
+        embeds, index, noise = self.models.backbone.embeds, self.prompt_table.index, self.models.noise
         for first in range(0, len(samples), size):
             mine = samples[first : first + size]
             rngs = [random.Random(f"{self.cfg.seed}:anchor:{step.update}:{sample}") for sample in mine]

@@ -20,9 +20,8 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.base import StaticSampler
 from fastunlearn.sampling.batch import Augmentation, BatchLayout, GuidedPrediction, UnlearnBatch
-from fastunlearn.sampling.draws import augment_embeddings
 from fastunlearn.sampling.key_steps import KeyStep
-from fastunlearn.sampling.rollout import Rollout, build_rollout
+from fastunlearn.sampling.rollout import Rollout, augment_embeddings, build_rollout
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,21 @@ Targets = dict[tuple[int, int], list[Target]]
 """By concept and sampler index; as many for each index, and in the same order."""
 
 
-def sample_targets(cfg: Config, models: Predictors, book: PromptTable, table: list[KeyStep], progress: bool) -> Targets:
+def sample_targets(
+    cfg: Config, models: Predictors, prompt_table: PromptTable, table: list[KeyStep], progress: bool
+) -> Targets:
     """Walk ``teacher.trajectories`` trajectories for each concept through the indices of the table. Every rank makes
     the same ones. Call it before the first update, while the student is the original."""
     found: Targets = {}
     batch, total = cfg.train.train_batch_size, cfg.teacher.trajectories
-    for concept in range(len(book.variants)):
+    for concept in range(len(prompt_table.variants)):
         wanted = sorted({step.index for step in table if step.concept == concept})
         if not wanted:
             continue  # another rank's concept
         starts = range(0, total, batch)
         for first in tqdm(starts, desc="targets", unit="batch", disable=not progress, leave=False):
             layout = BatchLayout(0, 1, min(batch, total - first), 1)
-            walker = build_rollout(cfg, models, book, layout, cfg.seed)
+            walker = build_rollout(cfg, models, prompt_table, layout, cfg.seed)
             # Numbers below those of any update, so that no trajectory of a plain run is repeated.
             walker.restart(KeyStep(-1 - first, concept, wanted[0], restart=True, continues=False))
             for index in range(wanted[0], wanted[-1] + 1):
@@ -78,9 +79,9 @@ class CachedSampler(StaticSampler):
     """Every update draws from (seed, update, sample id)."""
 
     def __init__(
-        self, cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, targets: Targets
+        self, cfg: Config, models: Predictors, prompt_table: PromptTable, layout: BatchLayout, targets: Targets
     ) -> None:
-        self.models, self.book, self.layout, self.targets = models, book, layout, targets
+        self.models, self.prompt_table, self.layout, self.targets = models, prompt_table, layout, targets
         self.seed = cfg.seed
         self.timesteps = models.noise.timesteps(cfg.sampler.num_inference_steps)
 
@@ -96,14 +97,14 @@ class CachedSampler(StaticSampler):
     def _batch(
         self, step: KeyStep, augmentation: Augmentation | None, samples: list[int], chosen: list[Target]
     ) -> UnlearnBatch:
-        embeds, index, noise = self.models.backbone.embeds, self.book.index, self.models.noise
+        embeds, index, noise = self.models.backbone.embeds, self.prompt_table.index, self.models.noise
         latents, *targets = (
             torch.stack([getattr(target, name) for target in chosen]).to(noise.device)
             for name in ("latents", "cond", "anchor", "uncond")
         )
         cond = trained = embeds.select([index[target.prompt] for target in chosen])
         if augmentation is not None:
-            trained = augment_embeddings(embeds, self.book, step, augmentation, samples, self.seed)
+            trained = augment_embeddings(embeds, self.prompt_table, step, augmentation, samples, self.seed)
         return UnlearnBatch(
             latents=latents,
             timesteps=noise.expand(self.timesteps[step.index], len(samples)),

@@ -16,7 +16,7 @@ from fastunlearn.sampling.rollout import build_rollout
 def build_sampler(
     cfg: Config,
     models: Predictors,
-    book: PromptTable,
+    prompt_table: PromptTable,
     layout: BatchLayout,
     pool: LatentPool | None = None,
     targets: Targets | None = None,
@@ -26,7 +26,7 @@ def build_sampler(
     if cfg.closed_form:
         return EmptySampler(models, cfg.sampler.num_inference_steps)
     if pool is not None:
-        return AnchorSampler(cfg, models, book, layout, pool)
+        return AnchorSampler(cfg, models, prompt_table, layout, pool)
     if targets is not None:
-        return CachedSampler(cfg, models, book, layout, targets)
-    return build_rollout(cfg, models, book, layout, cfg.seed)
+        return CachedSampler(cfg, models, prompt_table, layout, targets)
+    return build_rollout(cfg, models, prompt_table, layout, cfg.seed)

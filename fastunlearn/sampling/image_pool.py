@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from fastunlearn.config import Config
+from fastunlearn.config.run_prompts import folder_captions
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.models.pipeline import image_side
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
-from fastunlearn.sampling.captions import folder_captions
 
 
 class NoisyLatents(NamedTuple):
@@ -55,7 +55,12 @@ class LatentPool:
 
 @torch.no_grad()
 def generate_pool(
-    cfg: Config, models: Predictors, book: PromptTable, prompts: Sequence[str], name: str = "pool", count: int = 0
+    cfg: Config,
+    models: Predictors,
+    prompt_table: PromptTable,
+    prompts: Sequence[str],
+    name: str = "pool",
+    count: int = 0,
 ) -> LatentPool:
     """Latents that the frozen model draws for the prompts; no VAE is involved. Prompts take turns in a
     shuffled order, each as often as the others.
@@ -70,17 +75,19 @@ def generate_pool(
     chosen = chosen[:count]
     seeds = [order.getrandbits(63) for _ in chosen]
     drawn = [
-        _generate(cfg, models, book, chosen[first : first + size], seeds[first : first + size])
+        _generate(cfg, models, prompt_table, chosen[first : first + size], seeds[first : first + size])
         for first in range(0, count, size)
     ]
     return LatentPool(torch.cat(drawn), chosen)
 
 
-def _generate(cfg: Config, models: Predictors, book: PromptTable, prompts: list[str], seeds: list[int]) -> Tensor:
+def _generate(
+    cfg: Config, models: Predictors, prompt_table: PromptTable, prompts: list[str], seeds: list[int]
+) -> Tensor:
     """One batch: clean latents (B, C, H, W)."""
     embeds, noise = models.backbone.embeds, models.noise
-    cond = embeds.select([book.index[prompt] for prompt in prompts])
-    uncond = embeds.select([book.index[UNCONDITIONAL]] * len(prompts))
+    cond = embeds.select([prompt_table.index[prompt] for prompt in prompts])
+    uncond = embeds.select([prompt_table.index[UNCONDITIONAL]] * len(prompts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = torch.stack([torch.randn(models.backbone.sample_shape, generator=g) for g in generators])
     latents = latents.to(cond.hidden.device)

@@ -61,9 +61,9 @@ class PoolSource(RetainSource):
     """Pictures, noised anew in every update."""
 
     def __init__(
-        self, cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, pool: LatentPool
+        self, cfg: Config, models: Predictors, prompt_table: PromptTable, layout: BatchLayout, pool: LatentPool
     ) -> None:
-        self.cfg, self.models, self.book, self.layout, self.pool = cfg, models, book, layout, pool
+        self.cfg, self.models, self.prompt_table, self.layout, self.pool = cfg, models, prompt_table, layout, pool
 
     def batches(self, step: KeyStep, timestep: int) -> list[RetainBatch]:
         """Draw pictures, noise and, unless the key step's is used, timesteps."""
@@ -77,7 +77,7 @@ class PoolSource(RetainSource):
         backbone = self.models.backbone
         uniform = self.cfg.retain_timesteps == "uniform"
         times = [rng.randrange(len(backbone.noise)) if uniform else timestep for rng in rngs]
-        cond = backbone.embeds.select([self.book.index[self.pool.prompts[row]] for row in rows])
+        cond = backbone.embeds.select([self.prompt_table.index[self.pool.prompts[row]] for row in rows])
         noisy = self.pool.noised(rows, times, rngs, backbone.noise)
         return RetainBatch(noisy.latents, noisy.timesteps, cond, noisy.clean, noisy.noise)
 
@@ -136,20 +136,20 @@ def one_set(prediction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build_source(
-    cfg: Config, models: Predictors, book: PromptTable, world: World, pool: LatentPool | None
+    cfg: Config, models: Predictors, prompt_table: PromptTable, world: World, pool: LatentPool | None
 ) -> RetainSource:
     """The source that ``retain.source`` names; ``pool``: its pictures, where they are there already."""
     layout = BatchLayout(world.rank, world.world_size, cfg.retain.batch_size, cfg.train.gradient_accumulation_steps)
     if cfg.retain_source != "prompts":
         if pool is None:
-            texts = anchor_prompts(book) if cfg.retain_source == "anchors" else book.retained
-            pool = generate_pool(cfg, models, book, texts)
-        return PoolSource(cfg, models, book, layout, pool)
+            texts = anchor_prompts(prompt_table) if cfg.retain_source == "anchors" else prompt_table.retained
+            pool = generate_pool(cfg, models, prompt_table, texts)
+        return PoolSource(cfg, models, prompt_table, layout, pool)
     # Another seed than the unlearning trajectories', so that the two do not start from the same noise.
-    return TrajectorySource(build_rollout(cfg, models, book.of_retained(), layout, seed=cfg.seed + 1))
+    return TrajectorySource(build_rollout(cfg, models, prompt_table.of_retained(), layout, seed=cfg.seed + 1))
 
 
-def anchor_prompts(book: PromptTable) -> list[str]:
+def anchor_prompts(prompt_table: PromptTable) -> list[str]:
     """Every prompt that asks for the same picture without a concept, once."""
-    anchors = [variant.anchor for variants in book.variants for variant in variants if variant.anchor]
+    anchors = [variant.anchor for variants in prompt_table.variants for variant in variants if variant.anchor]
     return list(dict.fromkeys(anchors))

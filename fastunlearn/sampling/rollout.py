@@ -4,13 +4,14 @@ Here are the latents at which a run trains, how they get there, and what must be
 trajectory carries no gradient.
 
 Every trajectory has a sample id that does not depend on how it is spread over ranks and micro-batches, and its noise
-and prompt are drawn from (seed, update, sample id) alone (``draws.py``): the same global batch gives the same
-trajectories on any world size.
+and prompt are drawn from (seed, update, sample id) alone, so that the same global batch gives the same trajectories
+on any world size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
 from fastunlearn.sampling.base import BatchSampler
 from fastunlearn.sampling.batch import Augmentation, BatchLayout, GuidedPrediction, UnlearnBatch
-from fastunlearn.sampling.draws import INITIAL_NOISE, augment_embeddings, draw_choice, noise_generator
 from fastunlearn.sampling.key_steps import KeyStep
+
+INITIAL_NOISE, EMBEDDING_NOISE = 0, 1  # streams of a sample's generator
 
 
 class Rollout(BatchSampler):
@@ -31,7 +33,7 @@ class Rollout(BatchSampler):
     def __init__(
         self,
         models: Predictors,
-        book: PromptTable,
+        prompt_table: PromptTable,
         layout: BatchLayout,
         *,
         steps: int,
@@ -40,7 +42,7 @@ class Rollout(BatchSampler):
         sampler: str = "ddim",
     ) -> None:
         self.models = models
-        self.book = book
+        self.prompt_table = prompt_table
         self.layout = layout
         self.guidance_scale = guidance_scale
         self.seed = seed
@@ -52,7 +54,7 @@ class Rollout(BatchSampler):
 
     def restart(self, step: KeyStep) -> None:
         """Bring fresh trajectories from pure noise to ``step.index`` with the guided student."""
-        samples, options = self.layout.global_sample_ids(), self.book.variants[step.concept]
+        samples, options = self.layout.global_sample_ids(), self.prompt_table.variants[step.concept]
         self.variants = [options[draw_choice(self.seed, step.update, sample) % len(options)] for sample in samples]
         initial = torch.stack([self._initial_noise(step.update, sample) for sample in samples])
         self.latents = (initial * self.noise.init_noise_sigma).to(self.noise.device)
@@ -68,7 +70,7 @@ class Rollout(BatchSampler):
             if augmentation is not None:
                 mine = samples[micro * size : (micro + 1) * size]
                 embeds = self.models.backbone.embeds
-                trained = augment_embeddings(embeds, self.book, step, augmentation, mine, self.seed)
+                trained = augment_embeddings(embeds, self.prompt_table, step, augmentation, mine, self.seed)
             yield UnlearnBatch(
                 latents=latents,
                 timesteps=self.noise.expand(self.timesteps[step.index], len(latents)),
@@ -122,17 +124,49 @@ class Rollout(BatchSampler):
         return zip(self.latents.split(size), groups, strict=True)
 
     def _embeds(self, prompts: list[str]) -> PromptEmbeds:
-        return self.models.backbone.embeds.select([self.book.index[prompt] for prompt in prompts])
+        return self.models.backbone.embeds.select([self.prompt_table.index[prompt] for prompt in prompts])
 
     def _initial_noise(self, update: int, sample: int) -> Tensor:
         generator = noise_generator(self.seed, update, sample, INITIAL_NOISE)
         return torch.randn(self.models.backbone.sample_shape, generator=generator)
 
 
-def build_rollout(cfg: Config, models: Predictors, book: PromptTable, layout: BatchLayout, seed: int) -> Rollout:
+def build_rollout(
+    cfg: Config, models: Predictors, prompt_table: PromptTable, layout: BatchLayout, seed: int
+) -> Rollout:
     """Trajectories as ``[sampler]`` says."""
     sampler = cfg.sampler
     return Rollout(
-        models, book, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale, seed=seed,
-        sampler=sampler.name,
+        models, prompt_table, layout, steps=sampler.num_inference_steps, guidance_scale=sampler.guidance_scale,
+        seed=seed, sampler=sampler.name,
     )  # fmt: skip
+
+
+def draw_choice(seed: int, update: int, sample: int) -> int:
+    """A number that picks one of several prompts, modulo their count."""
+    return random.Random(f"{seed}:{update}:{sample}").getrandbits(32)
+
+
+def noise_generator(seed: int, update: int, sample: int, stream: int) -> torch.Generator:
+    """The generator, on the CPU, of one stream of noise."""
+    return torch.Generator().manual_seed(random.Random(f"{seed}:{update}:{sample}:{stream}").getrandbits(63))
+
+
+def augment_embeddings(
+    embeds: PromptEmbeds,
+    prompts: PromptTable,
+    step: KeyStep,
+    augmentation: Augmentation,
+    samples: Sequence[int],
+    seed: int,
+) -> PromptEmbeds:
+    """KSCU's tail: a perturbed prompt of the step's concept for each of the samples, with noise on its embedding.
+
+    ``embeds``: of all prompts of the table.
+    """
+    pool = prompts.augmented[step.concept]
+    chosen = [pool[draw_choice(seed, step.update, sample) % len(pool)] for sample in samples]
+    clean = embeds.select([prompts.index[prompt] for prompt in chosen])
+    generators = [noise_generator(seed, step.update, sample, EMBEDDING_NOISE) for sample in samples]
+    noise = torch.stack([torch.randn(clean.hidden.shape[1:], generator=generator) for generator in generators])
+    return PromptEmbeds(clean.hidden + augmentation.noise * noise.to(clean.hidden), clean.pooled)

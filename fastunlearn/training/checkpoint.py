@@ -103,7 +103,7 @@ def check_resumable(folder: Path, cfg: Config, world_size: int) -> None:
         )
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """Something that carries state from one update to the next."""
 
     def state_dict(self) -> dict: ...
@@ -119,7 +119,9 @@ class Saved(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def save_checkpoint(cfg: Config, world: World, engine: Saved, parts: Mapping[str, Part], position: Position) -> Path:
+def save_checkpoint(
+    cfg: Config, world: World, engine: Saved, parts: Mapping[str, Stateful], position: Position
+) -> Path:
     """Write ``checkpoint-<update>`` and drop the oldest beyond the limit. Collective."""
     final = Path(cfg.output_dir) / f"checkpoint-{position.update}"
     partial = final.with_name(f"{final.name}.partial")
@@ -143,7 +145,7 @@ def save_checkpoint(cfg: Config, world: World, engine: Saved, parts: Mapping[str
     return final
 
 
-def load_checkpoint(folder: Path, world: World, engine: Saved, parts: Mapping[str, Part]) -> Position:
+def load_checkpoint(folder: Path, world: World, engine: Saved, parts: Mapping[str, Stateful]) -> Position:
     """Restore engine and parts, and return where the run stands. Collective."""
     engine.load(folder)
     saved_parts = folder / f"parts-rank-{world.rank}.pt"

@@ -40,7 +40,7 @@ from fastunlearn.sampling.factory import build_sampler
 from fastunlearn.sampling.image_pool import encode_folder, generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import RetainSource, anchor_prompts, build_source
-from fastunlearn.training.checkpoint import Part, Position, find_checkpoint, load_checkpoint
+from fastunlearn.training.checkpoint import Position, Stateful, find_checkpoint, load_checkpoint
 from fastunlearn.utils.distributed import World
 from fastunlearn_kernels.common.backend import describe
 
@@ -64,9 +64,9 @@ class Run:
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, Stateful]:
         """What else carries state from one update to the next."""
-        found: dict[str, Part | None] = {
+        found: dict[str, Stateful | None] = {
             "models": self.models, "rollout": self.rollout, "method": self.method,
             "surgery": self.engine, "retain": self.retain, "ema": self.ema,
             "attack": None if self.meta is None else self.meta.attack,
@@ -93,33 +93,39 @@ def prepare(cfg: Config, world: World) -> Run:
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
     meta_folders = encode_sets(cfg, pipeline, world.device)
     others = [*meta_texts(cfg), *(prompt for pool in meta_folders.values() for prompt in pool.prompts)]
-    book = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
+    prompt_table = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
     edited = method.edit(pipeline, world.device) if cfg.closed_form else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet) | edited
     backbone = build_backbone(
-        pipeline, book.texts, cfg.train.resolution, world.device, weights_dtype(cfg), autocast=cfg.autocast
+        pipeline, prompt_table.texts, cfg.train.resolution, world.device, weights_dtype(cfg), autocast=cfg.autocast
     )
     del pipeline  # with it go the text encoders and the VAE
     models, engine, ema = shard(cfg, backbone, originals, world, edited)
     del originals
     if cfg.teacher.storage in ("int8", "fp8"):
-        accepted = check_teacher(cfg.teacher, target_errors(models, book, cfg.seed))
+        accepted = check_teacher(cfg.teacher, target_errors(models, prompt_table, cfg.seed))
         if world.is_main:
             print(accepted)
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
     )
-    pool = None if method.spec.samples != "anchors" else generate_pool(cfg, models, book, anchor_prompts(book))
+    pool = (
+        None
+        if method.spec.samples != "anchors"
+        else generate_pool(cfg, models, prompt_table, anchor_prompts(prompt_table))
+    )
     table = rank_table(cfg, world.rank, world.world_size)
-    targets = sample_targets(cfg, models, book, table, world.is_main) if cfg.teacher.storage == "cached" else None
-    rollout = build_sampler(cfg, models, book, layout, pool, targets)
+    targets = (
+        sample_targets(cfg, models, prompt_table, table, world.is_main) if cfg.teacher.storage == "cached" else None
+    )
+    rollout = build_sampler(cfg, models, prompt_table, layout, pool, targets)
     run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, edited=edited)
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
-        run.retain = build_source(cfg, models, book, world, pictures)
+        run.retain = build_source(cfg, models, prompt_table, world, pictures)
     if cfg.has_meta:
-        sets = MetaSets(cfg, models, book, world, draw_sets(cfg, models, book, meta_folders))
+        sets = MetaSets(cfg, models, prompt_table, world, draw_sets(cfg, models, prompt_table, meta_folders))
         run.meta = MetaObjective(cfg, models, sets, engine, world)
     if targets is not None:
         models.retire_teacher()  # from the first update on, the student is no longer the original

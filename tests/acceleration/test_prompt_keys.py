@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import flat, tiny_book, tiny_unet
+from tiny import flat, tiny_prompts, tiny_unet
 from tiny_run import tiny_run, update_all
 
 from fastunlearn.acceleration.text_kv_cache import PromptKeys, cross_attentions
@@ -34,7 +34,7 @@ def the_run(scope: str, cached: bool, **model: Any) -> Run:
             "prompts": {"augment_fraction": 0.5},
         }
     )
-    return tiny_run(cfg, World(0, 1, torch.device("cpu")), tiny_book(), trainable_names(tiny_unet(), scope))
+    return tiny_run(cfg, World(0, 1, torch.device("cpu")), tiny_prompts(), trainable_names(tiny_unet(), scope))
 
 
 @pytest.mark.parametrize("scope", ["attn2", "noxattn", "full"])

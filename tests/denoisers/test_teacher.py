@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_backbone, tiny_book, tiny_unet
+from tiny import tiny_backbone, tiny_prompts, tiny_unet
 from torch import nn
 
 from fastunlearn.config import Config, TeacherConfig
@@ -26,8 +26,8 @@ def _small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def inputs() -> tuple[tuple, dict[str, Any]]:
     draw = torch.Generator().manual_seed(1)
-    book = tiny_book()
-    backbone = tiny_backbone(book)
+    prompt_table = tiny_prompts()
+    backbone = tiny_backbone(prompt_table)
     embeds = backbone.embeds.select([0, 1])
     assert embeds.pooled is not None and backbone.fixed_inputs["time_ids"] is not None
     conditions = {"text_embeds": embeds.pooled, "time_ids": backbone.fixed_inputs["time_ids"].expand(2, -1)}
@@ -91,8 +91,8 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def models(storage: str) -> Predictors:
-    book = tiny_book()
-    backbone = tiny_backbone(book)
+    prompt_table = tiny_prompts()
+    backbone = tiny_backbone(prompt_table)
     unet = backbone.unet
     teacher = Teacher(unet, trainable_names(unet, "full"), whole_copy=False, storage=storage)
     return Predictors(backbone, unet, unet, teacher)
@@ -101,12 +101,12 @@ def models(storage: str) -> Predictors:
 def test_the_error_that_is_reported_is_that_of_the_predictions() -> None:
     """Against predictions of two separate models, one of which holds the dequantised weights."""
     both = models("int8")
-    errors = target_errors(both, tiny_book(), seed=5)
+    errors = target_errors(both, tiny_prompts(), seed=5)
     lossy = copy.deepcopy(both.backbone.unet)
     for parameter in lossy.parameters():
         parameter.data = QuantizedTensor(parameter, "int8").load()
     separate = Predictors(both.backbone, both.backbone.unet, both.backbone.unet, Teacher(lossy, [], whole_copy=True))
-    expected = target_errors(separate, tiny_book(), seed=5)
+    expected = target_errors(separate, tiny_prompts(), seed=5)
     assert [e.timestep for e in errors] == [62, 187, 312, 437, 562, 687, 812, 937]
     for found, wanted in zip(errors, expected, strict=True):
         assert found.prediction == pytest.approx(wanted.prediction, rel=1e-3)
@@ -115,7 +115,7 @@ def test_the_error_that_is_reported_is_that_of_the_predictions() -> None:
 
 
 def test_an_exact_teacher_has_no_error() -> None:
-    assert all(e.prediction == 0 and e.concept == 0 for e in target_errors(models("exact"), tiny_book(), seed=5))
+    assert all(e.prediction == 0 and e.concept == 0 for e in target_errors(models("exact"), tiny_prompts(), seed=5))
 
 
 def test_too_large_an_error_is_refused_and_one_that_is_not_a_number_too() -> None:

@@ -15,7 +15,7 @@ import torch
 from distributed_worker import CASES, UPDATES, WORLD, Case, config_of
 from launched import WORKERS, launch
 from safetensors.torch import load_file
-from tiny import flat, tiny_backbone, tiny_book, tiny_rollout, tiny_unet
+from tiny import flat, tiny_backbone, tiny_prompts, tiny_rollout, tiny_unet
 from torch import Tensor
 
 from fastunlearn.denoisers.predictors import Predictors
@@ -38,8 +38,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def reference(clip: float) -> tuple[Tensor, Tensor]:
     """Start and end of a plain fp32 AdamW run on the global batch, as flat vectors."""
-    book = tiny_book()
-    backbone = tiny_backbone(book)
+    prompt_table = tiny_prompts()
+    backbone = tiny_backbone(prompt_table)
     unet = backbone.unet
     names = trainable_names(unet, "attn2")
     set_trainable(unet, names)
@@ -47,7 +47,7 @@ def reference(clip: float) -> tuple[Tensor, Tensor]:
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     global_batch = CASES[0].batch * WORLD
-    rollout = tiny_rollout(models, book, BatchLayout(0, 1, global_batch, 1), steps=10)
+    rollout = tiny_rollout(models, prompt_table, BatchLayout(0, 1, global_batch, 1), steps=10)
     method = build_method(config_of(Case("reference", 0.0)))
     table = method.table()
     assert len(table) == UPDATES

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from plan_worker import storage_bytes
-from surgery_worker import CLIP, Case, config_of, the_book, the_pool, trained_names
+from surgery_case import CLIP, Case, config_of, the_pool, the_prompts, trained_names
 from test_surgery_matrix import reference
 from tiny import flat, tiny_unet
 from tiny_run import tiny_run, update_all
@@ -52,7 +52,7 @@ def fused_config(case: Case, **sections: dict[str, Any]) -> Config:
 
 def fused_run(case: Case, **sections: dict[str, Any]) -> Run:
     cfg = fused_config(case, **sections)
-    return tiny_run(cfg, WORLD, the_book(), trained_names(tiny_unet()), the_pool())
+    return tiny_run(cfg, WORLD, the_prompts(), trained_names(tiny_unet()), the_pool())
 
 
 def error(run: Run, expected: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -317,7 +317,7 @@ def test_the_planner_knows_what_the_engine_holds(sections: dict[str, Any]) -> No
     8 bits: matrices as small as these have many scales and much padding for their size."""
     cfg = fused_config(the_case(updates=1, retain_dtype="auto"), **sections)
     names = trainable_names(tiny_unet(), "full")
-    run = tiny_run(cfg, WORLD, the_book(), names, the_pool())
+    run = tiny_run(cfg, WORLD, the_prompts(), names, the_pool())
     engine, step = run.engine, run.table[0]
     assert isinstance(engine, FusedEngine)
     run.rollout.restart(step)

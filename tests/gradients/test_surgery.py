@@ -9,18 +9,17 @@ import pytest
 import torch
 from one_projection import ALONE, Surgery
 from PIL import Image
-from surgery_worker import RETAINED, the_book, the_pool
+from surgery_case import RETAINED, the_pool, the_prompts
 from tiny import tiny_backbone, tiny_rollout
 
 from fastunlearn.config import Config, SurgeryConfig
-from fastunlearn.config.run_prompts import retain_prompts
+from fastunlearn.config.run_prompts import folder_captions, retain_prompts
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.shard import GradientShard
 from fastunlearn.models.parameter_names import block_of
 from fastunlearn.sampling.batch import BatchLayout
-from fastunlearn.sampling.captions import folder_captions
 from fastunlearn.sampling.image_pool import generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import PoolSource, TrajectorySource, build_source, retain_loss
@@ -44,7 +43,7 @@ def pieces(*tensors: torch.Tensor) -> list[GradientShard]:
 
 
 def models() -> Predictors:
-    backbone = tiny_backbone(the_book())
+    backbone = tiny_backbone(the_prompts())
     return Predictors(backbone, backbone.unet, backbone.unet, Teacher(backbone.unet, [], whole_copy=True))
 
 
@@ -159,10 +158,11 @@ def test_a_folder_needs_captions_that_name_nothing_erased(tmp_path: Path) -> Non
 
 
 def test_a_batch_does_not_depend_on_how_it_is_spread() -> None:
-    cfg, book, m = a_config(), the_book(), models()
-    (whole,) = PoolSource(cfg, m, book, BatchLayout(0, 1, 4, 1), the_pool()).batches(STEP, 500)
+    cfg, prompt_table, m = a_config(), the_prompts(), models()
+    (whole,) = PoolSource(cfg, m, prompt_table, BatchLayout(0, 1, 4, 1), the_pool()).batches(STEP, 500)
     parts = [
-        PoolSource(cfg, m, book, BatchLayout(rank, 2, 2, 1), the_pool()).batches(STEP, 500)[0] for rank in range(2)
+        PoolSource(cfg, m, prompt_table, BatchLayout(rank, 2, 2, 1), the_pool()).batches(STEP, 500)[0]
+        for rank in range(2)
     ]
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
     assert torch.equal(whole.cond.hidden, torch.cat([part.cond.hidden for part in parts]))
@@ -170,7 +170,7 @@ def test_a_batch_does_not_depend_on_how_it_is_spread() -> None:
 
 def test_retain_loss_is_zero_for_a_student_that_is_still_the_teacher() -> None:
     cfg, m = a_config(), models()
-    (batch,) = PoolSource(cfg, m, the_book(), BatchLayout(0, 1, 2, 1), the_pool()).batches(STEP, 500)
+    (batch,) = PoolSource(cfg, m, the_prompts(), BatchLayout(0, 1, 2, 1), the_pool()).batches(STEP, 500)
     assert float(retain_loss(m, batch, "teacher").detach()) < 1e-10
     noise = retain_loss(m, batch, "noise")
     (student,) = m.train(batch.latents, batch.timesteps, batch.cond)
@@ -180,16 +180,16 @@ def test_retain_loss_is_zero_for_a_student_that_is_still_the_teacher() -> None:
 
 def test_pictures_are_drawn_by_the_frozen_model_and_counted() -> None:
     cfg, m = a_config(retain={"num_images": 5, "num_inference_steps": 3, "batch_size": 2}), models()
-    pool = generate_pool(cfg, m, the_book(), RETAINED)
+    pool = generate_pool(cfg, m, the_prompts(), RETAINED)
     assert pool.latents.shape == (5, 4, 8, 8) and set(pool.prompts) == set(RETAINED)
     assert m.evaluations.teacher == 5 * 3 * 2 and m.evaluations.rollout == 0
 
 
 def test_prompts_alone_walk_trajectories_of_their_own() -> None:
     cfg, m = a_config(retain={"source": "prompts", "batch_size": 2}), models()
-    source = build_source(cfg, m, the_book(), ALONE, None)
+    source = build_source(cfg, m, the_prompts(), ALONE, None)
     assert isinstance(source, TrajectorySource)
-    unlearn = tiny_rollout(m, the_book(), steps=50)
+    unlearn = tiny_rollout(m, the_prompts(), steps=50)
     unlearn.restart(STEP)
     (batch,) = source.batches(STEP, unlearn.timesteps[3])
     assert batch.timesteps.tolist() == [unlearn.timesteps[3]] * 2 and batch.noise is None

@@ -18,19 +18,10 @@ import pytest
 import torch
 from launched import WORKERS, run_ranks
 from safetensors.torch import load_file
+from surgery_case import CLIP, Case, cases, cases_for_other_worlds, config_of, the_pool, the_prompts, trained_names
 from surgery_faults import FAULTS, SOUND, UPDATES, Fault
 from surgery_mutations import MUTATIONS
-from surgery_worker import (
-    CLIP,
-    Case,
-    cases,
-    cases_for_other_worlds,
-    config_of,
-    mutated_case,
-    the_book,
-    the_pool,
-    trained_names,
-)
+from surgery_worker import mutated_case
 from tiny import flat, tiny_backbone, tiny_rollout, tiny_unet
 from torch import Tensor
 
@@ -96,8 +87,8 @@ def reference(clip: bool, granularity: str, extra: tuple, half: str = "", batch:
     """Start and end of the run in one process, as flat vectors. ``half``: the network computes in bf16, from "sharded"
     bf16 copies of the fp64 weights, or under "autocast"; everything behind its gradient stays fp64."""
     case = Case(0, False, 1, False, clip, granularity, "auto", extra=extra, batch=batch)
-    cfg, book = config_of(case, 1), the_book()
-    backbone = tiny_backbone(book, autocast=half == "autocast")
+    cfg, prompt_table = config_of(case, 1), the_prompts()
+    backbone = tiny_backbone(prompt_table, autocast=half == "autocast")
     dtype = {"": torch.float64, "sharded": torch.bfloat16, "autocast": torch.float32}[half]
     unet = backbone.unet.to(dtype)
     backbone.embeds = backbone.embeds.to(torch.device("cpu"), dtype)
@@ -110,8 +101,8 @@ def reference(clip: bool, granularity: str, extra: tuple, half: str = "", batch:
     masters = {name: torch.nn.Parameter(start[name].clone()) for name in trained}
     optimizer = torch.optim.AdamW(masters.values(), lr=case.step[1], weight_decay=0.0, eps=case.step[0])
     layout = BatchLayout(0, 1, batch, 1)
-    rollout = tiny_rollout(models, book, layout, steps=10)
-    retain = PoolSource(cfg, models, book, layout, the_pool())
+    rollout = tiny_rollout(models, prompt_table, layout, steps=10)
+    retain = PoolSource(cfg, models, prompt_table, layout, the_pool())
     method, mean = build_method(cfg), {name: torch.zeros_like(p) for name, p in masters.items()}
     decay = float(dict(extra).get("retain_ema", 0.0))
     for step in method.table():

@@ -155,7 +155,7 @@ def test_pictures_are_the_same_on_any_number_of_ranks() -> None:
         cfg = config_of(FUSED, 2)
         assert half.meta is not None
         sets = type(half.meta.sets)(
-            cfg, half.models, half.meta.sets.book, World(rank, 2, WORLD.device), run.meta.sets.pools
+            cfg, half.models, half.meta.sets.prompt_table, World(rank, 2, WORLD.device), run.meta.sets.pools
         )
         parts.append(sets.query_batch(run.table[0], 500))
     for number in range(3):
@@ -166,8 +166,8 @@ def test_pictures_are_the_same_on_any_number_of_ranks() -> None:
 def test_the_judged_forbidden_pictures_are_not_the_attackers() -> None:
     run = fused_run()
     assert run.meta is not None
-    attacked, judged = run.meta.sets._forbidden(run.table[0])
-    assert attacked and judged and not set(attacked) & set(judged)
+    attacked, queried = run.meta.sets._forbidden(run.table[0])
+    assert attacked and queried and not set(attacked) & set(queried)
 
 
 def test_second_order_equals_finite_differences() -> None:
@@ -176,12 +176,12 @@ def test_second_order_equals_finite_differences() -> None:
     assert run.meta is not None
     unet, meta = run.engine.sampler.double(), run.meta
     run.models.backbone.embeds = run.models.backbone.embeds.to(WORLD.device, torch.float64)
-    judged, batches = meta.sets.query_batch(run.table[0], 500), meta.sets.attack_batches(run.table[0])
+    query, batches = meta.sets.query_batch(run.table[0], 500), meta.sets.attack_batches(run.table[0])
     weights = meta_weights(run.cfg.meta)
 
     def loss_after() -> torch.Tensor:
-        prediction = attacked_prediction(meta.attack, batches, judged.batch)
-        return weighted(weights[2:], means(prediction, judged))
+        prediction = attacked_prediction(meta.attack, batches, query.batch)
+        return weighted(weights[2:], means(prediction, query))
 
     parameters = list(unet.parameters())
     with all_trainable(parameters):
@@ -199,20 +199,20 @@ def test_second_order_equals_finite_differences() -> None:
     assert abs(first / slope - 1) > 1e-3  # the first-order rule is another one
 
 
-def means(prediction: torch.Tensor, judged: QueryBatch) -> list[torch.Tensor]:
+def means(prediction: torch.Tensor, query: QueryBatch) -> list[torch.Tensor]:
     """The noise loss of each set."""
-    assert judged.batch.noise is not None
-    squares = (prediction - judged.batch.noise).square()
-    return [squares[judged.set_B == number].mean() for number in range(3)]
+    assert query.batch.noise is not None
+    squares = (prediction - query.batch.noise).square()
+    return [squares[query.set_B == number].mean() for number in range(3)]
 
 
 def first_order(run: Run) -> list[torch.Tensor]:
     """The gradient at the attacked weights."""
     assert run.meta is not None
     meta, unet, weights = run.meta, run.engine.sampler, meta_weights(run.cfg.meta)
-    judged = meta.sets.query_batch(run.table[0], 500)
+    query = meta.sets.query_batch(run.table[0], 500)
     with all_trainable(list(unet.parameters())), meta.attack.applied(meta.sets.attack_batches(run.table[0]), seed=0):
-        losses = [error(run.models, unet, samples(judged, number)) for number in range(3)]
+        losses = [error(run.models, unet, samples(query, number)) for number in range(3)]
         found = torch.autograd.grad(weighted(weights[2:], losses), list(unet.parameters()), allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, unet.parameters(), strict=True)]
 
@@ -227,12 +227,12 @@ def test_second_order_reaches_the_engine() -> None:
     for layer in run.engine._layers:
         for parameter, tensor in zip(layer.parameters, layer.meta._dequantized(torch.float32), strict=True):
             kept[next(name for name, p in run.engine.named.items() if p is parameter)] = tensor.view(parameter.shape)
-    judged, batches = run.meta.sets.query_batch(run.table[0], 500), run.meta.sets.attack_batches(run.table[0])
+    query, batches = run.meta.sets.query_batch(run.table[0], 500), run.meta.sets.attack_batches(run.table[0])
     weights, named = meta_weights(run.cfg.meta), run.engine.named
     with all_trainable(list(run.engine.sampler.parameters())):
-        prediction = attacked_prediction(run.meta.attack, batches, judged.batch)
-        after = torch.autograd.grad(weighted(weights[2:], means(prediction, judged)), list(named.values()))
-    here = [error(run.models, run.engine.sampler, samples(judged, number)) for number in (1, 2)]
+        prediction = attacked_prediction(run.meta.attack, batches, query.batch)
+        after = torch.autograd.grad(weighted(weights[2:], means(prediction, query)), list(named.values()))
+    here = [error(run.models, run.engine.sampler, samples(query, number)) for number in (1, 2)]
     before = torch.autograd.grad(weighted(weights[:2], here), list(named.values()))
     expected = flat({name: a + b for name, a, b in zip(named, after, before, strict=True)})
     assert float((flat(kept) - expected).norm() / expected.norm()) < 1e-4

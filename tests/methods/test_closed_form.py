@@ -12,7 +12,7 @@ import forked
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TEXT_WIDTH, tiny_book, tiny_unet
+from tiny import TEXT_WIDTH, tiny_prompts, tiny_unet
 from torch import Tensor
 
 from fastunlearn.config import Config, load_config
@@ -189,27 +189,29 @@ def test_what_comes_out_is_fp32_and_close_to_the_exact_edit() -> None:
 
 
 # Which tokens enter: five positions; prompts of one and of three words.
-BOOK = tiny_book(["neon style", "cat"], templates=["{concept}", "a {concept} x"], anchor_templates=["", "a x"])
+PROMPT_TABLE = tiny_prompts(
+    ["neon style", "cat"], templates=["{concept}", "a {concept} x"], anchor_templates=["", "a x"]
+)
 
 
 def some_text() -> Text:
-    words = {text: len(text.split()) for text in BOOK.texts}
-    return Text({text: draw(7, WIDTH) for text in BOOK.texts}, words)
+    words = {text: len(text.split()) for text in PROMPT_TABLE.texts}
+    return Text({text: draw(7, WIDTH) for text in PROMPT_TABLE.texts}, words)
 
 
 def test_every_concept_and_prompt_enters_with_its_anchor() -> None:
     text = some_text()
     hidden = text.hidden
-    assert len(collect_tokens(text, BOOK, "all").erased) == 4 * 7
-    last = collect_tokens(text, BOOK, "last")
+    assert len(collect_tokens(text, PROMPT_TABLE, "all").erased) == 4 * 7
+    last = collect_tokens(text, PROMPT_TABLE, "last")
     assert torch.equal(last.erased[0], hidden["neon style"][2]) and torch.equal(last.anchors[0], hidden[""][0])
     assert torch.equal(last.erased[3], hidden["a cat x"][3]) and torch.equal(last.anchors[3], hidden["a x"][2])
-    tail = collect_tokens(text, BOOK, "tail")
+    tail = collect_tokens(text, PROMPT_TABLE, "tail")
     assert torch.equal(tail.erased[:5], hidden["neon style"][2:]) and torch.equal(tail.anchors[:5], hidden[""][:5])
     assert tail.preserved.shape == (0, WIDTH)
     assert tail.own is None
     for which, rows in (("all", [2]), ("tail", [0]), ("last", [0])):
-        named = collect_tokens(text, BOOK, which, ["neon style"])
+        named = collect_tokens(text, PROMPT_TABLE, which, ["neon style"])
         assert named.own is not None and named.own.tolist() == rows
         assert torch.equal(named.of_the_name().erased[0], hidden["neon style"][2])
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from surgery_worker import the_book
+from surgery_case import the_prompts
 from tiny import tiny_backbone
 from torch import Tensor
 
@@ -45,8 +45,8 @@ def a_book() -> PromptTable:
 
 
 def the_parts(cfg: Config) -> tuple[Predictors, AnchorSampler, DoCo]:
-    book = a_book()
-    backbone = tiny_backbone(book)
+    prompt_table = a_book()
+    backbone = tiny_backbone(prompt_table)
     names = trainable_names(backbone.unet, "attn2_kv")
     teacher = Teacher(backbone.unet, names, whole_copy=True)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def the_parts(cfg: Config) -> tuple[Predictors, AnchorSampler, DoCo]:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     models = Predictors(backbone, backbone.unet, backbone.unet, teacher)
     pool = LatentPool(torch.randn(5, 4, 8, 8), [ANCHORS[i % 2] for i in range(5)])
-    windows = AnchorSampler(cfg, models, book, BatchLayout(0, 1, cfg.train.train_batch_size, 1), pool)
+    windows = AnchorSampler(cfg, models, prompt_table, BatchLayout(0, 1, cfg.train.train_batch_size, 1), pool)
     method = build_method(cfg)
     assert isinstance(method, DoCo)
     return models, windows, method
@@ -211,7 +211,7 @@ def test_a_batch_does_not_depend_on_how_it_is_spread() -> None:
 
 
 def test_no_gradient_passes_through_the_first_token() -> None:
-    backbone = tiny_backbone(the_book())
+    backbone = tiny_backbone(the_prompts())
     keys = [name for name, _ in backbone.unet.named_modules() if name.endswith("attn2.to_k")]
     assert stop_first_token_gradient(backbone.unet) == 2 * len(keys) > 0
     embeds = backbone.embeds.select([1])

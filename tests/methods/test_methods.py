@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from tiny import tiny_backbone, tiny_book, tiny_rollout, tiny_unet
+from tiny import tiny_backbone, tiny_prompts, tiny_rollout, tiny_unet
 from torch import Tensor
 
 from fastunlearn.config import Config
@@ -27,9 +27,9 @@ def a_config(**fields: object) -> Config:
     return Config.model_validate({"concepts": ["neon style"], "evaluation": {"mode": "off"}} | fields)
 
 
-def perturbed_models(book: PromptTable, prediction_type: str = "epsilon") -> tuple[Predictors, torch.nn.Module]:
+def perturbed_models(prompt_table: PromptTable, prediction_type: str = "epsilon") -> tuple[Predictors, torch.nn.Module]:
     """A student that has moved away from its teacher, and the untouched original."""
-    backbone = tiny_backbone(book, prediction_type)
+    backbone = tiny_backbone(prompt_table, prediction_type)
     unet, original = backbone.unet, copy.deepcopy(backbone.unet)
     names = trainable_names(unet, "attn2")
     teacher = Teacher(unet, names, whole_copy=False)
@@ -50,11 +50,11 @@ def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: Tensor, emb
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("uncond", [True, False])
 def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> None:
-    book = tiny_book()
-    models, original = perturbed_models(book, prediction_type)
+    prompt_table = tiny_prompts()
+    models, original = perturbed_models(prompt_table, prediction_type)
     weight = 0.5
     cfg = a_config(kscu={"uncond_gradient": uncond, "uncond_weight": weight, "negative_guidance": 1.5})
-    rollout = tiny_rollout(models, book)
+    rollout = tiny_rollout(models, prompt_table)
     rollout.restart(STEP)
     (window,) = rollout.batches(STEP, None)
     outcome = build_method(cfg).loss(models, window)
@@ -77,10 +77,10 @@ def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> N
 
 
 def test_kscu_starts_at_twice_the_erased_direction() -> None:
-    book = tiny_book()
-    backbone = tiny_backbone(book)
+    prompt_table = tiny_prompts()
+    backbone = tiny_backbone(prompt_table)
     models = Predictors(backbone, backbone.unet, backbone.unet, Teacher(backbone.unet, [], whole_copy=True))
-    rollout = tiny_rollout(models, book)
+    rollout = tiny_rollout(models, prompt_table)
     rollout.restart(STEP)
     (window,) = rollout.batches(STEP, None)
     cond, uncond = models.frozen(window.latents, window.timesteps, window.cond, window.uncond)
@@ -91,15 +91,15 @@ def test_kscu_starts_at_twice_the_erased_direction() -> None:
 
 def test_the_unconditional_gradient_is_negligible_at_the_published_weight() -> None:
     """Why "auto" leaves it out: the ratio of the two gradients at the start of a run."""
-    book = tiny_book()
+    prompt_table = tiny_prompts()
 
     def gradient(uncond_weight: float, only: bool) -> Tensor:
-        models, _ = perturbed_models(book)
+        models, _ = perturbed_models(prompt_table)
         with torch.no_grad():  # back to the start: the student is the teacher
             for name, parameter in models.backbone.unet.named_parameters():
                 if name in models.teacher.frozen:  # type: ignore[attr-defined]
                     parameter.copy_(models.teacher.frozen[name])  # type: ignore[attr-defined]
-        rollout = tiny_rollout(models, book)
+        rollout = tiny_rollout(models, prompt_table)
         rollout.restart(STEP)
         (window,) = rollout.batches(STEP, None)
         cfg = a_config(kscu={"uncond_gradient": only, "uncond_weight": uncond_weight})
@@ -113,10 +113,10 @@ def test_the_unconditional_gradient_is_negligible_at_the_published_weight() -> N
 
 
 def test_esd_loss_equals_its_equation() -> None:
-    book = tiny_book()
-    models, original = perturbed_models(book)
+    prompt_table = tiny_prompts()
+    models, original = perturbed_models(prompt_table)
     cfg = a_config(method="esd", esd={"negative_guidance": 2.0})
-    rollout = tiny_rollout(models, book)
+    rollout = tiny_rollout(models, prompt_table)
     rollout.restart(STEP)
     (window,) = rollout.batches(STEP, None)
     loss = build_method(cfg).loss(models, window).loss
@@ -129,8 +129,8 @@ def test_esd_loss_equals_its_equation() -> None:
 
 
 def test_the_teacher_never_moves_and_the_student_is_left_alone() -> None:
-    book = tiny_book()
-    models, original = perturbed_models(book)
+    prompt_table = tiny_prompts()
+    models, original = perturbed_models(prompt_table)
     x, embeds = torch.randn(2, 4, 8, 8), models.backbone.embeds.select([1, 1])
     before = {name: tensor.clone() for name, tensor in models.backbone.unet.state_dict().items()}
     times = models.noise.expand(500, len(x))
@@ -143,14 +143,14 @@ def test_the_teacher_never_moves_and_the_student_is_left_alone() -> None:
 
 def count_run(cfg: Config, batch: int = 1) -> dict[str, int]:
     """Walk a whole table with a U-Net that costs nothing; the counts are those of a real run."""
-    book = tiny_book([concept.name for concept in cfg.concepts])
-    backbone = tiny_backbone(book)
+    prompt_table = tiny_prompts([concept.name for concept in cfg.concepts])
+    backbone = tiny_backbone(prompt_table)
 
     def free(sample: Tensor, *_: object, **__: object) -> tuple[Tensor]:
         return (sample * 0.1,)
 
     models = Predictors(backbone, free, free, free)
-    rollout: Rollout = tiny_rollout(models, book, BatchLayout(0, 1, batch, 1))
+    rollout: Rollout = tiny_rollout(models, prompt_table, BatchLayout(0, 1, batch, 1))
     method = build_method(cfg)
     for step in method.table():
         if step.restart:
@@ -186,14 +186,14 @@ def test_the_counts_scale_with_the_batch_and_the_switch_costs_what_it_says() -> 
 
 
 def test_trajectories_do_not_depend_on_how_they_are_spread() -> None:
-    book = tiny_book(["neon style"], templates=["{concept}", "a picture in {concept}"])
+    prompt_table = tiny_prompts(["neon style"], templates=["{concept}", "a picture in {concept}"])
 
     def latents(*layouts: BatchLayout) -> Tensor:
         unet = tiny_unet()
         parts: dict[int, Tensor] = {}
         for layout in layouts:
-            backbone = tiny_backbone(book, unet=unet)
-            rollout = tiny_rollout(Predictors(backbone, unet, unet, unet), book, layout, steps=10)
+            backbone = tiny_backbone(prompt_table, unet=unet)
+            rollout = tiny_rollout(Predictors(backbone, unet, unet, unet), prompt_table, layout, steps=10)
             rollout.restart(KeyStep(5, 0, 4, restart=True, continues=False))
             parts |= dict(zip(layout.global_sample_ids(), rollout.latents, strict=True))
         return torch.stack([parts[number] for number in sorted(parts)])

@@ -11,7 +11,7 @@ import forked
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_backbone, tiny_book, tiny_rollout, tiny_unet
+from tiny import tiny_backbone, tiny_prompts, tiny_rollout, tiny_unet
 from torch import Tensor, nn
 
 from fastunlearn.config import Config, load_config
@@ -42,12 +42,12 @@ def a_config(**fields: object) -> Config:
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_distance_of_two_predictions_of_the_student(kind: str) -> None:
     """The student and the teacher are told apart by their weights; the target carries no gradient."""
-    book = tiny_book(templates=["{concept} x"], anchor_templates=["x"])
-    backbone = tiny_backbone(book, kind)
+    prompt_table = tiny_prompts(templates=["{concept} x"], anchor_templates=["x"])
+    backbone = tiny_backbone(prompt_table, kind)
     student, other = backbone.unet, tiny_unet(seed=1)
     models = Predictors(backbone, student, student, other)
     models.sampler = other
-    rollout = tiny_rollout(models, book)
+    rollout = tiny_rollout(models, prompt_table)
     rollout.restart(STEP)
     (window,) = rollout.batches(STEP, None)
     counted = Evaluations(**models.state_dict())
@@ -127,12 +127,12 @@ def test_a_saved_mean_goes_on_where_it_was() -> None:
 
 
 def test_the_mean_walks_the_trajectories() -> None:
-    book = tiny_book()
-    backbone = tiny_backbone(book)
+    prompt_table = tiny_prompts()
+    backbone = tiny_backbone(prompt_table)
     engine: Any = SimpleNamespace(sampler=backbone.unet, named=dict(backbone.unet.named_parameters()))
     ema = exponential_average(a_config(sdd={"ema_decay": 0.5}), engine)
     models = Predictors(backbone, backbone.unet, backbone.unet, tiny_unet(seed=1), ema)
-    rollout = tiny_rollout(models, book)
+    rollout = tiny_rollout(models, prompt_table)
     rollout.restart(STEP)
     assert ema is not None
     before = rollout.latents.clone()

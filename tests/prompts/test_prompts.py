@@ -41,11 +41,15 @@ def test_an_anchor_concept_replaces_the_concept_everywhere() -> None:
 
 
 def test_every_prompt_has_one_row_and_the_empty_prompt_is_row_zero() -> None:
-    book = build_prompt_table([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1)
-    assert book.index[""] == 0
-    assert len(book.texts) == len(set(book.texts)) == len(book.index)
-    assert {"cat", "dog", "a dog in neon style", "a picture in ink style", *book.augmented[0]} <= set(book.texts)
-    assert book.texts == build_prompt_table([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1).texts
+    prompt_table = build_prompt_table([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1)
+    assert prompt_table.index[""] == 0
+    assert len(prompt_table.texts) == len(set(prompt_table.texts)) == len(prompt_table.index)
+    assert {"cat", "dog", "a dog in neon style", "a picture in ink style", *prompt_table.augmented[0]} <= set(
+        prompt_table.texts
+    )
+    assert (
+        prompt_table.texts == build_prompt_table([Concept(name="cat"), Concept(name="dog")], CONTEXTUAL, seed=1).texts
+    )
 
 
 def test_augmentations_keep_the_concept_and_do_what_they_are_called() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_worker import the_book, trained_names
+from surgery_case import the_prompts, trained_names
 from tiny import flat, tiny_unet
 from tiny_run import tiny_run, update_all
 
@@ -35,10 +35,10 @@ def config(**changes: Any) -> Config:
 
 def cached_run(cfg: Config) -> Run:
     """As ``trainer.prepare`` puts it together."""
-    run = tiny_run(cfg, WORLD, the_book(), trained_names(tiny_unet()))
-    targets = sample_targets(cfg, run.models, the_book(), run.table, progress=False)
+    run = tiny_run(cfg, WORLD, the_prompts(), trained_names(tiny_unet()))
+    targets = sample_targets(cfg, run.models, the_prompts(), run.table, progress=False)
     assert isinstance(run.rollout, Rollout)
-    run.rollout = CachedSampler(cfg, run.models, the_book(), run.rollout.layout, targets)
+    run.rollout = CachedSampler(cfg, run.models, the_prompts(), run.rollout.layout, targets)
     run.models.teacher = no_teacher
     return run
 
@@ -54,7 +54,7 @@ def test_it_trains_without_a_teacher_and_counts_what_it_evaluates(method: str) -
 
 
 def test_targets_are_the_originals_predictions_whatever_the_student_has_become() -> None:
-    run, book = cached_run(config()), the_book()
+    run, prompt_table = cached_run(config()), the_prompts()
     update_all(run)
     original = tiny_unet()
     (window,) = run.rollout.batches(run.table[3], None)
@@ -63,7 +63,7 @@ def test_targets_are_the_originals_predictions_whatever_the_student_has_become()
         wanted = run.models.backbone.predict(original, window.latents, window.timesteps, getattr(window, name))
         torch.testing.assert_close(window.targets[name], wanted, rtol=1e-4, atol=1e-5)
     assert not torch.equal(window.targets["cond"], window.targets["uncond"])
-    assert book.index  # the same book that the targets were made with
+    assert prompt_table.index  # the same prompt_table that the targets were made with
 
 
 def test_the_latents_are_those_of_the_originals_guided_trajectory() -> None:

@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from surgery_worker import RETAINED, the_pool, trained_names
-from tiny import flat, tiny_backbone, tiny_book, tiny_rollout, tiny_unet
+from surgery_case import RETAINED, the_pool, trained_names
+from tiny import flat, tiny_backbone, tiny_prompts, tiny_rollout, tiny_unet
 from tiny_run import tiny_run
 from torch import Tensor
 
@@ -108,9 +108,9 @@ def config_of(case: Case, world_size: int) -> Config:
     )  # fmt: skip
 
 
-def the_book() -> PromptTable:
-    book = tiny_book()
-    return PromptTable(book.variants, book.augmented, RETAINED)
+def the_prompts() -> PromptTable:
+    prompt_table = tiny_prompts()
+    return PromptTable(prompt_table.variants, prompt_table.augmented, RETAINED)
 
 
 def the_sets() -> dict[str, LatentPool]:
@@ -124,9 +124,9 @@ def the_sets() -> dict[str, LatentPool]:
 
 def build_run(case: Case, world: World) -> Run:
     cfg = config_of(case, world.world_size)
-    run = tiny_run(cfg, world, the_book(), trained_names(tiny_unet()), the_pool() if case.surgery else None)
+    run = tiny_run(cfg, world, the_prompts(), trained_names(tiny_unet()), the_pool() if case.surgery else None)
     if cfg.has_meta:
-        sets = MetaSets(cfg, run.models, the_book(), world, the_sets())
+        sets = MetaSets(cfg, run.models, the_prompts(), world, the_sets())
         run.meta = MetaObjective(cfg, run.models, sets, run.engine, world)
     return run
 
@@ -135,8 +135,8 @@ def build_run(case: Case, world: World) -> Run:
 def reference(case: Case) -> tuple[Tensor, Tensor]:
     """Trained weights at the start and at the end, flat, by plain means."""
     plain = replace(case, stage=0, offload=False, accumulation=1, engine="zero")
-    cfg, book = config_of(plain, 1), the_book()
-    backbone = tiny_backbone(book)
+    cfg, prompt_table = config_of(plain, 1), the_prompts()
+    backbone = tiny_backbone(prompt_table)
     unet = backbone.unet.double()
     backbone.embeds = backbone.embeds.to(torch.device("cpu"), torch.float64)
     names = trained_names(unet)
@@ -145,9 +145,9 @@ def reference(case: Case) -> tuple[Tensor, Tensor]:
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     start = flat(trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=RATE, weight_decay=0.0, eps=EPSILON)
-    rollout = tiny_rollout(models, book, BatchLayout(0, 1, BATCH, 1), steps=10)
-    retain = PoolSource(cfg, models, book, BatchLayout(0, 1, BATCH, 1), the_pool())
-    sets = MetaSets(cfg, models, book, World(0, 1, torch.device("cpu")), the_sets())
+    rollout = tiny_rollout(models, prompt_table, BatchLayout(0, 1, BATCH, 1), steps=10)
+    retain = PoolSource(cfg, models, prompt_table, BatchLayout(0, 1, BATCH, 1), the_pool())
+    sets = MetaSets(cfg, models, prompt_table, World(0, 1, torch.device("cpu")), the_sets())
     method = build_method(cfg)
     attacker: dict[str, Any] = {}
     for step in method.table():
@@ -186,7 +186,7 @@ def meta_gradient(
     """InnerLoop a copy, take the losses there and here, one set after the other. ``attacker``: what goes on."""
     unet, w = models.sampler, meta_weights(cfg.meta)
     assert isinstance(unet, torch.nn.Module)
-    judged = sets.query_batch(step, timestep)
+    query = sets.query_batch(step, timestep)
     attacked = copy.deepcopy(unet)
     if cfg.meta.inner_scope == "full":
         attacked.requires_grad_(True)
@@ -196,12 +196,12 @@ def meta_gradient(
     total = {name: torch.zeros_like(p) for name, p in trained.items()}
     after, before = (w.after_forbidden, w.after_related, w.after_unrelated), (0.0, w.before_related, w.before_unrelated)
     for number in range(3):
-        part, goal = samples(judged, number), None
+        part, goal = samples(query, number), None
         if not len(part.latents):
             continue
         if number == 0 and not cfg.meta.ascends:
-            chosen = judged.set_B == 0
-            (goal,) = models.frozen(part.latents, part.timesteps, judged.anchor.select(chosen))
+            chosen = query.set_B == 0
+            (goal,) = models.frozen(part.latents, part.timesteps, query.anchor.select(chosen))
             (concept,) = models.frozen(part.latents, part.timesteps, part.cond)
             goal = goal + cfg.meta.negative_guidance * (goal - concept)
         found = gradients(error(models, attacked, part, goal), there)
@@ -237,8 +237,8 @@ def attack(
     attacker.update(gone=gone, first=first, second=second, steps=done + len(batches))
 
 
-def samples(judged: QueryBatch, number: int) -> RetainBatch:
-    chosen, b = judged.set_B == number, judged.batch
+def samples(query: QueryBatch, number: int) -> RetainBatch:
+    chosen, b = query.set_B == number, query.batch
     assert b.clean is not None and b.noise is not None
     return RetainBatch(b.latents[chosen], b.timesteps[chosen], b.cond.select(chosen), b.clean[chosen], b.noise[chosen])
 

@@ -46,18 +46,18 @@ def tiny_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )  # fmt: skip
 
 
-def tiny_book(names: list[str] | None = None, **prompts: object) -> PromptTable:
+def tiny_prompts(names: list[str] | None = None, **prompts: object) -> PromptTable:
     concepts = [Concept(name=name) for name in names or ["neon style"]]
     return build_prompt_table(concepts, PromptsConfig.model_validate(prompts), seed=0)
 
 
 def tiny_backbone(
-    book: PromptTable, prediction_type: str = "epsilon", unet: object = None, *, autocast: bool = False
+    prompt_table: PromptTable, prediction_type: str = "epsilon", unet: object = None, *, autocast: bool = False
 ) -> Backbone:
-    """Random prompt embeddings, one per text of the book."""
+    """Random prompt embeddings, one per text of the table."""
     draw = torch.Generator().manual_seed(7)
-    hidden = torch.randn(len(book.texts), TOKENS, TEXT_WIDTH, generator=draw)
-    pooled = torch.randn(len(book.texts), POOLED_WIDTH, generator=draw)
+    hidden = torch.randn(len(prompt_table.texts), TOKENS, TEXT_WIDTH, generator=draw)
+    pooled = torch.randn(len(prompt_table.texts), POOLED_WIDTH, generator=draw)
     return Backbone(
         unet=tiny_unet() if unet is None else unet,
         architecture=SDXL,
@@ -69,6 +69,8 @@ def tiny_backbone(
     )
 
 
-def tiny_rollout(models: Predictors, book: PromptTable, layout: BatchLayout | None = None, steps: int = 50) -> Rollout:
+def tiny_rollout(
+    models: Predictors, prompt_table: PromptTable, layout: BatchLayout | None = None, steps: int = 50
+) -> Rollout:
     layout = layout or BatchLayout(rank=0, world_size=1, batch=1, micro_batches=1)
-    return Rollout(models, book, layout, steps=steps, guidance_scale=3.0, seed=42)
+    return Rollout(models, prompt_table, layout, steps=steps, guidance_scale=3.0, seed=42)

@@ -26,10 +26,12 @@ from fastunlearn.utils.distributed import World
 SMALL_TENSOR_NUMEL = 100  # so that matrices and biases are in groups of their own, as SDXL's are
 
 
-def tiny_run(cfg: Config, world: World, book: PromptTable, names: Sequence[str], pool: LatentPool | None = None) -> Run:
+def tiny_run(
+    cfg: Config, world: World, prompt_table: PromptTable, names: Sequence[str], pool: LatentPool | None = None
+) -> Run:
     """A run that trains the tensors ``names``; with surgery where there is a ``pool`` of pictures to keep."""
     parameter_names.SMALL_TENSOR_NUMEL = SMALL_TENSOR_NUMEL
-    backbone = tiny_backbone(book, autocast=cfg.autocast)
+    backbone = tiny_backbone(prompt_table, autocast=cfg.autocast)
     set_trainable(backbone.unet, names)
     originals = trained_tensors(backbone.unet)
     backbone.unet.to(weights_dtype(cfg))
@@ -42,11 +44,11 @@ def tiny_run(cfg: Config, world: World, book: PromptTable, names: Sequence[str],
     if cfg.closed_form:
         rollout = EmptySampler(models, cfg.sampler.num_inference_steps)
     else:
-        rollout = tiny_rollout(models, book, layout, steps=cfg.sampler.num_inference_steps)
+        rollout = tiny_rollout(models, prompt_table, layout, steps=cfg.sampler.num_inference_steps)
     method = build_method(cfg)
     run = Run(cfg, world, method, method.table(), models, rollout, engine, ema=ema)
     if pool is not None:
-        run.retain = PoolSource(cfg, models, book, layout, pool)
+        run.retain = PoolSource(cfg, models, prompt_table, layout, pool)
     return run
 
 

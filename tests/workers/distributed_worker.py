@@ -21,7 +21,7 @@ if __name__ == "__main__":
     prepare_environment(1)
 
 from safetensors.torch import save_file
-from tiny import tiny_book, tiny_unet
+from tiny import tiny_prompts, tiny_unet
 from tiny_run import tiny_run, update_all
 
 from fastunlearn.config import Config
@@ -89,7 +89,7 @@ def config_of(case: Case) -> Config:
 
 def build_run(case: Case, world: World) -> Run:
     groups.MAX_GROUP_NUMEL = case.group_limit
-    return tiny_run(config_of(case), world, tiny_book(), trainable_names(tiny_unet(), "attn2"))
+    return tiny_run(config_of(case), world, tiny_prompts(), trainable_names(tiny_unet(), "attn2"))
 
 
 def main(folder: Path) -> None:

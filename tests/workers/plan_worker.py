@@ -136,10 +136,10 @@ def storage_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> 
 
 def held(cfg: Config, world: World) -> dict[str, Any]:
     """Bytes of everything that the plan has a row for, between the first optimizer step and the second; and the cut."""
-    book = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, RETAINED)
+    prompt_table = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, RETAINED)
     draw = torch.Generator().manual_seed(3)
     pool = LatentPool(torch.randn(2, 4, 8, 8, generator=draw), RETAINED)
-    run = tiny_run(cfg, world, book, trainable_names(tiny_unet(), SCOPE), pool)
+    run = tiny_run(cfg, world, prompt_table, trainable_names(tiny_unet(), SCOPE), pool)
     step = run.table[0]
     run.rollout.restart(step)
     _unlearn(run, step)
@@ -235,8 +235,8 @@ def _gradients(run: Run, optimizer: Any, stage: int, flats: list[Tensor]) -> Ite
 def counted(cfg: Config, world: World) -> dict[str, int]:
     """The run's own counters, put together as ``trainer.prepare`` does."""
     retained = retain_prompts(cfg) if cfg.retains else []
-    book: PromptTable = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained)
-    backbone = tiny_backbone(book, autocast=cfg.autocast)
+    prompt_table: PromptTable = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained)
+    backbone = tiny_backbone(prompt_table, autocast=cfg.autocast)
     set_trainable(backbone.unet, trainable_names(backbone.unet, "attn2"))
     originals = trained_tensors(backbone.unet)
     assert weights_dtype(cfg) == torch.float32
@@ -245,11 +245,17 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
     )
-    pool = None if method.spec.samples != "anchors" else generate_pool(cfg, models, book, anchor_prompts(book))
+    pool = (
+        None
+        if method.spec.samples != "anchors"
+        else generate_pool(cfg, models, prompt_table, anchor_prompts(prompt_table))
+    )
     table = rank_table(cfg, world.rank, world.world_size)
-    run = Run(cfg, world, method, table, models, build_sampler(cfg, models, book, layout, pool), engine, ema=ema)
+    run = Run(
+        cfg, world, method, table, models, build_sampler(cfg, models, prompt_table, layout, pool), engine, ema=ema
+    )
     if cfg.retains:
-        run.retain = build_source(cfg, models, book, world, pool if cfg.retain_source == "anchors" else None)
+        run.retain = build_source(cfg, models, prompt_table, world, pool if cfg.retain_source == "anchors" else None)
     update_all(run)
     return asdict(models.evaluations)
 

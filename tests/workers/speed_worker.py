@@ -18,7 +18,7 @@ if __name__ == "__main__":
     prepare_environment(1)
 
 from safetensors.torch import save_file
-from tiny import tiny_book, tiny_unet
+from tiny import tiny_prompts, tiny_unet
 from tiny_run import tiny_run, update_all
 from torch import nn
 
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     world = init_distributed()
     for stage, scope in ZERO:
         for levers in LEVERS:
-            run = tiny_run(config_of(stage), world, tiny_book(), trainable_names(tiny_unet(), scope))
+            run = tiny_run(config_of(stage), world, tiny_prompts(), trainable_names(tiny_unet(), scope))
             pull(run.engine.sampler, levers)
             update_all(run)
             weights = run.engine.export_weights().trained

@@ -22,8 +22,8 @@ from fastunlearn.models.parameter_names import set_trainable, trainable_names
 from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.sampling.key_steps import KeyStep
 from update.instruments.clock import Clock
-from update.models import backbone_of
-from update.subject import Whole, watch_models
+from update.subjects.models import backbone_of
+from update.subjects.protocol import Whole, watch_models
 
 STEPS = 50
 PROMPTS = ["", "the concept", "the anchor"]

@@ -34,13 +34,13 @@ class DeepCopyMeta:
         copy = UNet2DConditionModel.from_config(run.engine.sampler.config).requires_grad_(True)
         copy.load_state_dict(run.engine.sampler.state_dict())
         self._attack(copy, step)
-        judged = meta.sets.query_batch(step, timestep)
+        query = meta.sets.query_batch(step, timestep)
         total = {name: torch.zeros_like(parameter) for name, parameter in run.engine.named.items()}
         before = dict(zip(SETS, (0.0, *weights[:2]), strict=True))
         after = dict(zip(SETS, weights[2:], strict=True))
         found = {}
         for number, name in enumerate(SETS):
-            chosen, b = judged.set_B == number, judged.batch
+            chosen, b = query.set_B == number, query.batch
             batch = RetainBatch(
                 b.latents[chosen], b.timesteps[chosen], b.cond.select(chosen), b.clean[chosen], b.noise[chosen]
             )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastunlearn.config import Config
-    from update.subject import Whole
+    from update.subjects.protocol import Whole
 
 BASELINES: dict[str, type[Baseline]] = {kind.NAME: kind for kind in (PaperKscu, QuickKscu, EsdSdxl, DocoLoop)}
 

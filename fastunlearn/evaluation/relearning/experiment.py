@@ -91,14 +91,14 @@ def load(task: Task, bar: tqdm) -> Subject:
     cfg = task.cfg
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
-    book = PromptTable([], [], [*task.forbidden, *task.attacking])
+    prompt_table = PromptTable([], [], [*task.forbidden, *task.attacking])
     half = cfg.model.mixed_precision == "bf16"
-    backbone = build_backbone(pipeline, book.texts, cfg.train.resolution, device, torch.float32, autocast=half)
+    backbone = build_backbone(pipeline, prompt_table.texts, cfg.train.resolution, device, torch.float32, autocast=half)
     backbone.unet.eval().requires_grad_(False)
     if cfg.model.gradient_checkpointing:
         backbone.unet.enable_gradient_checkpointing()
     backbone.unet.register_forward_pre_hook(lambda _, args: _count(bar, len(args[0])))
-    subject = Subject(task, pipeline, backbone, book.index, bar)
+    subject = Subject(task, pipeline, backbone, prompt_table.index, bar)
     if task.not_judged is None:
         subject.classifier = choose_classifier(cfg).load(device.type)
         subject.grid = attack_grid(cfg, task.settings.sampler_steps)
@@ -137,8 +137,8 @@ def label_samples(subject: Subject) -> list[Label]:
 def _pictures(subject: Subject) -> tuple[LatentPool, LatentPool]:
     """The attacker's pictures, and held-out ones of the erased concept."""
     task, bar = subject.task, subject.bar
-    book = PromptTable([], [], [*task.forbidden, *task.attacking])
-    pictures = Pictures(task.cfg, subject.backbone, book)
+    prompt_table = PromptTable([], [], [*task.forbidden, *task.attacking])
+    pictures = Pictures(task.cfg, subject.backbone, prompt_table)
     number = task.settings.num_images
     bar.set_description("pictures")
     held_out = task.forbidden, number, HELD_OUT_SEED

@@ -30,8 +30,8 @@ ATTACK_SEED, HELD_OUT_SEED = 1001, 2002  # of the drawings; the run's own seed m
 class Pictures:
     """Draws pools with the U-Net as it is when this is made, the original."""
 
-    def __init__(self, cfg: Config, backbone: Backbone, book: PromptTable) -> None:
-        self.cfg, self.backbone, self.book = cfg, backbone, book
+    def __init__(self, cfg: Config, backbone: Backbone, prompt_table: PromptTable) -> None:
+        self.cfg, self.backbone, self.prompt_table = cfg, backbone, prompt_table
         self._model = _digest_of(backbone)
 
     def drawn(self, prompts: Sequence[str], number: int, seed: int) -> LatentPool:
@@ -44,14 +44,14 @@ class Pictures:
             )
             cfg = self.cfg.model_copy(update={"retain": retain, "seed": seed})
             unet = self.backbone.unet
-            pool = generate_pool(cfg, Predictors(self.backbone, unet, unet, unet), self.book, prompts)
+            pool = generate_pool(cfg, Predictors(self.backbone, unet, unet, unet), self.prompt_table, prompts)
             _write(file, pool)
         return pool
 
     def file(self, prompts: Sequence[str], number: int, seed: int) -> Path:
         """Where they are kept: named by everything that they depend on."""
         key = hashlib.blake2b(self._model.encode(), digest_size=16)
-        rows = self.backbone.embeds.select([self.book.index[text] for text in (*prompts, UNCONDITIONAL)])
+        rows = self.backbone.embeds.select([self.prompt_table.index[text] for text in (*prompts, UNCONDITIONAL)])
         for tensor in (rows.hidden, rows.pooled):
             if tensor is not None:
                 key.update(_bytes(tensor))

@@ -18,8 +18,8 @@ from fastunlearn.evaluation.relearning.prompts import forbidden_prompts, other_p
 from fastunlearn.evaluation.relearning.settings import Settings, check_size
 from fastunlearn.models.checks import check_model
 from fastunlearn.models.loading import resolve_model
+from fastunlearn.prompts.captions import read_captions
 from fastunlearn.registry import ATTACKS
-from fastunlearn.sampling.captions import read_captions
 from fastunlearn.utils.run_folder import check_results
 
 

@@ -56,9 +56,9 @@ def edit_pipeline(cfg: Config, method: ClosedForm, pipeline: Pipeline, device: t
 
     The text encoders are on ``device`` only for the time that they are needed.
     """
-    book = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg))
+    prompt_table = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg))
     names = [concept.name for concept in cfg.concepts]
-    tokens = collect_tokens(encode(pipeline, book.texts, device), book, cfg.uce.tokens, names)
+    tokens = collect_tokens(encode(pipeline, prompt_table.texts, device), prompt_table, cfg.uce.tokens, names)
     return edited_weights(pipeline.unet, method, tokens)
 
 
@@ -75,12 +75,12 @@ def put_in_place(unet: nn.Module, edited: Mapping[str, Tensor]) -> None:
         unet.get_parameter(name).copy_(weight)
 
 
-def collect_tokens(text: Text, book: PromptTable, which: str, names: Sequence[str] = ()) -> Tokens:
+def collect_tokens(text: Text, prompt_table: PromptTable, which: str, names: Sequence[str] = ()) -> Tokens:
     """Every concept's tokens beside what takes their place, and the tokens to be preserved; ``names`` of concepts."""
-    variants = [variant for own in book.variants for variant in own]
+    variants = [variant for own in prompt_table.variants for variant in own]
     pairs = [text.of_pair(variant, which) for variant in variants]
     erased, anchors = (torch.cat(side) for side in zip(*pairs, strict=True))
-    kept = [text.of_kept(prompt, which) for prompt in book.retained]
+    kept = [text.of_kept(prompt, which) for prompt in prompt_table.retained]
     own = name_rows(text, variants, [len(side) for side, _ in pairs], which, names)
     return Tokens(erased, anchors, torch.cat(kept) if kept else erased[:0], own)
 

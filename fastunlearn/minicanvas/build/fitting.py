@@ -35,7 +35,7 @@ os.environ.setdefault("MALLOC_TOP_PAD_", "200000000")
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitPlan:
     """One stage of training: `batch` is per process, `ema` the decay of the averaged weights that are kept."""
 
     name: str
@@ -57,7 +57,7 @@ class Worker:
     world: int
     device: torch.device
 
-    def generator(self, plan: Plan, step: int) -> torch.Generator:
+    def generator(self, plan: FitPlan, step: int) -> torch.Generator:
         """The random numbers of one step in this process: a resumed run draws the same ones."""
         return torch.Generator().manual_seed((plan.seed * 1_000_003 + step) * 64 + self.rank)
 
@@ -103,7 +103,7 @@ def _enter(rank: int, name: tuple[str, str], arguments: tuple, world: int, meeti
 class Fit:
     """The state of one stage: model, optimizer, averaged weights and the step that comes next."""
 
-    def __init__(self, model: nn.Module, plan: Plan, worker: Worker, checkpoint: Path) -> None:
+    def __init__(self, model: nn.Module, plan: FitPlan, worker: Worker, checkpoint: Path) -> None:
         self.model, self.plan, self.worker, self.checkpoint = model.to(worker.device), plan, worker, checkpoint
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.averages = [p.detach().clone() for p in self.parameters]

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from fastunlearn.minicanvas.build import assemble, drawing, train_judge, train_text, train_unet, train_vae
-from fastunlearn.minicanvas.build.fitting import Plan, launch
+from fastunlearn.minicanvas.build.fitting import FitPlan, launch
 from fastunlearn.minicanvas.data import dataset, pictures
 from fastunlearn.minicanvas.data.dataset import Recipe
 from fastunlearn.minicanvas.judge import load_judge
@@ -42,7 +42,7 @@ class Build:
     processes: int = 2
     quick: bool = False
 
-    def plan(self, plan: Plan) -> Plan:
+    def plan(self, plan: FitPlan) -> FitPlan:
         """The plan of a stage; a smoke test takes a handful of steps."""
         if not self.quick:
             return plan

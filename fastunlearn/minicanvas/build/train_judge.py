@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from fastunlearn.minicanvas.build.fitting import Fit, Plan, Worker, autocast
+from fastunlearn.minicanvas.build.fitting import Fit, FitPlan, Worker, autocast
 from fastunlearn.minicanvas.judge import Judge
 
-PLAN = Plan("judge", steps=2400, batch=32, learning_rate=2e-3, ema=0.998, weight_decay=0.02, seed=11)
+PLAN = FitPlan("judge", steps=2400, batch=32, learning_rate=2e-3, ema=0.998, weight_decay=0.02, seed=11)
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -35,7 +35,7 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
     return images.roll((dy, dx), (2, 3)).clamp(0, 1)
 
 
-def train(worker: Worker, plan: Plan, data: Path, output: Path) -> None:
+def train(worker: Worker, plan: FitPlan, data: Path, output: Path) -> None:
     """Train on `data`.npy and `data`_labels.npz and write the weights to `output` (safetensors, float16)."""
     torch.manual_seed(plan.seed)
     images = np.load(data.with_suffix(".npy"), mmap_mode="r")

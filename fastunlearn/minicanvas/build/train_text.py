@@ -17,10 +17,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from fastunlearn.minicanvas import vocabulary
 from fastunlearn.minicanvas.build import networks
-from fastunlearn.minicanvas.build.fitting import Fit, Plan, Worker
+from fastunlearn.minicanvas.build.fitting import Fit, FitPlan, Worker
 from fastunlearn.minicanvas.build.text import write_tokenizer
 
-PLAN = Plan("text", steps=1500, batch=64, learning_rate=2e-3, ema=0.995, seed=31)
+PLAN = FitPlan("text", steps=1500, batch=64, learning_rate=2e-3, ema=0.995, seed=31)
 LABELLED = 40_000
 
 
@@ -67,7 +67,7 @@ def labelled_captions(count: int, seed: int) -> tuple[list[str], Tensor]:
     return captions, torch.tensor(labels)
 
 
-def train(worker: Worker, plan: Plan, folder: Path) -> None:
+def train(worker: Worker, plan: FitPlan, folder: Path) -> None:
     """Train and write `tokenizer`, `text_encoder` and `text_encoder_2` into `folder`."""
     torch.manual_seed(plan.seed)
     tokenizer = write_tokenizer(folder / "tokenizer")

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from fastunlearn.minicanvas import vocabulary
 from fastunlearn.minicanvas.build import drawing, networks
 from fastunlearn.minicanvas.build.assemble import make_pipeline
-from fastunlearn.minicanvas.build.fitting import Fit, Plan, Worker, launch
+from fastunlearn.minicanvas.build.fitting import Fit, FitPlan, Worker, launch
 from fastunlearn.minicanvas.build.train_text import encode as encode_ids
 from fastunlearn.minicanvas.build.train_text import tokenize
 from fastunlearn.minicanvas.build.train_vae import encode as encode_pictures
@@ -33,7 +33,7 @@ from fastunlearn.minicanvas.build.train_vae import to_model_range
 from fastunlearn.minicanvas.judge import load_judge
 from fastunlearn_kernels import add_noise
 
-PLAN = Plan("unet", steps=4500, batch=24, learning_rate=1.2e-3, ema=0.999, warmup=200, seed=41)
+PLAN = FitPlan("unet", steps=4500, batch=24, learning_rate=1.2e-3, ema=0.999, warmup=200, seed=41)
 LOOK_EVERY = 600
 SNR_CAP = 5.0
 CAPTIONS_PER_CELL = 500
@@ -115,7 +115,7 @@ def noise_weights(alphas: Tensor) -> Tensor:
     return snr.clamp(max=SNR_CAP) / snr
 
 
-def train(worker: Worker, plan: Plan, folder: Path, look_every: int = LOOK_EVERY) -> None:
+def train(worker: Worker, plan: FitPlan, folder: Path, look_every: int = LOOK_EVERY) -> None:
     """Train on `folder`/unet_material.pt and write `folder`/unet."""
     torch.manual_seed(plan.seed)
     stored = torch.load(folder / "unet_material.pt", weights_only=True, mmap=True)

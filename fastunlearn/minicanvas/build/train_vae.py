@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fastunlearn.minicanvas.build import networks
-from fastunlearn.minicanvas.build.fitting import Fit, Plan, Worker, autocast
+from fastunlearn.minicanvas.build.fitting import Fit, FitPlan, Worker, autocast
 
 KL_WEIGHT = 1e-4  # per latent element, against a mean squared error per pixel value
-PLAN = Plan("vae", steps=2400, batch=10, learning_rate=1.5e-3, ema=0.998, weight_decay=1e-4, seed=21)
+PLAN = FitPlan("vae", steps=2400, batch=10, learning_rate=1.5e-3, ema=0.998, weight_decay=1e-4, seed=21)
 
 
 def to_model_range(images: np.ndarray) -> Tensor:
@@ -25,7 +25,7 @@ def to_model_range(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def train(worker: Worker, plan: Plan, data: Path, output: Path) -> None:
+def train(worker: Worker, plan: FitPlan, data: Path, output: Path) -> None:
     """Train on the pictures of `data` (.npy, (N, 64, 64, 3) uint8) and write the autoencoder folder `output`."""
     torch.manual_seed(plan.seed)
     images = np.load(data, mmap_mode="r")

@@ -1,31 +1,13 @@
-"""Images with captions in a folder, as text: which there are and what they say. Needs no torch; the pixels are read in
-``image_pool.py``.
-"""
+"""Images with captions in a folder, as text: which there are and what they say. The pixels are read elsewhere."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from fastunlearn.config import Config
-from fastunlearn.config.run_prompts import refuse_erased
 from fastunlearn.errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-
-
-def folder_captions(cfg: Config) -> list[tuple[Path, str]]:
-    """(image, caption) of ``retain.folder``, sorted by name.
-
-    Raises:
-        UserError: no folder, no image, an image without a caption, or a caption that names an erased concept.
-    """
-    if cfg.retain.folder is None:
-        raise UserError("retain.folder: none given; retain.source 'folder' needs images with captions")
-    pairs = read_captions(Path(cfg.retain.folder), "retain.folder")
-    for image, caption in pairs:
-        refuse_erased(cfg, f"retain.folder: {image.name}", [caption])
-    return pairs
 
 
 def read_captions(folder: Path, field: str) -> list[tuple[Path, str]]:
