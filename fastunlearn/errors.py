@@ -1,6 +1,6 @@
 """The one exception that is shown to the user as a single line, without a traceback.
 
-What this is not: a replacement for ``ValueError`` between modules. Raise it where a person can act on the message.
+Raise it where a person can act on the message; between modules ``ValueError`` stays what it is.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.models.parameter_names import text_projections
 from fastunlearn.schema.attention_rules import CHOICES, Capability, attention_refusal
+from fastunlearn.utils.dtypes import SHORT_NAMES
 from fastunlearn.utils.text import first_line
 
 # (query_BNHD, key_BMHD, value_BMHD, mask or None, scale or None for 1 / sqrt(D)) -> output_BNHD
@@ -38,7 +39,6 @@ PINNED = {
     "sdpa-math": SDPBackend.MATH,
 }
 WITHOUT_CUDNN = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PROMPT_KEYS = "prompt_keys"  # attribute of a layer that takes keys and values from a table in this call
 FLASH3 = "FA3"  # PyTorch's name for it
 
@@ -147,7 +147,7 @@ def check_attention(choice: str, device: torch.device, dtype: torch.dtype) -> No
         raise UserError(
             f"model.attention: {choice!r} is unknown; allowed are {', '.join(CHOICES)}" + nearest(choice, CHOICES)
         )
-    refusal = attention_refusal(choice, device.type, SHORT.get(dtype, str(dtype)), _capability(device))
+    refusal = attention_refusal(choice, device.type, SHORT_NAMES.get(dtype, str(dtype)), _capability(device))
     if refusal is not None:
         raise UserError(refusal)
 
@@ -267,7 +267,7 @@ def _try_out(kernel: Kernel, choice: str, widths: Collection[int], device: torch
             with torch.enable_grad():
                 kernel(query, key, value, None, None).sum().backward()
         except (RuntimeError, ValueError) as error:
-            short = SHORT.get(dtype, str(dtype))
+            short = SHORT_NAMES.get(dtype, str(dtype))
             raise UserError(
                 f"model.attention: {choice!r} cannot run heads of width {width} in {short} on this {device.type} "
                 f"({first_line(error)}); use 'auto' or 'sdpa'"

@@ -87,7 +87,8 @@ def make_random(args: argparse.Namespace) -> int:
     if args.small_text_encoders:
         architecture = architecture.with_small_text_encoders()
     _check_space(folder, kind, args.dtype or "fp16", copies=1 if file is None else 2)
-    from fastunlearn.models.formats.random_weights import DTYPES, write_file, write_folder
+    from fastunlearn.models.formats.random_weights import write_file, write_folder
+    from fastunlearn.utils.dtypes import DTYPES
 
     dtype = DTYPES[args.dtype or "fp16"]
     sizes = write_folder(architecture, folder, dtype, seed)

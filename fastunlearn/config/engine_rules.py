@@ -49,7 +49,7 @@ def _check_speed(cfg: RunConfig) -> None:
             f"model.compile: {cfg.model.compile!r} with zero.stage 3, which gathers each module's weights in hooks; "
             "use 'no', or zero.stage 2"
         )
-    if cfg.model.compile != "no" and cfg.teacher.storage in ("int8", "fp8"):
+    if cfg.model.compile != "no" and cfg.teacher.in_8_bits:
         raise UserError(
             f"model.compile: {cfg.model.compile!r} with teacher.storage {cfg.teacher.storage!r}, which brings weights "
             "back in hooks; use 'no', or teacher.storage 'exact' or 'cached'"

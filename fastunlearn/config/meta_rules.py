@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastunlearn.config.base import RunConfig
 from fastunlearn.config.run_prompts import meta_prompts
 from fastunlearn.errors import UserError
+from fastunlearn.schema.attention_rules import UNFUSED
 
 
 def check_meta(cfg: RunConfig) -> None:
@@ -67,7 +68,7 @@ def _check_second_order(cfg: RunConfig) -> None:
             "meta.order: 'second' is for small models in plain fp32; set model.mixed_precision 'no' without gradient "
             "checkpointing or compilation, or meta.order 'first'"
         )
-    if cfg.model.attention not in ("eager", "sdpa-math"):
+    if cfg.model.attention not in UNFUSED:
         raise UserError(
             f"meta.order: 'second' with model.attention {cfg.model.attention!r}, which has no second derivative; use "
             "'eager' or 'sdpa-math'"

@@ -22,12 +22,11 @@ from fastunlearn.export.traces import old_results
 from fastunlearn.models.backbone import compute_in
 from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.registry import FORMATS
+from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.machine import installed_versions
 from fastunlearn.utils.memory import peak_memory_bytes
 from fastunlearn.utils.run_folder import SURGERY_LOG
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn.utils.memory_rows import quantized_nbytes
 from fastunlearn_kernels import Quantized, blockwise_dequantize, blockwise_quantize
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class GradientBuffer:

@@ -1,5 +1,2 @@
-"""Meta-Unlearning (arXiv 2410.12777): the gradient of a loss that is taken after a simulated attack.
-
-The three sets of images, the simulated fine-tuning, the gradient through it, what an update gets on top, and the memory
-that this takes. Not here: the erasure methods (`methods/`), any of which may be the base.
-"""
+"""Meta-Unlearning (arXiv 2410.12777): three sets of images, a simulated attack, and the gradient of a loss behind it.
+Not here: the erasure methods (`methods/`), any of which may be the base, or attacks on a finished model."""

@@ -41,11 +41,11 @@ from fastunlearn.models.formats.headers import (
     vae_folder,
 )
 from fastunlearn.models.formats.single_file import read_single_file
+from fastunlearn.utils.dtypes import SAFETENSORS
 from fastunlearn.utils.text import first_line
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 CLASSES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
-STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 DAMAGED = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
@@ -223,9 +223,9 @@ def stored_dtype(model: ModelConfig) -> torch.dtype:
     """The floating dtype in which the base U-Net's files hold most of their tensors; fp32 where it cannot be read."""
     place = Path(resolve_model(model.pretrained_model_name_or_path))
     if place.is_file():
-        return STORED.get(read_single_file(place).unet_dtype, torch.float32)
+        return SAFETENSORS.get(read_single_file(place).unet_dtype, torch.float32)
     if not (place / "unet").is_dir():  # a hub model, loaded from the cache
         return torch.float16 if model.variant == "fp16" else torch.float32
     entries = [entry for file in unet_files(place, model.variant) for entry in read_header(file)[0].values()]
     counts = Counter(entry.dtype for entry in entries)
-    return STORED.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
+    return SAFETENSORS.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32

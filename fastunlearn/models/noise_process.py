@@ -19,7 +19,6 @@ from torch import Tensor
 from fastunlearn_kernels import add_noise, guided_euler_step, guided_step, to_epsilon
 from fastunlearn_kernels.latent.prediction import prediction_number, training_target
 
-SAMPLERS = ("ddim", "euler")
 LEAST_SIGNAL = 2.0**-24  # alpha-bar of a schedule that ends in pure noise, as diffusers' Euler takes it: s stays finite
 
 

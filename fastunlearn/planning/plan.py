@@ -26,6 +26,7 @@ from fastunlearn.planning.activations import Activations, Shape, build_unet, mea
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.prompts.variants import build_prompt_table
+from fastunlearn.schema.attention_rules import UNFUSED
 from fastunlearn.schema.meta import meta_weights, set_weights
 from fastunlearn.utils.memory_rows import Row, Sizes, peak, totals
 from fastunlearn.utils.text import GIB
@@ -184,6 +185,6 @@ def _windows(cfg: Config, model: ModelDescription, scope: str, gradients: int) -
 def _activations(cfg: Config, model: ModelDescription, scope: str, rows: int) -> Activations:
     shape = Shape(
         latent_side(cfg, model), model.tokens, torch.bfloat16 if cfg.bf16_weights else torch.float32, cfg.autocast,
-        cfg.model.gradient_checkpointing, cfg.model.attention in ("eager", "sdpa-math"),
+        cfg.model.gradient_checkpointing, cfg.model.attention in UNFUSED,
     )  # fmt: skip
     return measure(model.unet, scope, rows, shape)

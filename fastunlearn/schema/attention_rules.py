@@ -14,6 +14,8 @@ from typing import get_args
 from fastunlearn.schema.fields import AttentionBackend
 
 CHOICES: tuple[str, ...] = get_args(AttentionBackend)
+UNFUSED: tuple[AttentionBackend, ...] = ("eager", "sdpa-math")
+"""Plain operations: they keep the whole (N, M) matrix of scores, and have a second derivative."""
 Capability = tuple[int, int]
 
 

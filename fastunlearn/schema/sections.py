@@ -222,6 +222,11 @@ class TeacherConfig(ConfigModel):
     max_error: PositiveFloat = 0.02
     """Largest error of a target that is accepted, relative to the prediction, at any timestep that is measured."""
 
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether it has to be brought back before a call."""
+        return self.storage in ("int8", "fp8")
+
 
 class CheckpointConfig(ConfigModel):
     """Resumable checkpoints."""

@@ -1,7 +1,7 @@
 """Before a training begins: is it certain that memory will not suffice?
 
-What this is: the plan against the GPU, or on a CPU against what is free, with room for the plan's own error.
-What this is not: a promise that a run that may start will fit; ``fastunlearn plan`` shows how close it is.
+The plan is held against the GPU, or on a CPU against what is free, with room for the plan's own error. A run that may
+start can still fail; ``fastunlearn plan`` shows how close it is.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from fastunlearn.methods.parts.concept_edit import put_in_place
 from fastunlearn.methods.tables import build_method, rank_table
 from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import load_pipeline, stored_dtype
-from fastunlearn.models.parameter_names import set_trainable, trainable_names, trained_tensors
+from fastunlearn.models.parameter_names import KEYS_AND_VALUES, set_trainable, trainable_names, trained_tensors
 from fastunlearn.prompts.variants import build_prompt_table
 from fastunlearn.sampling.base import BatchSampler
 from fastunlearn.sampling.batch import BatchLayout
@@ -103,7 +103,7 @@ def prepare(cfg: Config, world: World) -> Run:
     del pipeline  # with it go the text encoders and the VAE
     models, engine, ema = shard(cfg, backbone, originals, world, edited)
     del originals
-    if cfg.teacher.storage in ("int8", "fp8"):
+    if cfg.teacher.in_8_bits:
         accepted = check_teacher(cfg.teacher, target_errors(models, prompt_table, cfg.seed))
         if world.is_main:
             print(accepted)
@@ -189,7 +189,7 @@ def shard(
         print(f"{cfg.method}: {len(engine.named)} tensors, {count:,} parameters trained; {how}")
     weights = GraphedSampler(engine.sampler) if cfg.model.cuda_graphs else engine.sampler
     ema = exponential_average(cfg, engine)
-    own_keys = keys if originals.keys().isdisjoint(trainable_names(unet, "attn2_kv")) else None
+    own_keys = keys if originals.keys().isdisjoint(trainable_names(unet, KEYS_AND_VALUES)) else None
     # As long as nothing is trained, the student is its own teacher.
     models = Predictors(backbone, engine, weights, teacher or engine.sampler, ema, keys, own_keys)
     return models, engine, ema

@@ -1,7 +1,7 @@
 """A start-up without noise: log levels and thread counts, set before the heavy libraries are imported.
 
-What this is: environment variables and logger levels for messages that the user can do nothing about.
-What this is not: a muffler for errors. Warnings about the run itself are ours, and they are printed.
+Environment variables and logger levels silence messages that the user can do nothing about. Errors still show, and
+warnings about the run itself are ours and are printed.
 
 Import and call ``prepare_environment`` before torch, deepspeed, transformers or diffusers. It imports none of them.
 """

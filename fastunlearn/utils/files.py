@@ -1,8 +1,8 @@
 """Writing files so that a kill at any moment leaves the previous content whole.
 
-What this is: write beside, then rename. ``atomic_write_text`` and ``atomic_file`` for one file, ``atomic_folder`` for a
-folder that changes as one. A failed write (full disk, read-only folder) becomes one ``UserError`` line with the remedy.
-What this is not: a format, a lock or a history. One process writes a path at a time; in a distributed run, rank 0.
+Write beside, then rename: ``atomic_write_text`` and ``atomic_file`` for one file, ``atomic_folder`` for a folder that
+changes as one. A failed write (full disk, read-only folder) becomes one ``UserError`` line with the remedy. Nothing is
+locked: one process writes a path at a time; in a distributed run, rank 0.
 """
 
 from __future__ import annotations

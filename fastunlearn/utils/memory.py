@@ -1,7 +1,4 @@
-"""How much memory this process has used at most.
-
-What this is: one figure for logs and metrics. What this is not: a prediction.
-"""
+"""How much memory this process has used at most, as logs and metrics show it. Predictions are in ``planning/``."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ from fastunlearn.acceleration.attention import (
 )
 from fastunlearn.errors import UserError
 from fastunlearn.schema.attention_rules import CHOICES, attention_refusal
+from fastunlearn.utils.dtypes import SHORT_NAMES
 
 CPU = torch.device("cpu")
 GPU_ONLY = ("sdpa-cudnn", "sdpa-efficient", "xformers", "flash3")
@@ -183,7 +184,7 @@ def test_kernel_against_fp64(choice: str, dtype: torch.dtype, shape: tuple[int, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and choice in GPU_ONLY:
         pytest.skip("needs an NVIDIA GPU")
-    if refusal := attention_refusal(choice, device.type, attention.SHORT[dtype], attention._capability(device)):
+    if refusal := attention_refusal(choice, device.type, SHORT_NAMES[dtype], attention._capability(device)):
         pytest.skip(refusal)
     queries, keys, heads, width = shape
     if choice == "sdpa-cudnn" and width > 128:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -13,7 +13,10 @@ from fastunlearn.engines.zero.deepspeed_config import deepspeed_config
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.transforms import build_transforms
 from fastunlearn.methods.kscu import first_key_step
+from fastunlearn.schema.attention_rules import UNFUSED
+from fastunlearn.schema.fields import AttentionBackend, GradientDtype, WeightDtype
 from fastunlearn.utils.distributed import single_process
+from fastunlearn.utils.dtypes import DTYPES
 
 SDXL = ["--pretrained_model_name_or_path", "org/sdxl"]  # free-form concept names; nothing is loaded here
 
@@ -321,3 +324,8 @@ def test_every_field_is_described_and_every_alias_leads_to_a_field() -> None:
 def test_a_config_cannot_be_changed_unchecked() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load().train.learning_rate = -1.0
+
+
+def test_dtypes_are_those_of_the_vocabularies() -> None:
+    assert set(DTYPES) == set(get_args(WeightDtype)) and set(get_args(GradientDtype)) - {"int8"} <= set(DTYPES)
+    assert set(UNFUSED) < set(get_args(AttentionBackend))

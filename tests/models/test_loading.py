@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -21,7 +23,8 @@ from fastunlearn.models.backbone import build_backbone
 from fastunlearn.models.checks import check_hub_cache
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS, write_tokenizer
 from fastunlearn.models.formats.headers import Entry, read_header
-from fastunlearn.models.formats.random_weights import write_file, write_folder
+from fastunlearn.models.formats.original_layout import original_tensors
+from fastunlearn.models.formats.random_weights import component_shapes, write_file, write_folder
 from fastunlearn.models.formats.single_file import identify, read_single_file
 from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.models.pipeline import ddim_scheduler
@@ -42,6 +45,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(path: object, **fields: object) -> ModelConfig:
     return ModelConfig.model_validate({"pretrained_model_name_or_path": str(path), **fields})
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [("sdxl", "xl_base"), ("sd15", "v1"), ("sd21", "v2")])
+def test_diffusers_calls_a_single_file_the_same(kind: str, theirs: str) -> None:
+    """Ours is told from the header alone, and says what else a file is; the published models must not differ."""
+    model = PUBLIC_MODELS[kind]
+    shapes = {original.name: original.shape for original in original_tensors(model, component_shapes(model))}
+    assert infer_diffusers_model_type({name: torch.empty(s, device="meta") for name, s in shapes.items()}) == theirs
+    assert identify({name: Entry("F16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()}) == kind
 
 
 def test_the_vocabulary_is_clips(tmp_path: Path) -> None:

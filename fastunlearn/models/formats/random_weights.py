@@ -23,10 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from fastunlearn.models.architectures.base import PublicModel
 from fastunlearn.models.formats.folder_configs import write_configs
 from fastunlearn.models.formats.original_layout import Shape, original_tensors
+from fastunlearn.utils.dtypes import SAFETENSORS_NAMES
 from fastunlearn.utils.files import atomic_file, atomic_folder
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-STORED_AS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
 
 
@@ -117,7 +116,7 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     for name, tensor in tensors.items():
         start, end = end, end + math.prod(tensor.shape) * width
-        header[name] = {"dtype": STORED_AS[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.parent.mkdir(parents=True, exist_ok=True)
