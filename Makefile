@@ -83,10 +83,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-# Side by side, a file at a time: what a file's tests share is made once.
+# Side by side, a file at a time: what a file's tests share is made once. In the order of tests/conftest.py.
 JOBS ?= 2
 test: lint
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)
 	@mkdir -p output

@@ -22,8 +22,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# A worker of pytest-xdist that begins a long file when the others are done lets them wait: the longest come first.
+LONGEST = (
+    "test_surgery_matrix.py", "test_train.py", "test_plan_peak.py", "test_distributed.py", "test_planning.py",
+    "test_meta.py", "test_kernels_mutations.py", "test_minicanvas.py", "test_finite_guard.py", "test_golden_losses.py",
+    "test_throughput.py", "test_speed.py", "test_relearn.py", "test_sdd.py", "test_closed_form.py",
+    "test_kernels_aot.py", "test_extensions.py", "test_wheel.py", "test_kernels_benchmark.py", "test_python.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none."""
+    """Sort files by how long they take, roughly; skip what is marked `gpu` where there is none."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from plan_worker import storage_bytes
 from surgery_case import CLIP, Case, config_of, the_pool, the_prompts, trained_names
-from test_surgery_matrix import reference
+from surgery_reference import reference
 from tiny import flat, tiny_unet
 from tiny_run import tiny_run, update_all
 

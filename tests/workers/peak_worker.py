@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import torch
 from plan_worker import storage_bytes
+from tiny_run import start_anew
 from torch.profiler import ProfilerActivity, profile
 
 from fastunlearn.config import Config, load_config
@@ -83,6 +84,7 @@ def beyond(run: Run, step: KeyStep) -> int:
 
 def measure(case: str) -> int:
     """The peak of the third update: the first two allocate what stays."""
+    start_anew()
     run = prepare(config(case), init_distributed())
     for step in run.table[:2]:
         if step.restart:

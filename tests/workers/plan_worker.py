@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import torch
 from tiny import tiny_backbone, tiny_unet
-from tiny_run import tiny_run, update_all
+from tiny_run import start_anew, tiny_run, update_all
 from torch import Tensor
 
 from fastunlearn.config import Config
@@ -236,6 +236,7 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     """The run's own counters, put together as ``trainer.prepare`` does."""
     retained = retain_prompts(cfg) if cfg.retains else []
     prompt_table: PromptTable = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained)
+    start_anew()
     backbone = tiny_backbone(prompt_table, autocast=cfg.autocast)
     set_trainable(backbone.unet, trainable_names(backbone.unet, "attn2"))
     originals = trained_tensors(backbone.unet)
