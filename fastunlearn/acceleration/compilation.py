@@ -41,7 +41,7 @@ def compile_blocks(unet: Any, backend: str = "inductor") -> int:
     """Compile the repeated transformer blocks, each when it is first called; returns how many there are.
 
     Blocks of equal shape share one compiled program, since their weights are inputs to it. That is also why the
-    teacher, which puts other tensors in the place of weights, gets what it asks for. Shapes are static, as in a run.
+    teacher, which puts other tensors in place of weights, gets what it asks for. Shapes are static, as in a run.
     The module tree, the names of parameters and what DeepSpeed hooks stay as they are; a deep copy is not compiled.
 
     Hooks that are added to a block after its first call are not seen.

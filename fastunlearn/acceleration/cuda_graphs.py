@@ -1,4 +1,4 @@
-"""The sampler's calls of the student as CUDA graphs: one replay in the place of thousands of launches.
+"""The sampler's calls of the student as CUDA graphs: one replay instead of thousands of launches.
 
 A callable like the U-Net, for calls without a gradient. Each shape is captured at its first call and replayed from then
 on. A graph remembers addresses: inputs are copied to where they were, weights are read where they are, so that it sees

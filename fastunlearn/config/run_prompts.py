@@ -1,6 +1,6 @@
 """The prompts that follow from a whole configuration: of what is retained, and of the meta term's three sets.
 
-Text only. The prompts of the concepts themselves are ``prompts/variants.py``.
+Text only, also that of folders of images. The prompts of the concepts themselves are ``prompts/variants.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A running mean of the student's weights, which can be called like the U-Net: SDD's moving teacher.
+"""An exponential average (EMA) of the student's weights, which can be called like the U-Net: SDD's moving teacher.
 
 A copy of the trained tensors in fp32, moved a little towards the student after every optimizer step, and
 put in place for the duration of a call.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The running mean of the parameters ``named`` of ``unet``, callable like the U-Net. Never records a gradient.
+    """The average of the parameters ``named`` of ``unet``, callable like the U-Net. Never records a gradient.
 
     It starts from the weights as they are, so build it before the first update.
     """
@@ -54,7 +54,7 @@ class Ema:
         return {"updates": self.updates, "mean": {name: mean.cpu() for name, mean in self.mean.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self.updates = state["updates"]
         for name, mean in self.mean.items():
             mean.copy_(state["mean"][name])

@@ -1,5 +1,5 @@
 """Low-rank additions to the attention projections (LoRA, arXiv:2106.09685), as an attacker would train them: one that
-is simulated (``meta/``), or one that tests a finished model (``relearning/``).
+is simulated (``meta/``), or one that tests a finished model (``evaluation/attacks/``).
 
     y = W x + B A x     on every q, k, v and output projection; A random, B zero: at first nothing changes
 """

@@ -77,7 +77,7 @@ class Predictors:
         return asdict(self.evaluations)
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.evaluations = Evaluations(**state)
 
     def train(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
@@ -101,7 +101,7 @@ class Predictors:
 
     @torch.no_grad()
     def rollout(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
-        """The student without a gradient, or its running mean, for the sampler."""
+        """The student without a gradient, or the average of its weights, for the sampler."""
         self.evaluations.rollout += len(conditions) * len(latents_BCHW)
         return self._call(self.sampler, latents_BCHW, timesteps, conditions, self.own_keys)
 

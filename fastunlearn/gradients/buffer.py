@@ -38,11 +38,11 @@ class GradientBuffer:
 
     @property
     def bias_correction(self) -> float:
-        """A running mean that starts at zero is too small by this factor."""
+        """An average that starts at zero is too small by this factor."""
         return 1.0 - self.ema**self._count if self.ema else 1.0
 
     def store(self, fresh: list[Tensor]) -> None:
-        """Take over a retain gradient, into its running mean if there is one, in the dtype and place configured."""
+        """Take over a gradient, into its average if there is one, in the dtype and place configured."""
         decay = self.ema
         if decay and self._stored is not None:
             place = fresh[0].device if fresh else torch.device("cpu")
@@ -75,11 +75,11 @@ class GradientBuffer:
             self._stored = None
 
     def reset(self) -> None:
-        """Begin anew, also a running mean: what is not finite would never leave it."""
+        """Begin anew, also an average: what is not finite would never leave it."""
         self._stored, self._count = None, 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The running mean, if there is one; without one each update makes its retain gradient anew."""
+        """The average, if there is one; without one each update makes its gradient anew."""
         if not self.ema or self._stored is None:
             return {}
         return {f"retain.{i}": tensor.cpu() for i, tensor in enumerate(self._dequantized(torch.float32))} | {
@@ -87,7 +87,7 @@ class GradientBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Tensor], place: torch.device) -> None:
-        """Continue a saved running mean."""
+        """Continue a saved average."""
         if not state:
             return
         self._count = int(state["windows"])
@@ -96,7 +96,7 @@ class GradientBuffer:
     def _converted(self, tensors: list[Tensor]) -> list[Tensor] | Quantized:
         place = torch.device("cpu") if self.device == "host" else None
         if self.dtype == "int8":
-            # Rounding to nearest would never let a running mean take a step smaller than half a code.
+            # Rounding to nearest would never let an average take a step smaller than half a code.
             seed = self._count + (self._stream << 32)
             kept = blockwise_quantize(tensors, stochastic=bool(self.ema), seed=seed)
             return kept if place is None else Quantized(_moved(kept.codes, place), _moved(kept.absmax, place))

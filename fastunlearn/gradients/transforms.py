@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from fastunlearn.config import Config
@@ -210,8 +209,3 @@ def clip_scale(norm: Tensor, clip: Clip) -> Tensor:
 
 
 CLIP_EPSILON = 1e-6  # as in torch's clip_grad_norm_
-
-
-def any_not_finite(*plans: SurgeryPlan) -> Tensor:
-    """1 where one of the plans says that something is not finite, else 0."""
-    return torch.stack([plan.found_inf for plan in plans]).amax(0)

@@ -5,7 +5,7 @@ weights themselves, behind the engine's back: what DeepSpeed accumulates and ste
 taken inside are in ``objective.py``, attacks on a finished model in ``evaluation/attacks/``.
 
 On several ranks every rank takes the same steps, by the mean of their gradients. With ``restart_every`` 1 the
-attacker starts from the weights as they are, each time. Above that it goes on from where it was, as far from the
+attacker starts from the weights as they are, each time. Above that it continues from where it was, as far from the
 weights as then and with the optimizer state of then: an attack of many steps for the price of a few in an update.
 bf16 weights are rounded stochastically, with moments in 8 bits: at an attacker's learning rate, rounding to nearest
 would undo almost every step.
@@ -42,7 +42,7 @@ class InnerLoop:
         }
         self._terms = 0
         self._offset: list[Tensor] = []
-        """How far the attacker's weights are from the run's, while one goes on."""
+        """How far the attacker's weights are from the run's, while one continues."""
         self._optimizer: torch.optim.Optimizer | None = None
         self._seed = 0
 
@@ -84,7 +84,7 @@ class InnerLoop:
             self._optimizer = None
 
     def _restore(self, parameters: list[nn.Parameter], before: list[Tensor]) -> None:
-        """Where the attack goes on, the copy of each weight makes room for how far it came."""
+        """Where the attack continues, the copy of each weight makes room for how far it came."""
         for number, (parameter, original) in enumerate(zip(parameters, before, strict=True)):
             if self._resumes:
                 before[number] = parameter.data - original
@@ -92,7 +92,7 @@ class InnerLoop:
         self._offset = before if self._resumes else []
 
     def state_dict(self) -> dict:
-        """Of an attacker who goes on."""
+        """Of an attacker who continues."""
         if self._optimizer is None:
             return {"terms": self._terms} if self._terms else {}
         state = {"gone": self._offset, "seed": self._seed, "optimizer": self._optimizer.state_dict()}

@@ -132,7 +132,7 @@ class MethodSpec:
 @dataclass
 class MethodOutput:
     """A micro-batch's loss (fp32 scalar, with graph; None where only the method's own parts learn), and the guided
-    prediction if the trajectory goes on."""
+    prediction if the trajectory continues."""
 
     loss: Tensor | None
     guided: GuidedPrediction | None

@@ -41,7 +41,7 @@ class EditSpec(MethodSpec):
         return UNetCalls(teacher=0, trained=0)
 
     def refuse(self, cfg: Config) -> None:
-        """What belongs to updates that there are not, and a preserved prompt that names what is erased."""
+        """Settings of updates that are never made, and a preserved prompt that names what is erased."""
         if cfg.has_meta:
             _check_meta_after_edit(cfg)
         elif cfg.train.scope not in ("auto", self.scope):
@@ -73,7 +73,7 @@ class EditMethod(Method):
         return [KeyStep(i, i % concepts, 0, restart=False, continues=False) for i in range(self.cfg.max_train_steps)]
 
     def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:
-        """There is no loss to descend."""
+        """It has none."""
         raise RuntimeError(f"method {self.cfg.method!r} edits in closed form and has no loss")
 
     @abstractmethod

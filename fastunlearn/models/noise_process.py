@@ -93,16 +93,17 @@ class NoiseProcess:
 
     def levels(self, timesteps: Tensor, num_inference_steps: int) -> tuple[Tensor, Tensor]:
         """(alpha-bar at the timesteps, alpha-bar where a sampler with so many steps goes from there), (B,) each."""
-        after = timesteps - len(self) // num_inference_steps
+        following = timesteps - len(self) // num_inference_steps
         final = self.scheduler.final_alpha_cumprod.to(self.device)
-        return self.alpha_bar(timesteps), torch.where(after >= 0, self.alphas_cumprod[after.clamp(min=0)], final)
+        known = self.alphas_cumprod[following.clamp(min=0)]
+        return self.alpha_bar(timesteps), torch.where(following >= 0, known, final)
 
     def sigmas(self, timesteps: Tensor, num_inference_steps: int) -> tuple[Tensor, Tensor]:
         """(s at the timesteps, s at the next ones of a sampler with so many steps: 0 after the last), (B,) each."""
         grid = torch.tensor([*self.timesteps(num_inference_steps), -1], device=self.device)
         following = grid[(grid >= timesteps[:, None]).sum(1)]
-        now, after = (self._sigma(each) for each in (timesteps, following.clamp(min=0)))
-        return now, torch.where(following < 0, 0.0, after)
+        sigma, next_sigma = (self._sigma(each) for each in (timesteps, following.clamp(min=0)))
+        return sigma, torch.where(following < 0, 0.0, next_sigma)
 
     def _sigma(self, timesteps: Tensor) -> Tensor:
         alpha = self.alpha_bar(timesteps).clamp(min=LEAST_SIGNAL)
@@ -125,11 +126,9 @@ class NoiseProcess:
         """
         kind = self.prediction_type
         if sampler == "ddim":
-            now, after = self.levels(timesteps, num_inference_steps)
-            return guided_step(cond, uncond, latents, now, after, guidance=guidance_scale, prediction_type=kind)
-        now, after = self.sigmas(timesteps, num_inference_steps)
-        scale, scale_next = ((sigma * sigma + 1).sqrt().view(-1, 1, 1, 1) for sigma in (now, after))
-        moved = guided_euler_step(
-            cond, uncond, latents * scale, now, after, guidance=guidance_scale, prediction_type=kind
-        )
+            level, next_level = self.levels(timesteps, num_inference_steps)
+            return guided_step(cond, uncond, latents, level, next_level, guidance=guidance_scale, prediction_type=kind)
+        sigmas = self.sigmas(timesteps, num_inference_steps)
+        scale, scale_next = ((sigma * sigma + 1).sqrt().view(-1, 1, 1, 1) for sigma in sigmas)
+        moved = guided_euler_step(cond, uncond, latents * scale, *sigmas, guidance=guidance_scale, prediction_type=kind)
         return moved / scale_next

@@ -58,7 +58,7 @@ class PromptTable:
         return list(self.index)
 
     def of_retained(self) -> PromptTable:
-        """The retained prompts in the place of every concept's own, with the rows of this table."""
+        """The retained prompts instead of every concept's own, with the rows of this table."""
         variants = [[PromptPair(prompt, UNCONDITIONAL) for prompt in self.retained]] * len(self.variants)
         return PromptTable(variants, [[]] * len(self.variants), index=self.index)
 

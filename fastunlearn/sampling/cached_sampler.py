@@ -66,7 +66,7 @@ def sample_targets(
 
 
 def _targets_here(models: Predictors, walker: Rollout, index: int) -> Iterator[Target]:
-    """The predictions at this index; the walker goes on with two of them."""
+    """The predictions at this index; the walker continues with two of them."""
     (batch,) = walker.batches(KeyStep(0, 0, index, restart=False, continues=True), None)
     cond, anchor, uncond = models.frozen(batch.latents, batch.timesteps, batch.cond, batch.anchor, batch.uncond)
     here = [tensor.cpu() for tensor in (batch.latents, cond, anchor, uncond)]

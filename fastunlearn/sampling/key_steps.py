@@ -1,4 +1,4 @@
-"""Which denoising steps are trained: the key-step table of KSCU, and the uniform plan that ESD uses.
+"""Which denoising steps are trained: the key-step table of KSCU, and the uniform table of ESD and SDD.
 
 Pure functions that turn a few integers into the ordered list of updates of a run. They know nothing of models, latents
 or devices, so a table can be checked by eye and by unit tests.
@@ -67,7 +67,7 @@ def key_step_table(starts: list[int], num_inference_steps: int, updates: int, lo
 
 
 def uniform_table(num_concepts: int, num_inference_steps: int, updates: int, seed: int) -> list[KeyStep]:
-    """The plan of ESD (arXiv 2303.07345): a uniformly drawn sampler step, from a fresh trajectory, for every update."""
+    """The table of ESD (arXiv 2303.07345): a uniformly drawn step of a fresh trajectory for every update."""
     draw = random.Random(seed)
     return [
         KeyStep(update, update % num_concepts, draw.randrange(num_inference_steps), restart=True, continues=False)

@@ -89,7 +89,7 @@ class TrajectorySource(RetainSource):
         self.rollout = rollout
 
     def batches(self, step: KeyStep, timestep: int) -> list[RetainBatch]:
-        """Restart at the first update of a traversal; after that the trajectories go on by themselves."""
+        """Restart at the first update of a traversal; after that the trajectories continue by themselves."""
         if step.restart or not len(self.rollout.latents):
             self.rollout.restart(step)
         batches = [

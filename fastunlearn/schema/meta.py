@@ -31,8 +31,8 @@ class MetaConfig(ConfigModel):
     """What it changes: all weights, as an attacker would; only what the run trains; or low-rank adapters."""
     restart_every: PositiveInt | None = None
     """Meta terms until the simulated attacker starts again from the weights as they are. 1: each time, as published.
-    Above, it goes on from where it was: restart_every x inner_steps steps, at two to three copies more. None given: 20;
-    1 for inner_scope "lora" and in second order, which always start again."""
+    Above, it continues from where it was: restart_every x inner_steps steps, at two to three copies more. None given:
+    20; 1 for inner_scope "lora" and in second order, which always start again."""
     inner_batch_size: PositiveInt = 4
     """Pictures in each of its steps, on each rank."""
     lora_rank: PositiveInt = 4

@@ -229,7 +229,7 @@ class FusedEngine(Engine):
         return layers
 
     def arrived(self, number: int) -> None:
-        """A gradient of this layer is there."""
+        """A gradient of this layer has come."""
         layer = self._layers[number]
         layer.missing -= 1
         if layer.missing == 0:
@@ -237,7 +237,7 @@ class FusedEngine(Engine):
 
     @torch.no_grad()
     def _complete(self, layer: Layer) -> None:
-        """All gradients of a layer are there."""
+        """All gradients of a layer have come."""
         gradients = layer.gradients()
         if self._capturing is None:
             self._update(layer, gradients)
@@ -275,7 +275,7 @@ class FusedEngine(Engine):
     def _added(
         self, layer: Layer, gradients: list[Tensor], retain: list[Tensor] | Quantized | None, plan: SurgeryPlan
     ) -> tuple[list[Tensor] | Quantized, SurgeryPlan]:
-        """Project now, so that the step can add the meta term's gradient in the place of the retain gradient."""
+        """Project now, so that the step can add the meta term's gradient where the retain gradient goes."""
         segments, meta = per_tensor(gradients), layer.meta.on(self._device)
         surgery_apply(gradients, retain, segments, plan)
         table = surgery_dots(gradients, meta, segments)

@@ -165,7 +165,7 @@ class ZeroMemory:
         if mean and (surgery.retain_dtype in ("int8", "bf16") or away):
             beside += mean  # the old mean, in fp32
         label = f"retain gradient ({surgery.retain_dtype if surgery.retain_dtype != 'auto' else 'as it came'})"
-        # Without a running mean it comes with its own window, and is gone after the projection.
+        # Without an average it comes with its own window, and is gone after the projection.
         phases: tuple[str, ...] = ALWAYS if surgery.retain_ema else PHASES[: PHASES.index("update")]
         windows = () if surgery.retain_ema else AFTER_RETAIN
         if away and not surgery.retain_ema:

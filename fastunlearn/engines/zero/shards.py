@@ -29,7 +29,7 @@ from fastunlearn.gradients.shard import GradientShard
 
 
 class GradientShards:
-    """This rank's gradients under one DeepSpeed optimizer. ``read`` and ``take`` list the same pieces in one order."""
+    """This rank's gradients under one DeepSpeed optimizer. ``read`` and ``take`` list the same shards in one order."""
 
     def __init__(
         self,
@@ -47,29 +47,29 @@ class GradientShards:
         self._name_of = {id(parameter): name for name, parameter in named.items()}
 
     def read(self) -> list[GradientShard]:
-        """The gradient of the window that has just ended; editing the pieces edits what ``step`` will use."""
-        return list(self._pieces())
+        """The gradient of the window that has just ended; editing the shards edits what ``step`` will use."""
+        return list(self._shards())
 
     def take(self) -> list[GradientShard]:
-        """The same, out of DeepSpeed's hands: the next window starts from nothing and leaves these pieces alone."""
+        """The same, out of DeepSpeed's hands: the next window starts from nothing and leaves these shards alone."""
         optimizer = self._optimizer
-        pieces = self.read()
+        shards = self.read()
         if self._stage == 0:
             for parameter in self._named.values():
                 parameter.grad = None
         elif self._stage == 3:
-            pieces = [GradientShard(piece.name, piece.tensor.clone()) for piece in pieces]
+            shards = [GradientShard(shard.name, shard.tensor.clone()) for shard in shards]
             optimizer.zero_grad()
         else:
             if self._offload:
-                pieces = [GradientShard(piece.name, piece.tensor.clone()) for piece in pieces]
+                shards = [GradientShard(shard.name, shard.tensor.clone()) for shard in shards]
                 optimizer.micro_step_id = -1
             for group in optimizer.averaged_gradients:  # with offload, only where fp32 gradients are accumulated
                 optimizer.averaged_gradients[group] = None  # the dict itself is known elsewhere in DeepSpeed
-        return pieces
+        return shards
 
     def second_moments(self) -> list[Tensor] | None:
-        """AdamW's second moment in fp32 for each piece of ``read``, in its order; None before the first update."""
+        """AdamW's second moment in fp32 for each shard of ``read``, in its order; None before the first update."""
         if self._stage == 0:
             states = [self._optimizer.state.get(parameter) for parameter in self._named.values()]
             return None if not all(states) else [self._spec.second_moment(state).reshape(-1) for state in states]
@@ -89,7 +89,7 @@ class GradientShards:
                 mine = weights[name].reshape(-1)[offset : offset + length]  # shorter than length where padding follows
                 flat.detach()[begin : begin + len(mine)].copy_(mine)
 
-    def _pieces(self) -> Iterator[GradientShard]:
+    def _shards(self) -> Iterator[GradientShard]:
         if self._stage == 0:
             for name, parameter in self._named.items():
                 if parameter.grad is None:
