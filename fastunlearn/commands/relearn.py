@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.relearning.settings import DATA, DEFAULT_STEPS, Settings, parse_seeds, parse_steps
+from fastunlearn.evaluation.attacks.settings import DATA, DEFAULT_STEPS, Settings, parse_seeds, parse_steps
 from fastunlearn.registry import ATTACKS
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.run_folder import check_results

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastunlearn.evaluation.relearning.settings import Settings
+    from fastunlearn.evaluation.attacks.settings import Settings
     from fastunlearn.models.backbone import Backbone
     from fastunlearn.models.loading import Pipeline
     from fastunlearn.models.prompt_embeds import PromptEmbeds

@@ -23,7 +23,7 @@ from torch import nn
 
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.evaluation.attacks.base import Attack, Edit, Embed, Target
-from fastunlearn.evaluation.relearning.settings import Settings
+from fastunlearn.evaluation.attacks.settings import Settings
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.prompts.variants import UNCONDITIONAL

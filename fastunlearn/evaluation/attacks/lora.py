@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastunlearn.evaluation.attacks.base import Attack, Edit, Target
 
 if TYPE_CHECKING:
-    from fastunlearn.evaluation.relearning.settings import Settings
+    from fastunlearn.evaluation.attacks.settings import Settings
 
 
 class LowRank(Attack):

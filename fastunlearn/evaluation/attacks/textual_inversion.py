@@ -11,7 +11,7 @@ from fastunlearn.evaluation.attacks.base import Attack, Edit, Target
 from fastunlearn.prompts.variants import UNCONDITIONAL
 
 if TYPE_CHECKING:
-    from fastunlearn.evaluation.relearning.settings import Settings
+    from fastunlearn.evaluation.attacks.settings import Settings
     from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastunlearn.evaluation.relearning.settings import Settings
+from fastunlearn.evaluation.attacks.settings import Settings
 
 if TYPE_CHECKING:
     from fastunlearn.evaluation.attacks.fine_tuning import attack_steps, denoising_error

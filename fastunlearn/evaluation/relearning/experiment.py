@@ -26,14 +26,14 @@ from fastunlearn.evaluation.attacks.fine_tuning import (
     edit,
     table,
 )
+from fastunlearn.evaluation.attacks.settings import Settings
 from fastunlearn.evaluation.classifiers.base import Label, LoadedClassifier, choose_classifier
-from fastunlearn.evaluation.evaluate import draw_samples
+from fastunlearn.evaluation.evaluate import device_name, draw_samples
 from fastunlearn.evaluation.grid import EvaluationGrid
 from fastunlearn.evaluation.label_cache import remembered
 from fastunlearn.evaluation.relearning.curve import area, steps_to_half, summary, summary_at
 from fastunlearn.evaluation.relearning.pictures import ATTACK_SEED, HELD_OUT_SEED, Pictures
 from fastunlearn.evaluation.relearning.recognition import FIGURES, attack_grid, figures
-from fastunlearn.evaluation.relearning.settings import Settings
 from fastunlearn.evaluation.relearning.task import Task, check
 from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import Pipeline, load_pipeline, load_unet, resolve_model
@@ -89,7 +89,7 @@ def relearn(
 def load(task: Task, bar: tqdm) -> Subject:
     """The original model, with every prompt of the test embedded."""
     cfg = task.cfg
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_name())
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model)
     prompt_table = PromptTable([], [], [*task.forbidden, *task.attacking])
     half = cfg.model.mixed_precision == "bf16"

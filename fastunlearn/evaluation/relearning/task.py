@@ -1,7 +1,7 @@
 """What a relearning test is about to do, checked before any weights are loaded.
 
 The run's configuration, the prompts and folders of the test, and every refusal that needs no model. The values of the
-options are checked in ``settings.py``.
+options are checked in ``attacks/settings.py``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
+from fastunlearn.evaluation.attacks.settings import Settings, check_size
 from fastunlearn.evaluation.classifiers.minicanvas import draws_minicanvas
 from fastunlearn.evaluation.evaluate import why_not_judged
 from fastunlearn.evaluation.grid import Erased, known_concepts
 from fastunlearn.evaluation.relearning.prompts import forbidden_prompts, other_prompts
-from fastunlearn.evaluation.relearning.settings import Settings, check_size
 from fastunlearn.models.checks import check_model
 from fastunlearn.models.loading import resolve_model
 from fastunlearn.prompts.captions import read_captions

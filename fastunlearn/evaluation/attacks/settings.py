@@ -1,6 +1,7 @@
 """What an attack is asked to do: names, defaults, and the refusal of what makes no sense.
 
-Plain values and text, so that a mistake is answered before torch is loaded. The run's folder is checked in ``task.py``.
+Plain values and text, so that a mistake is answered before torch is loaded. The run's folder is checked where a test is
+prepared, in ``relearning/task.py``.
 """
 
 from __future__ import annotations
