@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.classifiers.base import choose_classifier
 from fastunlearn.evaluation.metrics.scores import clear_difference
+from fastunlearn.models.formats.headers import is_hub_id
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.registry import FORMATS, METRICS
 from fastunlearn.utils.files import atomic_write_text
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
+
+SAMPLER_TITLES = {"ddim": "DDIM", "euler": "Euler"}
 
 
 def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None:
@@ -84,8 +87,7 @@ def _pipeline_class(cfg: Config) -> str:
 def _front_matter(cfg: Config) -> str:
     base = cfg.model.pretrained_model_name_or_path
     lines = ["---", "library_name: diffusers", "tags: [text-to-image, concept-erasure, unlearning]"]
-    # A hub id is "owner/name"; an embedded model or a folder on some disk means nothing to the hub.
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")) and not os.path.isdir(base):
+    if is_hub_id(base):  # an embedded model, or a file on some disk, means nothing to the hub
         lines.append(f"base_model: {base}")
     return "\n".join([*lines, "---"])
 
@@ -125,7 +127,7 @@ def _training_facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
         ("updates", str(metrics.get("updates", cfg.train.max_train_steps))),
         ("trained part of the U-Net", cfg.train.scope),
         ("learning rate", f"{cfg.train.learning_rate:g} ({cfg.train.lr_scheduler}), {cfg.optimizer.name}"),
-        ("sampler in training", f"DDIM, {cfg.sampler.num_inference_steps} steps, "
+        ("sampler in training", f"{SAMPLER_TITLES[cfg.sampler.name]}, {cfg.sampler.num_inference_steps} steps, "
                                 f"guidance {cfg.sampler.guidance_scale:g}"),
         *_additions(cfg),
         ("seed", str(cfg.seed)),

@@ -135,12 +135,12 @@ class Recorder:
                 of no use.
         """
         self.flush()
-        if self._not_finite_since is not None:
-            raise _diverged(self._not_finite_since)
         if self._world.is_main:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self._not_finite_since is not None:
+            raise _diverged(self._not_finite_since)
 
     def _note_divergence(self, entry: dict[str, Any]) -> None:
         """Remember since when the loss has not been finite. The engine's guard skips such updates, and stops the run

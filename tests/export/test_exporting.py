@@ -262,3 +262,17 @@ def test_the_cards_code_compiles_and_stands_in_the_card(tmp_path: Path, model: s
     assert block == usage(cfg)
     compile(block, "card", "exec")
     assert 'subfolder="unet"' in block
+
+
+@pytest.mark.parametrize(("name", "title"), [("ddim", "DDIM"), ("euler", "Euler")])
+def test_card_names_the_sampler_of_the_training(tmp_path: Path, name: str, title: str) -> None:
+    write_card(a_run(sampler={"name": name}), {"evaluation": None}, tmp_path / "README.md")
+    assert f"| sampler in training | {title}, " in (tmp_path / "README.md").read_text()
+
+
+def test_card_names_no_local_file_as_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    model = {"pretrained_model_name_or_path": "models/mine.safetensors"}
+    write_card(a_run(concepts=["cat"], keep=[], model=model), {"evaluation": None}, tmp_path / "README.md")
+    assert "base_model:" not in (tmp_path / "README.md").read_text()
