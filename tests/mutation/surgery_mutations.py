@@ -40,8 +40,8 @@ MUTATIONS = (
     ),
     Mutation(
         "stage 3 keeps views of the live buffer",
-        SHARDS, "piece.tensor.clone()) for piece in pieces]\n            optimizer.zero_grad()",
-        "piece.tensor) for piece in pieces]\n            optimizer.zero_grad()", "stage3-k1",
+        SHARDS, "shard.tensor.clone()) for shard in shards]\n            optimizer.zero_grad()",
+        "shard.tensor) for shard in shards]\n            optimizer.zero_grad()", "stage3-k1",
     ),
     Mutation(
         "stage 1 with offload is not armed", SHARDS, "optimizer.micro_step_id = -1", "pass", "stage1-k1-offload",
@@ -56,8 +56,8 @@ MUTATIONS = (
     ),
     Mutation(
         "offload keeps views of the live gradient",
-        SHARDS, "piece.tensor.clone()) for piece in pieces]\n                optimizer.micro_step_id",
-        "piece.tensor) for piece in pieces]\n                optimizer.micro_step_id", "stage2-k1-offload",
+        SHARDS, "shard.tensor.clone()) for shard in shards]\n                optimizer.micro_step_id",
+        "shard.tensor) for shard in shards]\n                optimizer.micro_step_id", "stage2-k1-offload",
     ),
     Mutation(
         "a partition's first parameter is not cut at its border",
