@@ -18,18 +18,24 @@ from fastunlearn_kernels import Quantized, blockwise_dequantize, blockwise_quant
 class GradientBuffer:
     """One gradient that waits for another, or the exponential average of such."""
 
-    def __init__(self, dtype: str = "auto", device: str = "device", ema: float = 0.0, stream: int = 0) -> None:
+    def __init__(
+        self, dtype: str = "auto", device: str = "device", ema: float = 0.0, stream: int = 0, watched: bool = False
+    ) -> None:
         """
         Args:
             dtype: "fp32", "bf16", "int8" (256 elements share a scale), or "auto": as it comes.
             device: "device", or "host".
             ema: decay of an exponential average of what is stored; 0: none.
             stream: another one for each list of tensors, so that they are not rounded with the same random bits.
+            watched: whether ``finite`` is wanted.
         """
         self.dtype, self.device, self.ema = dtype, device, ema
         self._stream = stream
         self._stored: list[Tensor] | Quantized | None = None
         self._count = 0
+        self.finite: Tensor | None = None
+        """Where it is watched: whether all that is kept is finite, as one bool that is still on the device."""
+        self._watched = watched
 
     @property
     def is_filled(self) -> bool:
@@ -76,7 +82,7 @@ class GradientBuffer:
 
     def reset(self) -> None:
         """Begin anew, also an average: what is not finite would never leave it."""
-        self._stored, self._count = None, 0
+        self._stored, self._count, self.finite = None, 0, None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average, if there is one; without one each update makes its gradient anew."""
@@ -99,10 +105,18 @@ class GradientBuffer:
             # Rounding to nearest would never let an average take a step smaller than half a code.
             seed = self._count + (self._stream << 32)
             kept = blockwise_quantize(tensors, stochastic=bool(self.ema), seed=seed)
+            self._watch(kept.absmax)  # a block's scale says it of 256 elements
             return kept if place is None else Quantized(_moved(kept.codes, place), _moved(kept.absmax, place))
         if self.dtype != "auto":
             tensors = [tensor.to(DTYPES[self.dtype]) for tensor in tensors]
+        self._watch(tensors)
         return tensors if place is None else _moved(tensors, place)
+
+    def _watch(self, tensors: Sequence[Tensor]) -> None:
+        """Before they leave the device. A largest magnitude cannot overflow as a sum of squares could."""
+        filled = [tensor for tensor in tensors if tensor.numel()]
+        if self._watched and filled:
+            self.finite = torch.stack(torch._foreach_norm(filled, torch.inf)).isfinite().all()
 
     def _dequantized(self, dtype: torch.dtype) -> list[Tensor]:
         if isinstance(self._stored, Quantized):

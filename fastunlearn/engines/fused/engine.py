@@ -53,8 +53,8 @@ class Layer:
         self.optimizer = fused_optimizer(parameters, cfg.optimizer, bits, cfg.train.learning_rate, seed)
         self.moments = HostMoments(self.optimizer) if cfg.fused.offload_optimizer == "cpu" else None
         surgery = cfg.surgery
-        self.kept = GradientBuffer(retain_dtype(cfg), surgery.retain_device, surgery.retain_ema, stream=number)
-        self.meta = GradientBuffer(cfg.meta.gradient_dtype, stream=number)
+        self.kept = GradientBuffer(retain_dtype(cfg), surgery.retain_device, surgery.retain_ema, number, watched=True)
+        self.meta = GradientBuffer(cfg.meta.gradient_dtype, stream=number, watched=True)
         """The meta term's gradient, which is added after the projection."""
         self.missing = len(parameters)
         self.held: Tensor | None = None
@@ -242,12 +242,13 @@ class FusedEngine(Engine):
         if self._capturing is None:
             self._update(layer, gradients)
         else:
-            squares = surgery_dots(gradients, None, per_tensor(gradients))
-            self._note_broken(1.0 - squares.isfinite().all().float())
+            buffer = layer.kept if self._capturing == "retain" else layer.meta
             if self._capturing == "retain":
-                layer.kept.store(gradients)
+                buffer.store(gradients)
             else:
-                layer.meta.add(gradients)
+                buffer.add(gradients)
+            assert buffer.finite is not None
+            self._note_broken(1.0 - buffer.finite.float())
         layer.free()
 
     def _update(self, layer: Layer, gradients: list[Tensor]) -> None:
