@@ -309,7 +309,7 @@ CLASSIFIER = Extension(
 """A classifier of one concept, on pictures of any model."""
 
 from fastunlearn.evaluation.classifiers.base import Classifier, Label, LoadedClassifier
-from fastunlearn.evaluation.grid import Erased, EvaluationGrid, EvaluationSample
+from fastunlearn.evaluation.pictures.grid import Erased, EvaluationGrid, EvaluationSample
 
 CONCEPT = Erased("ink", "style")
 

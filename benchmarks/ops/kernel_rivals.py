@@ -18,7 +18,7 @@ from fastunlearn_kernels.gradients.segments import per_tensor
 from fastunlearn_kernels.gradients.surgery_coefficients import surgery_coefficients
 from fastunlearn_kernels.gradients.surgery_dots import surgery_dots
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized, blockwise_quantize
-from fastunlearn_kernels.testing.spec import Inputs
+from fastunlearn_kernels.testing.common.spec import Inputs
 
 Call = Callable[[], Any]
 TENSORS = 16

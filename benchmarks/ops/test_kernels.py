@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastunlearn_kernels.common import backend
 from fastunlearn_kernels.testing.all_specs import ALL_SPECS
-from fastunlearn_kernels.testing.spec import Inputs, OpSpec
+from fastunlearn_kernels.testing.common.spec import Inputs, OpSpec
 
 CHECKS = Path(__file__).resolve().parents[2] / "tests" / "support" / "kernel_checks.py"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

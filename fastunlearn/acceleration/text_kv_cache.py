@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from fastunlearn.acceleration.attention import PROMPT_KEYS
-from fastunlearn.models.prompt_embeds import PromptEmbeds
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 
 
 def cross_attentions(unet: nn.Module) -> list[Attention]:

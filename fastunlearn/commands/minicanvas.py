@@ -50,7 +50,7 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"--steps: {args.steps} is not allowed; 1 to 1000 are, 25 are enough")
     if not args.output.absolute().parent.is_dir():
         raise UserError(f"--output: {args.output}: its folder does not exist; create it first")
-    from fastunlearn.evaluation.drawing import generate
+    from fastunlearn.evaluation.pictures.drawing import generate
     from fastunlearn.minicanvas.build import drawing
     from fastunlearn.models.loading import load_pipeline
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastunlearn.acceleration.text_kv_cache import PromptKeys
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.backbone import Backbone, Predictor
 from fastunlearn.models.noise_process import NoiseProcess
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 
 @dataclass

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.classifiers.base import Label, LoadedClassifier, choose_classifier
-from fastunlearn.evaluation.drawing import generate
-from fastunlearn.evaluation.grid import EvaluationGrid
 from fastunlearn.evaluation.label_cache import remembered
 from fastunlearn.evaluation.metrics.scores import score
+from fastunlearn.evaluation.pictures.drawing import generate
+from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.models.loading import Pipeline, load_pipeline, resolve_model
 from fastunlearn.registry import METRICS
 from fastunlearn.utils.run_folder import check_results

@@ -16,7 +16,7 @@ import torch
 
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.classifiers.base import Label, LoadedClassifier
-from fastunlearn.evaluation.grid import EvaluationGrid
+from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.utils.files import atomic_write_text, cache_folder
 
 

@@ -21,8 +21,8 @@ from fastunlearn.config import Config
 from fastunlearn.config.run_prompts import forbidden_anchors, meta_prompts, refuse_erased
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.errors import UserError
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.captions import read_captions
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.batch import BatchLayout

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.models.architectures.base import Architecture
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.models.pipeline import (
@@ -26,7 +27,6 @@ from fastunlearn.models.pipeline import (
     image_side,
     latent_shape,
 )
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 Predictor: TypeAlias = Callable[..., tuple[Tensor, ...]]
 

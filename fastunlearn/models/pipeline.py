@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from fastunlearn.models.architectures.base import Architecture, architecture_of
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 
 def architecture_of_pipeline(pipeline: Pipeline) -> Architecture:

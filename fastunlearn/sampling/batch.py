@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastunlearn.models.prompt_embeds import PromptEmbeds
+    from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 
 
 @dataclass(frozen=True)

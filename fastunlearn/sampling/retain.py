@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.models.prompt_embeds import PromptEmbeds
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.image_pool import LatentPool, generate_pool

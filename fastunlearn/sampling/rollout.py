@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.models.prompt_embeds import PromptEmbeds
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptPair, PromptTable
 from fastunlearn.sampling.base import BatchSampler
 from fastunlearn.sampling.batch import Augmentation, BatchLayout, GuidedPrediction, UnlearnBatch

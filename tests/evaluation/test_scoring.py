@@ -17,18 +17,18 @@ from fastunlearn import minicanvas
 from fastunlearn.commands import evaluate as command
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation import drawing as generation
 from fastunlearn.evaluation import evaluate as evaluation
-from fastunlearn.evaluation import grid as protocol
 from fastunlearn.evaluation.classifiers.base import Label
-from fastunlearn.evaluation.drawing import generate, initial_latents
-from fastunlearn.evaluation.grid import Erased, EvaluationSample, build_grid, known_concepts
 from fastunlearn.evaluation.metrics.scores import clear_difference, score, wilson
+from fastunlearn.evaluation.pictures import drawing as generation
+from fastunlearn.evaluation.pictures import grid as protocol
+from fastunlearn.evaluation.pictures.drawing import generate, initial_latents
+from fastunlearn.evaluation.pictures.grid import Erased, EvaluationSample, build_grid, known_concepts
 from fastunlearn.minicanvas.build import networks
 from fastunlearn.minicanvas.build.assemble import make_pipeline
 from fastunlearn.minicanvas.build.text import write_tokenizer
 from fastunlearn.minicanvas.vocabulary import OBJECTS, PARAPHRASES, STYLES, SYNONYMS
-from fastunlearn.models.prompt_embeds import PromptEmbeds
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.utils import environment as quiet
 
 NEON, INK, CAT, FISH = (

@@ -215,7 +215,7 @@ def test_model_draws_what_it_is_told(pipe, judge):
 
 
 def test_bare_names_condition(pipe, judge):
-    from fastunlearn.evaluation.drawing import generate
+    from fastunlearn.evaluation.pictures.drawing import generate
 
     objects = generate(pipe, list(minicanvas.OBJECTS), list(range(10)), steps=12)
     styles = generate(pipe, [f"{style} style" for style in minicanvas.STYLES], list(range(8)), steps=12)
@@ -224,7 +224,7 @@ def test_bare_names_condition(pipe, judge):
 
 
 def test_latents_depend_on_the_seed_only(pipe):
-    from fastunlearn.evaluation.drawing import generate
+    from fastunlearn.evaluation.pictures.drawing import generate
 
     alone = generate(pipe, ["cat"], [5], steps=2)
     among = generate(pipe, ["fish", "cat", "ink style"], [4, 5, 6], steps=2)

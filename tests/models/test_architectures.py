@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastunlearn.models.architectures.base import architecture_of
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.architectures.sd1 import SD1
 from fastunlearn.models.architectures.unet2d import UNet2DArchitecture
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
@@ -24,7 +25,6 @@ from fastunlearn.models.parameter_names import (
     text_projections,
     trainable_names,
 )
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.registry import ARCHITECTURES
 
 TINY = [name for name in PUBLIC_MODELS if name.startswith("tiny-")]

@@ -42,10 +42,10 @@ from fastunlearn_kernels.quantize.dynamic_code import (
     quantize_dynamic,
     quantize_tile,
 )
-from fastunlearn_kernels.testing.spec import copied
+from fastunlearn_kernels.testing.common.gradient_cases import flat_segments
+from fastunlearn_kernels.testing.common.spec import copied
 from fastunlearn_kernels.testing.specs.adamw8bit_step import SPEC, bench_step, inputs_of
 from fastunlearn_kernels.testing.specs.blockwise_quantize import tensor_list
-from fastunlearn_kernels.testing.specs.gradient_cases import flat_segments
 
 DEVICE = device()
 BACKENDS = ("reference", "triton")

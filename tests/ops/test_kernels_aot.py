@@ -16,7 +16,7 @@ import pytest
 from fastunlearn_kernels.common import backend
 from fastunlearn_kernels.testing import aot, report
 from fastunlearn_kernels.testing.all_specs import ALL_SPECS
-from fastunlearn_kernels.testing.spec import AotKernel, OpSpec
+from fastunlearn_kernels.testing.common.spec import AotKernel, OpSpec
 
 REPORT = Path(__file__).resolve().parents[2] / "kernels" / "REPORT.md"
 KERNELS = [

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastunlearn_kernels
 from fastunlearn_kernels.common import backend, scratch
 from fastunlearn_kernels.testing.all_specs import ALL_SPECS
-from fastunlearn_kernels.testing.spec import SHORT, Case, Inputs, OpSpec, copied
+from fastunlearn_kernels.testing.common.spec import SHORT, Case, Inputs, OpSpec, copied
 
 DEVICE = checks.device()
 OPS = {

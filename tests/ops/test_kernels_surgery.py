@@ -28,7 +28,7 @@ from fastunlearn_kernels.gradients.surgery_coefficients import (
 from fastunlearn_kernels.gradients.surgery_dots import surgery_dots, surgery_dots_op
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
 from fastunlearn_kernels.quantize.dynamic_code import dequantize_dynamic, quantize_dynamic
-from fastunlearn_kernels.testing.specs.gradient_cases import flat_partition, flat_segments, quantized
+from fastunlearn_kernels.testing.common.gradient_cases import flat_partition, flat_segments, quantized
 from fastunlearn_kernels.testing.specs.surgery_apply import SPEC as APPLY
 from fastunlearn_kernels.testing.specs.surgery_dots import SPEC as DOTS
 

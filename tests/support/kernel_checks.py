@@ -28,8 +28,8 @@ from fastunlearn_kernels.common.tensor_lists import CHUNK
 from fastunlearn_kernels.gradients.segments import Segments
 from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 from fastunlearn_kernels.quantize.blockwise_quantize import blockwise_quantize
-from fastunlearn_kernels.testing.spec import SHORT, Case, Inputs, OpSpec, Outputs, copied
-from fastunlearn_kernels.testing.specs.gradient_cases import flat_segments
+from fastunlearn_kernels.testing.common.gradient_cases import flat_segments
+from fastunlearn_kernels.testing.common.spec import SHORT, Case, Inputs, OpSpec, Outputs, copied
 
 if backend.INTERPRETED:
     quick_interpreter.install()

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastunlearn.config import Concept, PromptsConfig
 from fastunlearn.denoisers.predictors import Predictors
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.architectures.sdxl import SDXL
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.models.noise_process import NoiseProcess
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.rollout import Rollout

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fastunlearn.acceleration.attention import install_attention
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.models.parameter_names import set_trainable, trainable_names
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.sampling.key_steps import KeyStep
 from update.instruments.clock import Clock
 from update.subjects.models import backbone_of

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.methods.parts.discriminator import Discriminator, bce_to
-from fastunlearn.models.prompt_embeds import PromptEmbeds
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.sampling.key_steps import KeyStep
 from update.baselines.base import ANCHOR, CONCEPT, Baseline
 from update.instruments.clock import Clock

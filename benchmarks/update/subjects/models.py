@@ -20,12 +20,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from fastunlearn.config import Config
 from fastunlearn.models.architectures.base import PublicModel
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.description import ModelDescription, describe_model
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.models.loading import load_pipeline
 from fastunlearn.models.noise_process import NoiseProcess
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 from fastunlearn.training import setup as assembly
 
 SUFFIX = "-random"

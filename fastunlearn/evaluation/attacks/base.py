@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastunlearn.evaluation.attacks.settings import Settings
+    from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
     from fastunlearn.models.backbone import Backbone
     from fastunlearn.models.loading import Pipeline
-    from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 Embed: TypeAlias = Callable[[Sequence[str]], "PromptEmbeds"]
 

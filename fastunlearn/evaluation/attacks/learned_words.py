@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.pipeline import encode_prompt, text_encoders
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from fastunlearn.prompts.variants import UNCONDITIONAL
 
 if TYPE_CHECKING:
     from fastunlearn.evaluation.attacks.settings import Settings
-    from fastunlearn.models.prompt_embeds import PromptEmbeds
+    from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 
 
 class TextualInversion(Attack):
@@ -34,8 +34,8 @@ class TextualInversion(Attack):
     def edit(self, target: Target) -> Iterator[Edit]:
         """Prompts are encoded anew in every step, through the vectors that are trained."""
         from fastunlearn.evaluation.attacks.learned_words import learned_words
+        from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
         from fastunlearn.models.parameter_names import set_trainable
-        from fastunlearn.models.prompt_embeds import PromptEmbeds
 
         if target.pipeline is None:
             raise ValueError("textual inversion needs the pipeline, for its text encoders")

@@ -1,2 +1,2 @@
 """Who looks at the pictures of an evaluation, one file per classifier.
-Not here: which pictures are drawn (`evaluation/grid.py`), or what the labels come to (`evaluation/metrics/`)."""
+Not here: which pictures are drawn (`evaluation/pictures/`), or what the labels come to (`evaluation/metrics/`)."""

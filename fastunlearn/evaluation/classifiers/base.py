@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastunlearn.config import Config
-    from fastunlearn.evaluation.grid import EvaluationGrid
+    from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastunlearn.evaluation.classifiers.base import Label
-from fastunlearn.evaluation.grid import Erased, EvaluationSample
+from fastunlearn.evaluation.pictures.grid import Erased, EvaluationSample
 
 if TYPE_CHECKING:
     from torch import Tensor

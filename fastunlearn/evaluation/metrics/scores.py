@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastunlearn.evaluation.classifiers.base import Label
-from fastunlearn.evaluation.grid import Erased, EvaluationSample
 from fastunlearn.evaluation.metrics.base import Evaluated, concept_of, is_forgotten, is_right, mean
+from fastunlearn.evaluation.pictures.grid import Erased, EvaluationSample
 from fastunlearn.registry import METRICS
 
 if TYPE_CHECKING:

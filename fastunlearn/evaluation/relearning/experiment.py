@@ -29,8 +29,8 @@ from fastunlearn.evaluation.attacks.fine_tuning import (
 from fastunlearn.evaluation.attacks.settings import Settings
 from fastunlearn.evaluation.classifiers.base import Label, LoadedClassifier, choose_classifier
 from fastunlearn.evaluation.evaluate import device_name, draw_samples
-from fastunlearn.evaluation.grid import EvaluationGrid
 from fastunlearn.evaluation.label_cache import remembered
+from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.evaluation.relearning.curve import area, steps_to_half, summary, summary_at
 from fastunlearn.evaluation.relearning.pictures import ATTACK_SEED, HELD_OUT_SEED, Pictures
 from fastunlearn.evaluation.relearning.recognition import FIGURES, attack_grid, figures

@@ -25,7 +25,7 @@ from fastunlearn.minicanvas.vocabulary import (
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
-    from fastunlearn.evaluation.grid import Erased
+    from fastunlearn.evaluation.pictures.grid import Erased
 
 # Alike to the eye: animals, plants, made things; light on dark, flat colours, drawn by hand.
 GROUPS = (

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastunlearn.evaluation.classifiers.base import Label, choose_classifier
-from fastunlearn.evaluation.grid import EvaluationGrid
 from fastunlearn.evaluation.metrics.scores import score
+from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config

@@ -1,6 +1,6 @@
 """The grid of every object in every style: drawn, read by the judge, and put on one sheet.
 
-For the command and for the check at the end of a build. The drawing itself is ``evaluation/drawing.py``.
+For the command and for the check at the end of a build. The drawing itself is ``evaluation/pictures/drawing.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastunlearn.evaluation.drawing import generate
+from fastunlearn.evaluation.pictures.drawing import generate
 from fastunlearn.minicanvas.judge import Judge
 from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES
 from fastunlearn.models.loading import Pipeline

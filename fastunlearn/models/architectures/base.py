@@ -1,8 +1,8 @@
 """What an architecture states: its public models as configurations, the names of its parameters, and how it is called.
 
 Nothing outside ``models/`` knows a pipeline's class, the names of a denoiser's modules or the arguments of its forward
-pass: it asks the ``Architecture``. The files here import torch inside functions only, since the configuration and the
-checks of the disk read them.
+pass: it asks the ``Architecture``. Its files import torch inside functions only, since the configuration and the checks
+of the disk read them; `prompt_embeds.py`, which they are called with, is for those that have torch loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fastunlearn.models.prompt_embeds import PromptEmbeds
+    from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from fastunlearn.models.prompt_embeds import PromptEmbeds
+    from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 
 TIME_IDS = 6  # numbers: height and width of the original, upper left corner of the crop, height and width of the target
 CLIP_BIG_G = CLIP | {

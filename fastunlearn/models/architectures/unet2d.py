@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fastunlearn.models.prompt_embeds import PromptEmbeds
+    from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 
 TEXT_LENGTH = 77
 BLOCK_NAME = re.compile(r"((?:down|up)_blocks\.\d+\.[a-z]+\.\d+|mid_block\.[a-z]+\.\d+)")

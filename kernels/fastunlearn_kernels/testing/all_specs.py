@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastunlearn_kernels.testing.spec import OpSpec
+from fastunlearn_kernels.testing.common.spec import OpSpec
 from fastunlearn_kernels.testing.specs.adamw8bit_step import SPEC as ADAMW8BIT_STEP
 from fastunlearn_kernels.testing.specs.add_noise import SPEC as ADD_NOISE
 from fastunlearn_kernels.testing.specs.blockwise_quantize import DEQUANTIZE_SPEC as BLOCKWISE_DEQUANTIZE

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from fastunlearn_kernels.common import backend
 from fastunlearn_kernels.testing.all_specs import ALL_SPECS
-from fastunlearn_kernels.testing.spec import AotKernel, OpSpec
+from fastunlearn_kernels.testing.common.spec import AotKernel, OpSpec
 
 # Name -> (backend, architecture, threads of a warp).
 TARGETS: dict[str, tuple[str, int | str, int]] = {

@@ -20,7 +20,7 @@ import triton
 
 from fastunlearn_kernels.testing import aot
 from fastunlearn_kernels.testing.all_specs import ALL_SPECS
-from fastunlearn_kernels.testing.spec import OpSpec
+from fastunlearn_kernels.testing.common.spec import OpSpec
 
 HEADER = f"""# What the compilers make of the kernels
 

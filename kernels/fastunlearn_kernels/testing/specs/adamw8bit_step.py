@@ -18,9 +18,9 @@ from fastunlearn_kernels.gradients.segments import Segments, per_tensor, whole
 from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized, blockwise_quantize
 from fastunlearn_kernels.quantize.dynamic_code import SMALLEST_ABSMAX, dynamic_map, quantize_dynamic
-from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.testing.common.gradient_cases import flat_segments
+from fastunlearn_kernels.testing.common.spec import AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 from fastunlearn_kernels.testing.specs.blockwise_quantize import MANY, tensor_list
-from fastunlearn_kernels.testing.specs.gradient_cases import flat_segments
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 _BF16 = (torch.bfloat16,)

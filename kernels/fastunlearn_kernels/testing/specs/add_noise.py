@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastunlearn_kernels.latent.add_noise import BLOCK, add_noise, add_noise_kernel
-from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.testing.common.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 
 def _run(inputs: Inputs) -> Outputs:

@@ -17,7 +17,7 @@ from fastunlearn_kernels.quantize.blockwise_quantize import (
     blockwise_quantize,
     blockwise_quantize_chunk_kernel,
 )
-from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.testing.common.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 
 def tensor_list(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn_kernels.latent.guided_noise_loss import BLOCK, guided_noise_loss, guided_noise_loss_kernel
-from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.testing.common.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 PREDICTIONS = ("cond", "uncond", "teacher_cond", "teacher_anchor", "teacher_uncond")
 

@@ -18,7 +18,7 @@ from fastunlearn_kernels.latent.guided_step import (
     guided_step_kernel,
 )
 from fastunlearn_kernels.latent.prediction import PREDICTION_TYPES, prediction_number
-from fastunlearn_kernels.testing.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.testing.common.spec import SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
 
 
 def _run(inputs: Inputs) -> Outputs:

@@ -10,8 +10,7 @@ import triton.language as tl
 from fastunlearn_kernels.gradients.operands import unpacked
 from fastunlearn_kernels.gradients.surgery_apply import ROWS, WIDTH, surgery_apply, surgery_apply_chunk_kernel
 from fastunlearn_kernels.gradients.surgery_coefficients import SurgeryPlan
-from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
-from fastunlearn_kernels.testing.specs.gradient_cases import (
+from fastunlearn_kernels.testing.common.gradient_cases import (
     GRADIENT_CASES,
     HUGE,
     Make,
@@ -20,6 +19,7 @@ from fastunlearn_kernels.testing.specs.gradient_cases import (
     gradient_case,
     piece_bytes,
 )
+from fastunlearn_kernels.testing.common.spec import AotKernel, Case, Inputs, OpSpec, Outputs
 
 
 def _written(inputs: Inputs) -> Outputs:

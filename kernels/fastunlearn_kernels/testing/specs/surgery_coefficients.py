@@ -14,7 +14,7 @@ from fastunlearn_kernels.gradients.surgery_coefficients import (
     surgery_coefficients,
     surgery_coefficients_plan_kernel,
 )
-from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
+from fastunlearn_kernels.testing.common.spec import AotKernel, Case, Inputs, OpSpec, Outputs
 
 
 def _run(inputs: Inputs) -> Outputs:

@@ -19,8 +19,7 @@ from fastunlearn_kernels.gradients.surgery_dots import (
     surgery_dots_sum_kernel,
 )
 from fastunlearn_kernels.quantize.dynamic_code import quantize_dynamic
-from fastunlearn_kernels.testing.spec import AotKernel, Case, Inputs, OpSpec, Outputs
-from fastunlearn_kernels.testing.specs.gradient_cases import (
+from fastunlearn_kernels.testing.common.gradient_cases import (
     GRADIENT_CASES,
     HUGE,
     Make,
@@ -29,6 +28,7 @@ from fastunlearn_kernels.testing.specs.gradient_cases import (
     gradient_case,
     piece_bytes,
 )
+from fastunlearn_kernels.testing.common.spec import AotKernel, Case, Inputs, OpSpec, Outputs
 
 
 def _run(inputs: Inputs) -> Outputs:

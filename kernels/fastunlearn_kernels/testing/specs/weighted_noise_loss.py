@@ -11,7 +11,17 @@ from torch import Tensor
 from fastunlearn_kernels.common.precision import compute_dtype
 from fastunlearn_kernels.latent.prediction import prediction_number, training_target
 from fastunlearn_kernels.latent.weighted_noise_loss import BLOCK, weighted_noise_loss, weighted_noise_loss_kernel
-from fastunlearn_kernels.testing.spec import LAYOUTS, SHORT, AotKernel, Case, Inputs, OpSpec, Outputs, nbytes, normal
+from fastunlearn_kernels.testing.common.spec import (
+    LAYOUTS,
+    SHORT,
+    AotKernel,
+    Case,
+    Inputs,
+    OpSpec,
+    Outputs,
+    nbytes,
+    normal,
+)
 
 
 def _run(inputs: Inputs) -> Outputs:

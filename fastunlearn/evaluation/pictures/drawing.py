@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.pipeline import (
     architecture_of_pipeline,
@@ -21,7 +22,6 @@ from fastunlearn.models.pipeline import (
     image_side,
     latent_shape,
 )
-from fastunlearn.models.prompt_embeds import PromptEmbeds
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from fastunlearn_kernels.common.tiles import QUANT_BLOCK
 from fastunlearn_kernels.gradients.operands import block_scales
 from fastunlearn_kernels.gradients.segments import Segments, grouped, per_tensor, whole
 from fastunlearn_kernels.quantize.blockwise_quantize import Quantized
-from fastunlearn_kernels.testing.spec import Case, Inputs, normal
+from fastunlearn_kernels.testing.common.spec import Case, Inputs, normal
 
 Make = Callable[[torch.Generator, torch.dtype, torch.device], Inputs]
 

@@ -2,7 +2,7 @@
 
 The miniature of UnlearnCanvas' grid (Zhang et al., arXiv:2402.11846): "a {object} image in {style} style" with fixed
 seeds that all prompts share, and on top of it prompts that no erasure recipe uses (paraphrases, synonyms). Nothing here
-imports torch; drawing is in `drawing.py`, the figures are in `metrics/`.
+imports torch; drawing is in `drawing.py`, the figures are in `evaluation/metrics/`.
 
 Parts, with their default number of images:
 
