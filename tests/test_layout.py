@@ -1,15 +1,17 @@
 """The rules of the source tree: which way imports point, who knows a foreign library, how long a module may be.
 
-Read from the source with `ast`; nothing is imported. Every import counts, also one inside a function or for types only:
-a type that a lower module names is a fact that it knows of an upper one. `LAYERS` holds the allowed direction in
-fastunlearn and the kernels; in benchmarks and tests no module and no folder may be in a circle.
-`python tests/test_layout.py` prints every offence.
+Read from the source with `ast`; nothing is imported. Every import counts, also one inside a function, a relative one, one
+by `import_module` or `__import__` with a literal name, or for types only: a type that a lower module names is a fact
+that it knows of an upper one. `LAYERS` holds the allowed direction in fastunlearn and the kernels; inside a layer, in
+benchmarks and in tests no module and no package may be in a circle. `python tests/test_layout.py` prints every offence.
 """
 
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -95,13 +97,40 @@ def layer_of(module: str) -> str | None:
 @cache
 def imports(path: Path) -> frozenset[str]:
     """Dotted names of everything the file imports, anywhere in it, also for types only."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    own = dotted(path)
+    package = own if path.name == "__init__.py" else own.rpartition(".")[0]
+    return frozenset(imported_names(path.read_text(encoding="utf-8"), package))
+
+
+def imported_names(source: str, package: str) -> Iterator[str]:
+    """``package``: what a relative import starts from."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(found)
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = absolute("." * node.level + (node.module or ""), package)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and called(node) in ("import_module", "__import__"):
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield absolute(name.value, package)
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what is called."""
+    function = node.func
+    return getattr(function, "attr", "") or getattr(function, "id", "")
+
+
+def absolute(name: str, package: str) -> str:
+    """``..common.tiles`` in a.b.c -> a.b.common.tiles"""
+    rest = name.lstrip(".")
+    up = len(name) - len(rest)
+    if not up:
+        return name
+    parts = package.split(".")
+    return ".".join([*parts[: len(parts) - up + 1], *([rest] if rest else [])])
 
 
 @cache
@@ -122,14 +151,18 @@ def offences() -> list[str]:
     """Imports that point sideways or up."""
     found = []
     for path in MODULES:
-        own = layer_of(dotted(path))
-        for module in sorted(imported_modules(path)):
-            other = layer_of(module)
-            if own is None or other is None or module == "fastunlearn":
-                continue
-            if own != other and LEVEL[other] >= LEVEL[own]:
-                found.append(f"{dotted(path)} imports {module}")
+        found += [
+            f"{dotted(path)} imports {name}" for name in sorted(imported_modules(path)) if is_up(dotted(path), name)
+        ]
     return found
+
+
+def is_up(module: str, imported: str) -> bool:
+    """Whether ``imported`` stands beside or above ``module``; the front of fastunlearn stands below everything."""
+    own, other = layer_of(module), layer_of(imported)
+    if other is None or own == other:
+        return False
+    return own is None or LEVEL[other] >= LEVEL[own]
 
 
 def circles(paths: list[Path]) -> list[str]:
@@ -137,13 +170,33 @@ def circles(paths: list[Path]) -> list[str]:
     return in_a_ring({dotted(path): imported_modules(path) for path in paths})
 
 
-def circles_of_folders(paths: list[Path]) -> list[str]:
-    """The same of the folders that they are in."""
-    graph: dict[str, set[str]] = {}
-    for path in paths:
-        needs = {name_of(module_names()[module].parent) for module in imported_modules(path)}
-        graph.setdefault(name_of(path.parent), set()).update(needs - {name_of(path.parent)})
-    return in_a_ring(graph)
+def circles_of_packages(paths: list[Path]) -> list[str]:
+    """The same of packages, see `rings_of_packages`."""
+    files = module_names()
+    return rings_of_packages({path: {files[module] for module in imported_modules(path)} for path in paths})
+
+
+def rings_of_packages(graph: Mapping[Path, set[Path]]) -> list[str]:
+    """Circles between the packages in one folder, its own modules taken together as one; so in every folder.
+
+    A package is all that lies in its folder, however deep. What is in different layers is a matter of `LAYERS`.
+    """
+    found = []
+    for folder in sorted({folder for path in graph for folder in path.parents if ROOT in folder.parents}):
+        packages: dict[str, set[str]] = {}
+        for path, needs in graph.items():
+            if folder in path.parents:
+                own, layer = child(folder, path), layer_of(dotted(path))
+                below = {child(folder, to) for to in needs if folder in to.parents and layer_of(dotted(to)) == layer}
+                packages.setdefault(own, set()).update(below - {own})
+        found += [f"{name_of(folder)}/{name}".removesuffix("/.") for name in in_a_ring(packages)]
+    return found
+
+
+def child(folder: Path, path: Path) -> str:
+    """The sub-folder that the module is in; "." for one that lies in the folder itself."""
+    parts = path.relative_to(folder).parts
+    return parts[0] if len(parts) > 1 else "."
 
 
 def in_a_ring(graph: dict[str, set[str]]) -> list[str]:
@@ -166,14 +219,72 @@ def test_every_module_stands_in_a_layer() -> None:
     assert not [name for name in map(dotted, MODULES) if name != "fastunlearn" and layer_of(name) is None]
 
 
-def test_no_circle_of_modules() -> None:
-    assert not circles(MODULES)
-
-
-@pytest.mark.parametrize("folder", [BENCHMARKS, TESTS], ids=name_of)
-def test_no_circle_of_modules_or_folders_in(folder: Path) -> None:
+@pytest.mark.parametrize("folder", [TRAINER, KERNELS, BENCHMARKS, TESTS], ids=name_of)
+def test_no_circle_of_modules_or_packages_in(folder: Path) -> None:
     assert not circles(modules_of(folder))
-    assert not circles_of_folders(modules_of(folder))
+    assert not circles_of_packages(modules_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("import fastunlearn.training.setup", "fastunlearn.training.setup"),
+        ("from fastunlearn.training import setup", "fastunlearn.training.setup"),
+        ("from . import base", "fastunlearn.engines.zero.base"),
+        ("from .base import Engine", "fastunlearn.engines.zero.base"),
+        ("from ..fused import engine", "fastunlearn.engines.fused.engine"),
+        ("from ...training.setup import prepare", "fastunlearn.training.setup"),
+        ("def f():\n    importlib.import_module('fastunlearn.training')", "fastunlearn.training"),
+        ("import_module('..fused.engine', __package__)", "fastunlearn.engines.fused.engine"),
+        ("__import__('fastunlearn.cli')", "fastunlearn.cli"),
+        ("if TYPE_CHECKING:\n    from fastunlearn.training.setup import Setup", "fastunlearn.training.setup"),
+    ],
+)
+def test_no_way_of_importing_is_overlooked(line: str, name: str) -> None:
+    assert name in set(imported_names(line, "fastunlearn.engines.zero"))
+
+
+def test_what_points_up_is_an_offence() -> None:
+    assert is_up("fastunlearn", "fastunlearn.errors") and not is_up("fastunlearn.errors", "fastunlearn")
+    assert is_up("fastunlearn.models.loading", "fastunlearn.training.setup")
+    assert is_up("fastunlearn_kernels.latent.add_noise", "fastunlearn_kernels.testing.report")
+    assert not is_up("fastunlearn.training.setup", "fastunlearn.models.loading")
+
+
+@pytest.mark.parametrize(
+    ("imports_of", "ring"),
+    [
+        ({"grid": {"metrics/base"}, "metrics/base": {"grid"}}, {"", "metrics"}),
+        ({"metrics/a": {"classifiers/a"}, "classifiers/b": {"metrics/b"}}, {"metrics", "classifiers"}),
+        ({"metrics/deep/a": {"classifiers/a"}, "classifiers/b": {"metrics/b"}}, {"metrics", "classifiers"}),
+        ({"metrics/deep/a": {"metrics/b"}, "metrics/c": {"metrics/deep/d"}}, {"metrics", "metrics/deep"}),
+        ({"grid": {"metrics/base"}, "metrics/base": {"classifiers/base"}, "classifiers/deep/a": {"metrics/a"}},
+         {"metrics", "classifiers"}),
+        ({"evaluate": {"metrics/base"}, "metrics/deep/a": {"classifiers/base"}, "metrics/b": {"metrics/deep/a"}}, set()),
+    ],
+)  # fmt: skip
+def test_a_circle_of_packages_is_seen(imports_of: dict[str, set[str]], ring: set[str]) -> None:
+    """Also where no two modules import each other, in whichever depth."""
+    folder = TRAINER / "evaluation"
+    graph = {folder / f"{name}.py": {folder / f"{to}.py" for to in needs} for name, needs in imports_of.items()}
+    graph |= {to: set() for needs in list(graph.values()) for to in needs if to not in graph}
+    assert set(rings_of_packages(graph)) == {f"fastunlearn/evaluation/{name}".removesuffix("/") for name in ring}
+
+
+def test_what_the_registry_names_is_imported_without_torch() -> None:
+    """The configuration, the planner and `--help` read it all."""
+    code = """
+import sys
+from importlib import import_module
+from fastunlearn import registry
+for entries in vars(registry).values():
+    if isinstance(entries, registry.Registry):
+        for entry in entries.entries.values():
+            import_module(entry.partition(":")[0])
+            assert "torch" not in sys.modules, entry
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=name_of)
@@ -232,6 +343,6 @@ def test_every_config_loads_and_says_how_to_run_it(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    everywhere = [path for folder in (BENCHMARKS, TESTS) for path in modules_of(folder)]
-    rings = [*circles([*MODULES, *everywhere]), *circles_of_folders(everywhere)]
+    everywhere = [*MODULES, *modules_of(BENCHMARKS), *modules_of(TESTS)]
+    rings = [*circles(everywhere), *circles_of_packages(everywhere)]
     print("\n".join([*offences(), *(f"in a circle: {name}" for name in rings)]))
