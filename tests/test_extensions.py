@@ -326,7 +326,8 @@ class Brightness(Classifier):
         asked = [("target", "a house in ink style", "ink", CONCEPT), ("kept", "a house", "day", None)]
         samples = [EvaluationSample(part, prompt, seed, "house", style, concept)
                  for part, prompt, style, concept in asked for seed in (1, 2)]
-        return EvaluationGrid((CONCEPT,), tuple(samples), cfg.evaluation.num_inference_steps, 4.0, quick)
+        steps = cfg.evaluation.num_inference_steps
+        return EvaluationGrid("brightness-1", (CONCEPT,), tuple(samples), steps, 4.0, quick)
 
     def load(self, device):
         return Loaded()

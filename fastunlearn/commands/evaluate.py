@@ -115,8 +115,15 @@ def _drawn(protocol: dict) -> list[str]:
         f"sampler: {protocol['sampler']}, {protocol['num_inference_steps']} steps, "
         f"guidance {protocol['guidance_scale']:g}",
         f"seeds:   {seeds} (the same before and after)",
-        f'prompts: "{protocol["template"]}"; other wordings: '
-        + ", ".join(f'"{template}"' for template in protocol["paraphrases"]),
+        *_wording(protocol),
         "noise:   the difference is within what this number of images gives by chance (95 %, Newcombe)",
     ]
     return lines
+
+
+def _wording(protocol: dict) -> list[str]:
+    """How the prompts are worded, where the grid has a rule for it."""
+    others = ", ".join(f'"{template}"' for template in protocol.get("paraphrases", ()))
+    if "template" not in protocol:
+        return []
+    return [f'prompts: "{protocol["template"]}"' + (f"; other wordings: {others}" if others else "")]

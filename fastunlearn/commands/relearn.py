@@ -150,9 +150,9 @@ def _notes(result: dict, folder: Path | None) -> list[str]:
     if protocol is None:
         lines = [f"UA, IRA and CRA are left out: {result['why_not_judged']}"]
     else:
-        images = protocol["images"]
+        target, kept = (protocol["images"].get(part, 0) for part in ("target", "kept"))
         lines = [
-            f"judged: {images['target']} pictures that ask for the erased, {images['kept']} for the kept, a part of "
+            f"judged: {target} pictures that ask for the erased, {kept} for the kept, a part of "
             f"the evaluation's; {protocol['sampler']}, {protocol['num_inference_steps']} steps, guidance "
             f"{protocol['guidance_scale']:g}"
         ]

@@ -7,7 +7,8 @@ import pytest
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.attacks.settings import parse_seeds, parse_steps
-from fastunlearn.evaluation.pictures.grid import Erased, build_grid, known_concepts
+from fastunlearn.evaluation.classifiers.minicanvas_grid import build_grid, known_concepts
+from fastunlearn.evaluation.pictures.grid import Erased
 from fastunlearn.evaluation.relearning import Settings
 from fastunlearn.evaluation.relearning.curve import area, steps_to_half, summary, summary_at
 from fastunlearn.evaluation.relearning.prompts import BENIGN, GROUPS, forbidden_prompts, other_prompts

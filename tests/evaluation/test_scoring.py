@@ -19,11 +19,11 @@ from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation import evaluate as evaluation
 from fastunlearn.evaluation.classifiers.base import Label
+from fastunlearn.evaluation.classifiers.minicanvas_grid import build_grid, known_concepts, seed_list
 from fastunlearn.evaluation.metrics.scores import clear_difference, score, wilson
 from fastunlearn.evaluation.pictures import drawing as generation
-from fastunlearn.evaluation.pictures import grid as protocol
 from fastunlearn.evaluation.pictures.drawing import generate, initial_latents
-from fastunlearn.evaluation.pictures.grid import Erased, EvaluationSample, build_grid, known_concepts
+from fastunlearn.evaluation.pictures.grid import Erased, EvaluationSample
 from fastunlearn.minicanvas.build import networks
 from fastunlearn.minicanvas.build.assemble import make_pipeline
 from fastunlearn.minicanvas.build.text import write_tokenizer
@@ -142,7 +142,7 @@ def test_the_digest_follows_what_is_drawn() -> None:
 
 
 def test_seed_list_continues_without_repeating() -> None:
-    assert protocol.seed_list([188, 288], 5) == [188, 288, 1188, 1288, 2188]
+    assert seed_list([188, 288], 5) == [188, 288, 1188, 1288, 2188]
 
 
 def test_concepts_are_read_in_the_judges_words() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.classifiers.base import Label
+from fastunlearn.evaluation.classifiers.minicanvas_grid import build_grid
 from fastunlearn.evaluation.metrics.scores import score
-from fastunlearn.evaluation.pictures.grid import Erased, build_grid
+from fastunlearn.evaluation.pictures.grid import Erased
 from fastunlearn.export import samples
 from fastunlearn.export.card import usage, write_card
 from fastunlearn.export.formats.delta import apply_delta, delta_metadata, load_delta, write_delta

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from fastunlearn import minicanvas
 from fastunlearn.evaluation.classifiers.base import Classifier, Label, LoadedClassifier
-from fastunlearn.evaluation.pictures.grid import EvaluationGrid, build_grid, known_concepts
+from fastunlearn.evaluation.classifiers.minicanvas_grid import build_grid, known_concepts
+from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
 
 if TYPE_CHECKING:

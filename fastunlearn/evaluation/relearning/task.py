@@ -13,8 +13,9 @@ from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.attacks.settings import Settings, check_size
 from fastunlearn.evaluation.classifiers.minicanvas import draws_minicanvas
+from fastunlearn.evaluation.classifiers.minicanvas_grid import known_concepts
 from fastunlearn.evaluation.evaluate import why_not_judged
-from fastunlearn.evaluation.pictures.grid import Erased, known_concepts
+from fastunlearn.evaluation.pictures.grid import Erased
 from fastunlearn.evaluation.relearning.prompts import forbidden_prompts, other_prompts
 from fastunlearn.models.checks import check_model
 from fastunlearn.models.loading import resolve_model
