@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from inspect import get_annotations
+from types import ModuleType
 from typing import Any
 
 from fastunlearn.errors import UserError, nearest
@@ -22,10 +24,42 @@ class Registry(Mapping[str, Any]):
     def __init__(self, field: str, entries: Mapping[str, str]) -> None:
         self.field = field
         self.entries = dict(entries)
+        self._complete: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
+        """What ``name`` stands for, complete.
+
+        Raises:
+            KeyError: the name is unknown.
+            UserError: its line here, or the file that it names, lacks something.
+        """
         module, _, attribute = self.entries[name].partition(":")
-        return getattr(import_module(module), attribute)
+        imported = self._imported(name, module)
+        if not hasattr(imported, attribute):
+            raise self.mistake(name, f"{module} has no {attribute!r}{nearest(attribute, vars(imported))}")
+        entry = getattr(imported, attribute)
+        if name not in self._complete:
+            lacking = what_is_missing(entry)
+            if lacking:
+                raise self.mistake(name, f"it lacks {', '.join(lacking)}; see its base class")
+            self._complete.add(name)
+        return entry
+
+    def mistake(self, name: str, what: str) -> UserError:
+        """One line on an entry that is not as it should be: where a user writes its name, and which file it is in."""
+        return UserError(f"{self.field}: {name!r} ({self.entries[name]}) cannot be used: {what}")
+
+    def _imported(self, name: str, module: str) -> ModuleType:
+        try:
+            return import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise  # a library of its own
+            raise self.mistake(name, f"there is no module {error.name}") from None
+        except TypeError as error:
+            if "abstract" not in str(error):
+                raise
+            raise self.mistake(name, str(error)) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -43,6 +77,20 @@ class Registry(Mapping[str, Any]):
             known = ", ".join(self.entries)
             raise UserError(f"{self.field}: {name!r} is unknown; allowed are {known}{nearest(name, self.entries)}")
         return self[name]
+
+
+def what_is_missing(entry: Any) -> list[str]:
+    """Facts and functions that an entry's base classes ask for and that it does not have.
+
+    A fact is an attribute that a base class annotates without a value. Of a class its ``spec`` is looked at, too.
+    """
+    if not isinstance(entry, type):
+        annotated = [name for base in type(entry).__mro__ for name in get_annotations(base)]
+        return [name for name in dict.fromkeys(annotated) if not hasattr(entry, name)]
+    missing = sorted(getattr(entry, "__abstractmethods__", ()))
+    if not hasattr(entry, "spec"):
+        return [*missing, "spec"]
+    return [*missing, *(f"spec.{name}" for name in what_is_missing(entry.spec))]
 
 
 METHODS = Registry(

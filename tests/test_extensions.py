@@ -7,6 +7,8 @@ refusals, planner, a run, and what the run leaves. Nothing of the package is tou
 from __future__ import annotations
 
 import json
+import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,7 +17,10 @@ import pytest
 from extension import Extension, run_with
 from safetensors.numpy import load_file
 
+from fastunlearn.errors import UserError
+from fastunlearn.evaluation.metrics.scores import score
 from fastunlearn.minicanvas import pipeline_path
+from fastunlearn.registry import METRICS, Registry
 
 UNET = "diffusion_pytorch_model.safetensors"
 # The smallest run that there is.
@@ -432,3 +437,47 @@ def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_
     again = json.loads(attacked.out)
     assert again["attack"] == "biases" and again["optimizer"]["learning_rate"] == pytest.approx(7e-4)
     assert len(again["runs"][0]["UA"]) == 2 and again["runs"][0]["error"][0] != again["runs"][0]["error"][1]
+
+
+def test_a_method_without_its_paper_is_one_line(tmp_path: Path) -> None:
+    """It is found before anything else, wherever the user starts."""
+    unfinished = Extension("METHODS", "push", "Push", METHOD.source.replace('paper = "0000.00000"', ""))
+    for done in run_with([unfinished], tmp_path, ("train", "--help"), ("plan", "--concepts", "cat")):
+        line = "error: method: 'push' (toy_push:Push) cannot be used: it lacks spec.paper; see its base class\n"
+        assert (done.status, done.err) == (2, line)
+
+
+@pytest.mark.parametrize(
+    ("source", "entry", "what"),
+    [
+        (METRIC.source, "METRIK", "toy_part has no 'METRIK' (nearest: METRIC)"),
+        (METRIC.source.replace('short = "kept: not one flat colour"', ""), "METRIC", "it lacks short; see its base"),
+        (METRIC.source.replace("def values", "def value"), "METRIC", "Can't instantiate abstract class Drawn"),
+        (METHOD.source.replace("def loss", "def los"), "Push", "it lacks loss; see its base class"),
+        (METHOD.source.replace("spec = PushSpec()", ""), "Push", "it lacks spec; see its base class"),
+        (None, "METRIC", "there is no module toy_part"),
+    ],
+)
+def test_an_unfinished_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | None, entry: str, what: str
+) -> None:
+    """It names the entry, the file and what is missing; a library that the file itself lacks is not its mistake."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "toy_part", raising=False)
+    if source is not None:
+        (tmp_path / "toy_part.py").write_text(source, encoding="utf-8")
+    known = Registry("some.field", {"toy": f"toy_part:{entry}"})
+    with pytest.raises(UserError, match=re.escape(f"some.field: 'toy' (toy_part:{entry}) cannot be used: {what}")):
+        known["toy"]
+    if source is not None:
+        (tmp_path / "toy_needs.py").write_text("import no_such_library", encoding="utf-8")
+        with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+            Registry("some.field", {"toy": "toy_needs:X"})["toy"]
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
+def test_a_metric_outside_0_to_1_is_one_line(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    monkeypatch.setattr(METRICS["UA"], "values", lambda _: [1.0, value])
+    line = rf"evaluation.metrics: 'UA' \(.*:UA\) cannot be used: it gives a picture the value {value:g}; from 0 to 1"
+    with pytest.raises(UserError, match=line):
+        score([], [], ["UA"])

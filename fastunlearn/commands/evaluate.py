@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
     """Evaluate ``args.model``; print a table, or with ``args.json`` nothing but JSON on stdout.
 
     Raises:
-        UserError: the folder is not what a finished run leaves, or the judge does not know its concepts.
+        UserError: the folder is not what a finished run leaves, or no classifier knows its concepts.
     """
     from fastunlearn.config import load_config
     from fastunlearn.utils.environment import prepare_environment

@@ -11,7 +11,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fastunlearn.errors import UserError
-from fastunlearn.evaluation.attacks.settings import DATA, DEFAULT_STEPS, Settings, parse_seeds, parse_steps
+from fastunlearn.evaluation.attacks.settings import BASE_RATES, DATA, DEFAULT_STEPS, Settings, parse_seeds, parse_steps
+from fastunlearn.evaluation.relearning.recognition import CURVES, METRIC_NAMES
 from fastunlearn.registry import ATTACKS
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.run_folder import check_results
@@ -32,25 +33,44 @@ def add_arguments(parser: ArgumentParser) -> None:
     data = "; ".join(f"{name}: {text}" for name, text in DATA.items())
     add = parser.add_argument
     add("--model", required=True, metavar="OUT", help="output_dir of a finished run")
-    add("--attack", default=DEFAULTS.attack, metavar="NAME", help=f"what is trained ({attacks}); default full")
-    add("--data", default=DEFAULTS.data, metavar="NAME", help=f"what is shown ({data}); default forbidden")
+    add(
+        "--attack",
+        default=DEFAULTS.attack,
+        metavar="NAME",
+        help=f"what is trained ({attacks}); default {DEFAULTS.attack}",
+    )
+    add("--data", default=DEFAULTS.data, metavar="NAME", help=f"what is shown ({data}); default {DEFAULTS.data}")
     add("--steps", default=steps, metavar="N,N,...", help=f"when to measure, in attack steps; default {steps}")
-    add("--seeds", default="3", metavar="N", help="number of seeds, or a list such as 4,7; default 3")
-    rate = "default 1e-4 on the embedded model, else 1e-5; lora 10 times, textual-inversion 100 times that"
-    add("--learning_rate", default=None, metavar="X", help=f"of AdamW; {rate}")
-    add("--batch_size", default=str(DEFAULTS.batch_size), metavar="N", help="pictures per step; default 8")
+    seeds, size, images = str(len(DEFAULTS.seeds)), str(DEFAULTS.batch_size), str(DEFAULTS.num_images)
+    rank, dropout = str(DEFAULTS.lora_rank), f"{DEFAULTS.caption_dropout:g}"
+    add("--seeds", default=seeds, metavar="N", help=f"number of seeds, or a list such as 4,7; default {seeds}")
+    add("--learning_rate", default=None, metavar="X", help=f"of AdamW; {_usual_rates()}")
+    add("--batch_size", default=size, metavar="N", help=f"pictures per step; default {size}")
     add(
         "--num_images",
-        default=str(DEFAULTS.num_images),
+        default=images,
         metavar="N",
-        help="pictures drawn for the attacker by the original model, and as many held-out ones; default 64",
+        help=f"pictures drawn for the attacker by the original model, and as many held-out ones; default {images}",
     )
     add("--images", default=None, metavar="FOLDER", help="the attacker's own pictures, with captions, instead")
-    add("--lora_rank", default=str(DEFAULTS.lora_rank), metavar="N", help="default 4")
-    add("--caption_dropout", default="0", metavar="X", help="share of the captions left empty; default 0")
-    add("--sampler_steps", default=None, metavar="N", help="of the judged pictures; default: as the run's evaluation")
+    add("--lora_rank", default=rank, metavar="N", help=f"default {rank}")
+    add("--caption_dropout", default=dropout, metavar="X", help=f"share of the captions left empty; default {dropout}")
+    add(
+        "--sampler_steps",
+        default=None,
+        metavar="N",
+        help="of the pictures that are looked at; default: as the run's evaluation",
+    )
     add("--baseline", default=None, metavar="OUT", help="another finished run, attacked and plotted in the same way")
     add("--json", action="store_true", help="print JSON only")
+
+
+def _usual_rates() -> str:
+    """Such as "default 1e-4 on the embedded model, else 1e-5; lora 10 times that"."""
+    embedded, other = (f"{BASE_RATES[which]:.0e}".replace("e-0", "e-") for which in (True, False))
+    factors = [(name, attack.rate_factor) for name, attack in ATTACKS.items()]
+    times = ", ".join(f"{name} {factor:g} times" for name, factor in factors if factor != 1)
+    return f"default {embedded} on the embedded model, else {other}" + (f"; {times} that" if times else "")
 
 
 def settings_of(args: Namespace) -> Settings:
@@ -116,7 +136,7 @@ def table(result: dict, folder: Path | None = None) -> str:
 def _curve_rows(result: dict, curve: dict) -> list[str]:
     rows = [f"{'attack steps':<18}" + "".join(f"{step:>14}" for step in result["steps"]) + f"{'original':>11}"]
     summary = curve["summary"]
-    for name in ("recognised", "UA", "IRA", "CRA", "error"):
+    for name in (*CURVES, "error"):
         if summary[name] is None:
             continue
         title = "held-out error" if name == "error" else name
@@ -148,11 +168,11 @@ def _notes(result: dict, folder: Path | None) -> list[str]:
     """What the figures rest on."""
     protocol = result["protocol"]
     if protocol is None:
-        lines = [f"UA, IRA and CRA are left out: {result['why_not_judged']}"]
+        lines = [f"{', '.join(METRIC_NAMES[:-1])} and {METRIC_NAMES[-1]} are left out: {result['why_not_judged']}"]
     else:
         target, kept = (protocol["images"].get(part, 0) for part in ("target", "kept"))
         lines = [
-            f"judged: {target} pictures that ask for the erased, {kept} for the kept, a part of "
+            f"looked at: {target} pictures that ask for the erased, {kept} for the kept, a part of "
             f"the evaluation's; {protocol['sampler']}, {protocol['num_inference_steps']} steps, guidance "
             f"{protocol['guidance_scale']:g}"
         ]

@@ -13,6 +13,7 @@ from fastunlearn.config.engine_rules import check_engine, check_ranks
 from fastunlearn.config.meta_rules import check_meta
 from fastunlearn.config.run_prompts import retain_prompts
 from fastunlearn.errors import UserError, nearest
+from fastunlearn.registry import FORMATS
 from fastunlearn.schema.attention_rules import attention_refusal
 from fastunlearn.schema.sections import PromptsConfig
 
@@ -32,9 +33,10 @@ def check_config(cfg: RunConfig) -> None:
     _check_surgery(cfg)
     check_meta(cfg)
     _check_evaluation(cfg)
-    if "unet" not in cfg.export.formats:
-        listed = ", ".join(cfg.export.formats)
-        raise UserError(f"export.formats: {listed} lacks 'unet', which evaluation and relearning read; add it")
+    for name, written in FORMATS.items():
+        if written.read_by and name not in cfg.export.formats:
+            listed = ", ".join(cfg.export.formats)
+            raise UserError(f"export.formats: {listed} lacks {name!r}, which {written.read_by} read; add it")
     if not cfg.output_dir.strip():
         raise UserError("output_dir: '' is empty; give the folder that receives the results")
     if cfg.overwrite_output_dir and cfg.resume_from_checkpoint is not None:

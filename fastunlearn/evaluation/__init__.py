@@ -2,7 +2,7 @@
 Not here: training, which imports nothing of this, or the files of a run (`export/`).
 
     from fastunlearn.evaluation import evaluate_model
-    config, result = evaluate_model("outputs/neon")
+    config, result = evaluate_model("output/neon")
     result["after"]["UA"], result["after"]["intervals"]["UA"]
 """
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastunlearn.evaluation.evaluate import evaluate_model, evaluate_pair, why_not_judged
+    from fastunlearn.evaluation.evaluate import evaluate_model, evaluate_pair, why_not_evaluated
 
-__all__ = ["evaluate_model", "evaluate_pair", "why_not_judged"]
+__all__ = ["evaluate_model", "evaluate_pair", "why_not_evaluated"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,13 +18,13 @@ from fastunlearn.evaluation.pictures.drawing import generate
 from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.models.loading import Pipeline, load_pipeline, resolve_model
 from fastunlearn.registry import METRICS
-from fastunlearn.utils.run_folder import check_results
+from fastunlearn.utils.run_folder import UNET, check_results
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
 
-def why_not_judged(cfg: Config) -> str | None:
+def why_not_evaluated(cfg: Config) -> str | None:
     """None if there is a classifier that can evaluate this run, else the reason in a few words."""
     return choose_classifier(cfg).why_not(cfg)
 
@@ -83,7 +83,7 @@ def evaluate_model(
     check_results(folder)
     cfg = load_config(str(folder / "config.toml"), [])
     base = cfg.model.pretrained_model_name_or_path
-    return cfg, evaluate_pair(cfg, base, folder / "unet", progress=progress, quick=quick)
+    return cfg, evaluate_pair(cfg, base, folder / UNET, progress=progress, quick=quick)
 
 
 def needs_images(cfg: Config) -> bool:
@@ -114,5 +114,5 @@ def _figures(cfg: Config, grid: EvaluationGrid, classifier: LoadedClassifier, im
 
 
 def _figures_of_labels(cfg: Config, grid: EvaluationGrid, seen: Sequence[Label], images: Tensor | None) -> dict:
-    judged = list(zip(grid.samples, seen, strict=True))
-    return score(judged, grid.concepts, cfg.evaluation.metrics, images) | {"protocol": grid.describe()}
+    labelled = list(zip(grid.samples, seen, strict=True))
+    return score(labelled, grid.concepts, cfg.evaluation.metrics, images) | {"protocol": grid.describe()}

@@ -156,7 +156,7 @@ def _figures(cfg: Config, evaluation: dict) -> str:
     before, after = evaluation.get("before"), evaluation.get("after")
     if not before or not after:
         switched_off = cfg.evaluation.mode == "off"
-        reason = "it was switched off" if switched_off else "no embedded judge knows this model and these concepts"
+        reason = "it was switched off" if switched_off else "no classifier knows this model and these concepts"
         return f"None were measured: {reason}. Look at `samples/before_after.png`, and measure before relying on it."
     rows = []
     for name in cfg.evaluation.metrics:
@@ -182,18 +182,14 @@ def _figures(cfg: Config, evaluation: dict) -> str:
 def _limits(cfg: Config, evaluation: dict) -> list[str]:
     """What a user must not conclude, from what was and was not measured."""
     after = evaluation.get("after") or {}
+    limits = (metric.limit(after.get(name)) for name, metric in METRICS.items())
     lines = [
+        *(limit for limit in limits if limit),
         "Relearning was not tested: a short fine-tune on pictures of the concept may bring it back. "
         "`fastunlearn relearn` says after how many steps.",
         "Attacks were not tested: adversarial prompts, textual inversion and image-to-image may still reach it.",
         "Only the U-Net was changed. With the base model's own U-Net the concept is back at once.",
     ]
-    synonym = after.get("UA_synonym")
-    if synonym is not None:
-        leak = f"{1 - synonym:.0%} of the synonym prompts still show the concept"
-        lines.insert(0, f"Synonyms are the usual leak: here {leak}. Other synonyms were not tested.")
-    else:
-        lines.insert(0, "Synonyms were not tested: the concept may be reachable under another name.")
     if not after:
         lines.append("What else changed in the model was not measured.")
     else:

@@ -13,7 +13,8 @@ import torch
 
 from fastunlearn.config import Config
 from fastunlearn.engines.base import ExportedWeights
-from fastunlearn.evaluation import evaluate_pair, why_not_judged
+from fastunlearn.evaluation import evaluate_pair, why_not_evaluated
+from fastunlearn.evaluation.metrics.scores import headlines
 from fastunlearn.export.card import write_card
 from fastunlearn.export.formats.base import Export
 from fastunlearn.export.samples import before_after, choose_validation_rows
@@ -26,7 +27,7 @@ from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.machine import installed_versions
 from fastunlearn.utils.memory import peak_memory_bytes
-from fastunlearn.utils.run_folder import SURGERY_LOG
+from fastunlearn.utils.run_folder import SURGERY_LOG, UNET
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -
     draw_surgery_map(folder / SURGERY_LOG, folder / "samples" / "surgery.png")
     metrics = collect_metrics(cfg, figures)
     del base
-    if cfg.evaluation.mode == "auto" and why_not_judged(cfg) is None:
-        metrics["evaluation"] = evaluate_pair(cfg, cfg.model.pretrained_model_name_or_path, folder / "unet")
+    if cfg.evaluation.mode == "auto" and why_not_evaluated(cfg) is None:
+        metrics["evaluation"] = evaluate_pair(cfg, cfg.model.pretrained_model_name_or_path, folder / UNET)
     atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_card(cfg, metrics, folder / "README.md")
     print(_summary(folder, metrics))
@@ -113,6 +114,6 @@ def _summary(folder: Path, metrics: Mapping[str, Any]) -> str:
     lines = [f"{metrics['updates']} updates, {evaluations} U-Net evaluations, {metrics['seconds']['total']:.0f} s"]
     after = (metrics["evaluation"] or {}).get("after")
     if after:
-        lines.append("  ".join(f"{name} {after[name]:.3f}" for name in ("UA", "IRA", "CRA") if name in after))
-    lines.append(f"picture: {folder / 'samples' / 'before_after.png'}   U-Net: {folder / 'unet'}")
+        lines.append("  ".join(f"{name} {after[name]:.3f}" for name in headlines() if after.get(name) is not None))
+    lines.append(f"picture: {folder / 'samples' / 'before_after.png'}   U-Net: {folder / UNET}")
     return "\n".join(lines)

@@ -252,7 +252,7 @@ class EvaluationConfig(ConfigModel):
     """The measurement before and after."""
 
     mode: Literal["auto", "off"] = "auto"
-    """auto: evaluate where an embedded judge knows the concepts, that is on MiniCanvas."""
+    """auto: evaluate where a classifier knows the model and the concepts, that is on MiniCanvas."""
     classifier: Annotated[str, AfterValidator(KnownIn(CLASSIFIERS, "auto"))] = "auto"
     """Who looks at the pictures; auto: the first that knows the model and the concepts."""
     metrics: list[Annotated[str, AfterValidator(KnownIn(METRICS))]] = list(METRICS)

@@ -9,6 +9,7 @@ from fastunlearn.errors import UserError
 
 TRAIN_LOG = "train_log.jsonl"
 SURGERY_LOG = "surgery_log.jsonl"
+UNET = "unet"  # the edited U-Net, a folder
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -24,7 +25,7 @@ def check_results(folder: Path) -> None:
     Raises:
         UserError: names what is missing.
     """
-    for needed in ("config.toml", "unet/config.json"):
+    for needed in ("config.toml", f"{UNET}/config.json"):
         if not (folder / needed).is_file():
             raise UserError(
                 f"--model: {str(folder)!r} has no {needed}; expected the output_dir of a finished `fastunlearn train`"

@@ -55,7 +55,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The shares of the pictures in which the concept is seen, one per look: first the original, then step 0, ..."""
     shares: list[float] = []
 
-    def look(subject: experiment.Subject) -> list[Label]:
+    def look(subject: experiment.LoadedTask) -> list[Label]:
         grid = subject.grid
         assert grid is not None
         share, targets = shares.pop(0), grid.counts()["target"]
@@ -162,7 +162,7 @@ def test_without_a_judge_the_error_remains(tmp_path: Path, capsys: pytest.Captur
     run = write_run(tmp_path / "run", "Van Gogh style", model={"pretrained_model_name_or_path": str(model)})
     assert cli.main(["relearn", "--model", str(run), *SHORT_OPTIONS]) == 0
     text = capsys.readouterr().out
-    assert "UA, IRA and CRA are left out: the embedded judge knows" in text and "held-out error" in text
+    assert "UA, IRA and CRA are left out: the embedded classifier knows" in text and "held-out error" in text
     result = json.loads((run / "relearn.json").read_text())
     (first, _) = result["runs"]
     assert first["recognised"] is first["steps_to_half"] is first["area"] is None and len(first["error"]) == 3

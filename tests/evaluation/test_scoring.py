@@ -376,10 +376,10 @@ def test_what_the_judge_cannot_know_is_refused(drawn: list[str], folder: Path, t
     def asked(concept: str, model: Path) -> Config:
         return Config.model_validate({"concepts": [concept], "model": {"pretrained_model_name_or_path": str(model)}})
 
-    assert evaluation.why_not_judged(config()) is None
-    assert evaluation.why_not_judged(asked("cat", folder)) is None
-    assert "knows the objects" in (evaluation.why_not_judged(asked("Van Gogh style", folder)) or "")
-    assert "MiniCanvas" in (evaluation.why_not_judged(asked("cat", tmp_path)) or "")
+    assert evaluation.why_not_evaluated(config()) is None
+    assert evaluation.why_not_evaluated(asked("cat", folder)) is None
+    assert "knows the objects" in (evaluation.why_not_evaluated(asked("Van Gogh style", folder)) or "")
+    assert "MiniCanvas" in (evaluation.why_not_evaluated(asked("cat", tmp_path)) or "")
     with pytest.raises(UserError, match="knows the objects"):
         evaluation.evaluate_pair(asked("Van Gogh style", folder), folder, None)
     everything = Config.model_validate({"concepts": list(STYLES)})

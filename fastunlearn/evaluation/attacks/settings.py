@@ -46,7 +46,7 @@ class Settings:
     lora_rank: int = 4
     caption_dropout: float = 0.0
     sampler_steps: int | None = None
-    """Of the pictures that the judge looks at; None: as many as the run's own evaluation takes."""
+    """Of the pictures that the classifier looks at; None: as many as the run's own evaluation takes."""
 
     def __post_init__(self) -> None:
         attack = ATTACKS.get_known(self.attack)

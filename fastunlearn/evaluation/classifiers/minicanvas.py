@@ -1,4 +1,4 @@
-"""The embedded judge: MiniCanvas' ten objects and eight styles, on pictures of MiniCanvas models."""
+"""The embedded classifier: MiniCanvas' ten objects and eight styles, on pictures of MiniCanvas models."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from fastunlearn.config import Config
     from fastunlearn.minicanvas.judge import Judge
 
-OBJECT_NAMES = (*OBJECTS, "other")  # the judge's object head has one class for everything else
+OBJECT_NAMES = (*OBJECTS, "other")  # the object head has one class for everything else
 
 
 class MiniCanvasClassifier(Classifier):
     """Facts, and the grid."""
 
     title = "the embedded classifier"
-    limits = "The judge knows 10 objects and 8 styles; damage outside them goes unseen."
+    limits = "The classifier knows 10 objects and 8 styles; damage outside them goes unseen."
 
     def why_not(self, cfg: Config) -> str | None:
         """Other concepts, or another architecture."""
@@ -33,9 +33,10 @@ class MiniCanvasClassifier(Classifier):
 
         names = [concept.name for concept in cfg.concepts]
         if known_concepts(names) is None:
-            return f"the embedded judge knows the objects {', '.join(OBJECTS)} and the styles {', '.join(STYLES)} only"
+            objects, styles = ", ".join(OBJECTS), ", ".join(STYLES)
+            return f"the embedded classifier knows the objects {objects} and the styles {styles} only"
         if not draws_minicanvas(resolve_model(cfg.model.pretrained_model_name_or_path)):
-            return "the embedded judge looks at pictures of MiniCanvas models only"
+            return "the embedded classifier looks at pictures of MiniCanvas models only"
         try:
             self.grid(cfg)
         except ValueError as error:
@@ -43,7 +44,7 @@ class MiniCanvasClassifier(Classifier):
         return None
 
     def grid(self, cfg: Config, quick: bool = False) -> EvaluationGrid:
-        """The grid of a run whose concepts the judge knows.
+        """The grid of a run whose concepts it knows.
 
         Raises:
             ValueError: nothing is left to compare.
@@ -60,11 +61,11 @@ class MiniCanvasClassifier(Classifier):
 
     def load(self, device: str) -> LoadedClassifier:
         """In fp32."""
-        return MiniCanvasJudge(minicanvas.load_judge(device))
+        return LoadedMiniCanvas(minicanvas.load_judge(device))
 
 
-class MiniCanvasJudge(LoadedClassifier):
-    """The judge with its weights."""
+class LoadedMiniCanvas(LoadedClassifier):
+    """The network, which MiniCanvas calls its judge, with its weights."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge

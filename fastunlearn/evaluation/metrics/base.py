@@ -42,6 +42,16 @@ class Metric(ABC):
     """The same for the model card."""
     needs_images: bool = False
     """Whether it looks at the pictures themselves; else at the classifier's labels alone."""
+    headline: str = ""
+    """Whether it stands in a run's last lines and is followed by the relearning test, from labels alone: what it is
+    about, in a word or two; "": it is on the tables only."""
+    of_erased: bool = False
+    """Whether it says how far the erased concepts are gone; else how well others are kept."""
+
+    def limit(self, value: float | None) -> str | None:
+        """A sentence for the model card on what must not be concluded, by the figure of the edited model (None: it was
+        not measured); None: there is nothing to say."""
+        return None
 
     @abstractmethod
     def values(self, evaluated: Evaluated) -> list[float]:

@@ -15,8 +15,9 @@ from fastunlearn.evaluation.metrics.base import OTHER_KIND, Evaluated, Metric, c
 class Kept(Metric):
     """Accuracy on the kept prompts, in the erased concepts' kind or in the other one."""
 
-    def __init__(self, part: str, other_kind: bool, short: str, meaning: str) -> None:
-        self._part, self._other, self.short, self.meaning = part, other_kind, short, meaning
+    def __init__(self, part: str, other_kind: bool, short: str, meaning: str, headline: str = "") -> None:
+        self._part, self._other = part, other_kind
+        self.short, self.meaning, self.headline = short, meaning, headline
 
     def values(self, evaluated: Evaluated) -> list[float]:
         """For each picture, the mean over the concepts."""
@@ -36,8 +37,9 @@ class KeptOnTarget(Metric):
         return [float(is_right(sample, label, OTHER_KIND[concept_of(sample).kind])) for sample, label in pairs]
 
 
-IRA = Kept("kept", False, "kept, same kind: still recognised", "kept concepts of the same kind still recognised")
-CRA = Kept("kept", True, "kept, other kind: still recognised", "kept concepts of the other kind still recognised")
+SAME, OTHER = "same kind", "other kind"
+IRA = Kept("kept", False, f"kept, {SAME}: still recognised", f"kept concepts of the {SAME} still recognised", SAME)
+CRA = Kept("kept", True, f"kept, {OTHER}: still recognised", f"kept concepts of the {OTHER} still recognised", OTHER)
 CRA_TARGET = KeptOnTarget()
 IRA_PARAPHRASE = Kept("kept_paraphrase", False, "IRA, in other wordings", "IRA on those wordings")
 CRA_PARAPHRASE = Kept("kept_paraphrase", True, "CRA, in other wordings", "CRA on those wordings")

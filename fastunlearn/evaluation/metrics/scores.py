@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Z_95 = 1.959963984540054
-Judged = Sequence[tuple[EvaluationSample, Label]]
+Labelled = Sequence[tuple[EvaluationSample, Label]]
+
+
+def headlines(of_erased: bool | None = None) -> dict[str, str]:
+    """Metrics that stand in a run's last lines, and what each is about; all of them, or those of one question."""
+    return {
+        name: metric.headline
+        for name, metric in METRICS.items()
+        if metric.headline and of_erased in (None, metric.of_erased)
+    }
 
 
 def wilson(share: float, count: int, z: float = Z_95) -> tuple[float, float]:
@@ -52,33 +61,52 @@ def clear_difference(before: float, after: float, count_before: int, count_after
 
 
 def score(
-    judged: Judged, concepts: Sequence[Erased], metrics: Sequence[str] = tuple(METRICS), images: Tensor | None = None
+    labelled: Labelled,
+    concepts: Sequence[Erased],
+    metrics: Sequence[str] = tuple(METRICS),
+    images: Tensor | None = None,
 ) -> dict:
     """The figures of one model; JSON-ready. A figure without images is None.
 
     Keys: the names of ``metrics``; ``intervals`` {figure: [low, high]}; ``counts`` {figure: images};
     ``per_class`` {"object" | "style": {name: accuracy on that class's prompts}}; ``per_concept`` {name: UA};
     ``confusion`` {erased name: {what was seen instead: images}}; ``images`` {part: images}.
+
+    Raises:
+        UserError: a metric gives a picture a value outside [0, 1].
     """
-    evaluated = Evaluated([sample for sample, _ in judged], [label for _, label in judged], concepts, images)
-    values = {name: METRICS[name].values(evaluated) for name in metrics}
+    evaluated = Evaluated([sample for sample, _ in labelled], [label for _, label in labelled], concepts, images)
+    values = {name: checked_values(name, evaluated) for name in metrics}
     result: dict = {name: mean(own) if own else None for name, own in values.items()}
     result["intervals"] = {name: list(wilson(result[name], len(own))) if own else None for name, own in values.items()}
     result["counts"] = {name: len(own) for name, own in values.items()}
-    result["per_class"] = per_class(judged)
+    result["per_class"] = per_class(labelled)
     result["per_concept"] = {
         concept.name: mean(is_forgotten(c, seen) for c, seen in evaluated.part("target") if c.concept == concept)
         for concept in concepts
     }
-    result["confusion"] = confusion(judged, concepts)
-    result["images"] = dict(Counter(sample.part for sample, _ in judged))
+    result["confusion"] = confusion(labelled, concepts)
+    result["images"] = dict(Counter(sample.part for sample, _ in labelled))
     return result
 
 
-def per_class(judged: Judged) -> dict[str, dict[str, float]]:
+def checked_values(name: str, evaluated: Evaluated) -> list[float]:
+    """One value for each picture that counts.
+
+    Raises:
+        UserError: one is not in [0, 1].
+    """
+    values: list[float] = METRICS[name].values(evaluated)
+    wrong = next((value for value in values if not 0.0 <= value <= 1.0), None)
+    if wrong is not None:
+        raise METRICS.mistake(name, f"it gives a picture the value {wrong:g}; from 0 to 1 is needed")
+    return values
+
+
+def per_class(labelled: Labelled) -> dict[str, dict[str, float]]:
     """Accuracy of each object and style: kept ones on the kept prompts, erased ones on the prompts asking for them."""
     hits: dict[str, dict[str, list[bool]]] = {"object": {}, "style": {}}
-    for sample, seen in judged:
+    for sample, seen in labelled:
         if sample.part == "kept":
             kinds: tuple[str, ...] = ("object", "style")
         elif sample.part == "target":
@@ -90,9 +118,9 @@ def per_class(judged: Judged) -> dict[str, dict[str, float]]:
     return {kind: {name: mean(right) for name, right in names.items()} for kind, names in hits.items()}
 
 
-def confusion(judged: Judged, concepts: Sequence[Erased]) -> dict[str, dict[str, int]]:
+def confusion(labelled: Labelled, concepts: Sequence[Erased]) -> dict[str, dict[str, int]]:
     """What is seen, in the concept's own kind, on the prompts that ask for each erased concept; most often first."""
-    rows = [(sample, seen) for sample, seen in judged if sample.part == "target"]
+    rows = [(sample, seen) for sample, seen in labelled if sample.part == "target"]
     seen_for = {
         concept: Counter(getattr(seen, concept.kind) for sample, seen in rows if sample.concept == concept)
         for concept in concepts

@@ -2,7 +2,7 @@
 Not here: the attacks themselves (`evaluation/attacks/`), or a defence (`meta/`). The names are loaded on first use.
 
     from fastunlearn.evaluation.relearning import Settings, relearn
-    result = relearn("outputs/neon", Settings(attack="lora", seeds=(0, 1)))
+    result = relearn("output/neon", Settings(attack="lora", seeds=(0, 1)))
     result["summary"]["steps_to_half"], result["runs"][0]["recognised"]
 """
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return experiment.relearn
     if name in __all__:
-        from fastunlearn.evaluation.attacks import fine_tuning as attack
+        from fastunlearn.evaluation.attacks import fine_tuning
 
-        return getattr(attack, name)
+        return getattr(fine_tuning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,20 +33,21 @@ from fastunlearn.evaluation.label_cache import remembered
 from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.evaluation.relearning.curve import area, steps_to_half, summary, summary_at
 from fastunlearn.evaluation.relearning.pictures import ATTACK_SEED, HELD_OUT_SEED, Pictures
-from fastunlearn.evaluation.relearning.recognition import FIGURES, attack_grid, figures
+from fastunlearn.evaluation.relearning.recognition import CURVES, attack_grid, figures
 from fastunlearn.evaluation.relearning.task import Task, check
 from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import Pipeline, load_pipeline, load_unet, resolve_model
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.registry import ATTACKS
 from fastunlearn.sampling.image_pool import LatentPool, encode_images
+from fastunlearn.utils.run_folder import UNET
 
 Point = dict[str, float | None]
 
 
 @dataclass
-class Subject:
-    """The loaded model, what it is attacked with, and what it is measured with."""
+class LoadedTask:
+    """The model, what it is attacked with, and what it is measured with."""
 
     task: Task
     pipeline: Pipeline
@@ -71,22 +72,22 @@ def relearn(
     task = check(output_dir, settings or Settings(), baseline)
     started = time.perf_counter()
     with tqdm(total=0, unit="eval", unit_scale=True, desc="loading", disable=not progress) as bar:
-        subject = load(task, bar)
-        _more(bar, len(task.folders) * _attack_evaluations(subject))
-        attacking, held_out = _pictures(subject)
+        loaded = load(task, bar)
+        _more(bar, len(task.folders) * _attack_evaluations(loaded))
+        attacking, held_out = _pictures(loaded)
         _more(bar, len(held_out.prompts))
         bar.set_description("original")
-        original = measure(subject, table(subject.backbone, subject.rows), held_out, None)
+        original = measure(loaded, table(loaded.backbone, loaded.rows), held_out, None)
         curves = {
-            name: _attacked(subject, folder, name, attacking, held_out, original)
+            name: _attacked(loaded, folder, name, attacking, held_out, original)
             for name, folder in task.folders.items()
         }
-    result = _described(subject, len(attacking.prompts)) | {"original": original} | curves["model"]
+    result = _described(loaded, len(attacking.prompts)) | {"original": original} | curves["model"]
     result["baseline"] = curves.get("baseline")
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def load(task: Task, bar: tqdm) -> Subject:
+def load(task: Task, bar: tqdm) -> LoadedTask:
     """The original model, with every prompt of the test embedded."""
     cfg = task.cfg
     device = torch.device(device_name())
@@ -98,54 +99,54 @@ def load(task: Task, bar: tqdm) -> Subject:
     if cfg.model.gradient_checkpointing:
         backbone.unet.enable_gradient_checkpointing()
     backbone.unet.register_forward_pre_hook(lambda _, args: _count(bar, len(args[0])))
-    subject = Subject(task, pipeline, backbone, prompt_table.index, bar)
-    if task.not_judged is None:
-        subject.classifier = choose_classifier(cfg).load(device.type)
-        subject.grid = attack_grid(cfg, task.settings.sampler_steps)
-    return subject
+    loaded = LoadedTask(task, pipeline, backbone, prompt_table.index, bar)
+    if task.not_evaluated is None:
+        loaded.classifier = choose_classifier(cfg).load(device.type)
+        loaded.grid = attack_grid(cfg, task.settings.sampler_steps)
+    return loaded
 
 
 def measure(
-    subject: Subject, embed: Embed, held_out: LatentPool, unet_dir: Path | None, remember: bool = True
+    loaded: LoadedTask, embed: Embed, held_out: LatentPool, unet_dir: Path | None, remember: bool = True
 ) -> Point:
     """The figures of the model as it is now. ``remember``: they are those of the weights in ``unet_dir`` (None: of the
-    original), so what the judge sees need be drawn only once."""
-    point: Point = dict.fromkeys(FIGURES)
-    if subject.grid is not None and subject.classifier is not None:
-        classifier, grid = subject.classifier, subject.grid
-        base = resolve_model(subject.task.cfg.model.pretrained_model_name_or_path)
+    original), so what the classifier sees need be drawn only once."""
+    point: Point = dict.fromkeys(CURVES)
+    if loaded.grid is not None and loaded.classifier is not None:
+        classifier, grid = loaded.classifier, loaded.grid
+        base = resolve_model(loaded.task.cfg.model.pretrained_model_name_or_path)
 
         def draw_first() -> list[Label]:
-            _more(subject.bar, _drawing(subject))
-            return label_samples(subject)
+            _more(loaded.bar, _drawing(loaded))
+            return label_samples(loaded)
 
-        device = subject.backbone.embeds.hidden.device.type
-        seen = remembered(base, unet_dir, classifier, grid, device, draw_first) if remember else label_samples(subject)
+        device = loaded.backbone.embeds.hidden.device.type
+        seen = remembered(base, unet_dir, classifier, grid, device, draw_first) if remember else label_samples(loaded)
         point |= figures(grid, seen)
-    point["error"] = denoising_error(subject.backbone, held_out, embed)
+    point["error"] = denoising_error(loaded.backbone, held_out, embed)
     return point
 
 
-def label_samples(subject: Subject) -> list[Label]:
+def label_samples(loaded: LoadedTask) -> list[Label]:
     """Draw the reduced grid with the model as it is now; what is seen."""
-    if subject.classifier is None or subject.grid is None:
+    if loaded.classifier is None or loaded.grid is None:
         raise ValueError("no classifier knows this run")
-    pipeline = subject.pipeline.to(subject.backbone.embeds.hidden.device)
-    return subject.classifier.look(draw_samples(pipeline, subject.grid, subject.task.cfg, False))
+    pipeline = loaded.pipeline.to(loaded.backbone.embeds.hidden.device)
+    return loaded.classifier.look(draw_samples(pipeline, loaded.grid, loaded.task.cfg, False))
 
 
-def _pictures(subject: Subject) -> tuple[LatentPool, LatentPool]:
+def _pictures(loaded: LoadedTask) -> tuple[LatentPool, LatentPool]:
     """The attacker's pictures, and held-out ones of the erased concept."""
-    task, bar = subject.task, subject.bar
+    task, bar = loaded.task, loaded.bar
     prompt_table = PromptTable([], [], [*task.forbidden, *task.attacking])
-    pictures = Pictures(task.cfg, subject.backbone, prompt_table)
+    pictures = Pictures(task.cfg, loaded.backbone, prompt_table)
     number = task.settings.num_images
     bar.set_description("pictures")
     held_out = task.forbidden, number, HELD_OUT_SEED
     _more(bar, pictures.evaluations(*held_out))
     if task.captions is not None:
-        device = subject.backbone.embeds.hidden.device
-        attacking = encode_images(task.captions, task.cfg, subject.pipeline, device, "--images")
+        device = loaded.backbone.embeds.hidden.device
+        attacking = encode_images(task.captions, task.cfg, loaded.pipeline, device, "--images")
     else:
         drawn = task.attacking, number, ATTACK_SEED
         _more(bar, pictures.evaluations(*drawn))
@@ -154,37 +155,37 @@ def _pictures(subject: Subject) -> tuple[LatentPool, LatentPool]:
 
 
 def _attacked(
-    subject: Subject, folder: Path, name: str, attacking: LatentPool, held_out: LatentPool, original: Point
+    loaded: LoadedTask, folder: Path, name: str, attacking: LatentPool, held_out: LatentPool, original: Point
 ) -> dict:
     """The curves of one erased model: {"name", "method", "runs", "summary"}."""
-    settings, unet_dir = subject.task.settings, folder / "unet"
-    _load_weights(subject.backbone.unet, unet_dir)
-    subject.bar.set_description(f"{name}, step 0")
-    start = measure(subject, table(subject.backbone, subject.rows), held_out, unet_dir)
+    settings, unet_dir = loaded.task.settings, folder / UNET
+    _load_weights(loaded.backbone.unet, unet_dir)
+    loaded.bar.set_description(f"{name}, step 0")
+    start = measure(loaded, table(loaded.backbone, loaded.rows), held_out, unet_dir)
     runs = []
     for seed in settings.seeds:
-        points = [start, *_one_attack(subject, attacking, held_out, seed, f"{name}, seed {seed}")]
+        points = [start, *_one_attack(loaded, attacking, held_out, seed, f"{name}, seed {seed}")]
         runs.append(_run(seed, settings.steps, points, original["recognised"]))
     method = load_config(str(folder / "config.toml"), []).method
     return {"name": folder.resolve().name, "method": method, "runs": runs, "summary": _summary(runs)}
 
 
 def _one_attack(
-    subject: Subject, attacking: LatentPool, held_out: LatentPool, seed: int, label: str
+    loaded: LoadedTask, attacking: LatentPool, held_out: LatentPool, seed: int, label: str
 ) -> Iterator[Point]:
     """Attack once; a point after each of the steps asked for, step 0 apart."""
-    task = subject.task
+    task = loaded.task
     options = options_of(task)
-    with edit(task.settings, subject.backbone, subject.rows, seed, subject.pipeline, task.words) as change:
-        losses = attack_steps(subject.backbone, attacking, change, options, seed)
+    with edit(task.settings, loaded.backbone, loaded.rows, seed, loaded.pipeline, task.words) as change:
+        losses = attack_steps(loaded.backbone, attacking, change, options, seed)
         for step in range(1, task.settings.steps[-1] + 1):
-            subject.bar.set_description(f"{label}, step {step}", refresh=False)
+            loaded.bar.set_description(f"{label}, step {step}", refresh=False)
             try:
                 check_finite(next(losses), step, options.learning_rate)
             except ArithmeticError as error:
                 raise UserError(f"--attack: {task.settings.attack!r} diverged: {error}") from None
             if step in task.settings.steps:
-                yield measure(subject, change.embed, held_out, None, remember=False)
+                yield measure(loaded, change.embed, held_out, None, remember=False)
 
 
 def options_of(task: Task) -> Options:
@@ -197,7 +198,7 @@ def options_of(task: Task) -> Options:
 
 def _run(seed: int, steps: tuple[int, ...], points: list[Point], original: float | None) -> dict:
     run: dict[str, Any] = {"seed": seed}
-    for name in (*FIGURES, "error"):
+    for name in (*CURVES, "error"):
         values = [point[name] for point in points]
         run[name] = None if values[0] is None else values
     shares = run["recognised"]
@@ -208,16 +209,16 @@ def _run(seed: int, steps: tuple[int, ...], points: list[Point], original: float
 
 def _summary(runs: list[dict]) -> dict:
     result: dict[str, Any] = {name: summary([run[name] for run in runs]) for name in ("steps_to_half", "area")}
-    for name in (*FIGURES, "error"):
+    for name in (*CURVES, "error"):
         result[name] = None if runs[0][name] is None else summary_at([run[name] for run in runs])
     return result
 
 
-def _described(subject: Subject, pictures: int) -> dict:
+def _described(loaded: LoadedTask, pictures: int) -> dict:
     """What a reader needs to repeat or to distrust the curves."""
-    task, settings = subject.task, subject.task.settings
+    task, settings = loaded.task, loaded.task.settings
     cfg, options = task.cfg, asdict(options_of(task))
-    grid = None if subject.grid is None else subject.grid.describe()
+    grid = None if loaded.grid is None else loaded.grid.describe()
     return {
         "attack": settings.attack,
         "data": settings.data if settings.images is None else "images",
@@ -230,7 +231,7 @@ def _described(subject: Subject, pictures: int) -> dict:
         "optimizer": {"name": "AdamW"} | options,
         "base": cfg.model.pretrained_model_name_or_path,
         "concepts": [concept.name for concept in cfg.concepts],
-        "why_not_judged": task.not_judged,
+        "why_not_judged": task.not_evaluated,
         "protocol": grid,
     }
 
@@ -242,17 +243,17 @@ def _load_weights(unet: nn.Module, folder: Path) -> None:
         raise UserError(f"--model: {str(folder)!r} is a U-Net of another architecture than the base model's") from None
 
 
-def _attack_evaluations(subject: Subject) -> int:
+def _attack_evaluations(loaded: LoadedTask) -> int:
     """U-Net evaluations of all attacks on one erased model; a training step counts as three, as `_count` does."""
-    settings = subject.task.settings
+    settings = loaded.task.settings
     training = 3 * settings.batch_size * settings.steps[-1]
-    measuring = (len(settings.steps) - 1) * (_drawing(subject) + settings.num_images)
+    measuring = (len(settings.steps) - 1) * (_drawing(loaded) + settings.num_images)
     return settings.num_images + len(settings.seeds) * (training + measuring)
 
 
-def _drawing(subject: Subject) -> int:
-    """U-Net evaluations of the pictures that the judge looks at once."""
-    grid = subject.grid
+def _drawing(loaded: LoadedTask) -> int:
+    """U-Net evaluations of the pictures that the classifier looks at once."""
+    grid = loaded.grid
     return 0 if grid is None else 2 * len(grid.samples) * grid.num_inference_steps
 
 

@@ -11,13 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from fastunlearn.evaluation.metrics.scores import headlines
 from fastunlearn.utils.files import atomic_file
 
 COLOURS = {"model": "#b2182b", "baseline": "#2166ac"}
 ORIGINAL = "#555555"
 # Panels: title, figures with the style of their lines
 RECOGNISED = "Erased concept recognised", {"recognised": "-"}
-KEPT = "Kept: same kind (solid), other kind (dashed)", {"IRA": "-", "CRA": "--"}
+STYLES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashes and dots"}
+KEPT_LINES = dict(zip(headlines(of_erased=False), STYLES, strict=False))
+KEPT = (
+    "Kept: " + ", ".join(f"{headlines()[name]} ({STYLES[style]})" for name, style in KEPT_LINES.items()),
+    KEPT_LINES,
+)
 ERROR = "Denoising error on held-out pictures of it", {"error": "-"}
 
 

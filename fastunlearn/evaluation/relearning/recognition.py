@@ -1,4 +1,4 @@
-"""What the judge recognises while a model is attacked: a reduced grid, and the figures that are taken from it.
+"""What the classifier recognises while a model is attacked: a reduced grid, and the figures that are taken from it.
 
 The evaluation's own prompts and seeds, fewer of them, so that a curve of several points takes minutes.
 """
@@ -10,15 +10,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastunlearn.evaluation.classifiers.base import Label, choose_classifier
-from fastunlearn.evaluation.metrics.scores import score
+from fastunlearn.evaluation.metrics.scores import headlines, score
 from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
 TARGET_SEEDS = 4
-METRIC_NAMES = ("UA", "IRA", "CRA")
-FIGURES = ("recognised", *METRIC_NAMES)
+METRIC_NAMES = tuple(headlines())
+FORGOTTEN = next(iter(headlines(of_erased=True)))
+CURVES = ("recognised", *METRIC_NAMES)
 
 
 def attack_grid(cfg: Config, sampler_steps: int | None = None) -> EvaluationGrid:
@@ -37,6 +38,6 @@ def attack_grid(cfg: Config, sampler_steps: int | None = None) -> EvaluationGrid
 
 
 def figures(grid: EvaluationGrid, seen: Sequence[Label]) -> dict[str, float]:
-    """The figures of one model; ``recognised`` is the share of its pictures that do show the concept, 1 - UA."""
+    """The figures of one model; ``recognised`` is the share of its pictures that do show the concept."""
     scored = score(list(zip(grid.samples, seen, strict=True)), grid.concepts, METRIC_NAMES)
-    return {"recognised": 1 - scored["UA"]} | {name: scored[name] for name in METRIC_NAMES}
+    return {"recognised": 1 - scored[FORGOTTEN]} | {name: scored[name] for name in METRIC_NAMES}

@@ -14,7 +14,7 @@ from fastunlearn.errors import UserError
 from fastunlearn.evaluation.attacks.settings import Settings, check_size
 from fastunlearn.evaluation.classifiers.minicanvas import draws_minicanvas
 from fastunlearn.evaluation.classifiers.minicanvas_grid import known_concepts
-from fastunlearn.evaluation.evaluate import why_not_judged
+from fastunlearn.evaluation.evaluate import why_not_evaluated
 from fastunlearn.evaluation.pictures.grid import Erased
 from fastunlearn.evaluation.relearning.prompts import forbidden_prompts, other_prompts
 from fastunlearn.models.checks import check_model
@@ -35,7 +35,7 @@ class Task:
     minicanvas: bool
     concepts: tuple[Erased, ...] | None
     """In MiniCanvas' words; None for other models and concepts."""
-    not_judged: str | None
+    not_evaluated: str | None
     forbidden: list[str]
     attacking: list[str]
     """Prompts of the attacker's pictures, or their captions."""
@@ -65,7 +65,7 @@ def check(output_dir: str | Path, settings: Settings, baseline: str | Path | Non
         folders["baseline"] = Path(baseline)
     like_minicanvas = draws_minicanvas(resolve_model(cfg.model.pretrained_model_name_or_path))
     concepts = known_concepts([concept.name for concept in cfg.concepts]) if like_minicanvas else None
-    not_judged = why_not_judged(cfg)
+    not_evaluated = why_not_evaluated(cfg)
     captions = None
     forbidden = forbidden_prompts(cfg, concepts)
     attacking = forbidden if settings.data == "forbidden" else other_prompts(settings.data, cfg, concepts)
@@ -73,7 +73,7 @@ def check(output_dir: str | Path, settings: Settings, baseline: str | Path | Non
         captions = read_captions(Path(settings.images), "--images")
         attacking = [caption for _, caption in captions]
         check_size(len(captions), settings.batch_size)
-    task = Task(cfg, settings, folders, like_minicanvas, concepts, not_judged, forbidden, attacking, captions)
+    task = Task(cfg, settings, folders, like_minicanvas, concepts, not_evaluated, forbidden, attacking, captions)
     if ATTACKS[settings.attack].learns_words:
         _check_words(task)
     return task

@@ -38,6 +38,8 @@ class ExportFormat(ABC):
     """What it is, for the model card."""
     path: str
     """Its name in the output folder."""
+    read_by: str = ""
+    """What reads it later, so that every run has to write it; "": nothing."""
 
     @abstractmethod
     def disk_bytes(self, unet_bytes: int, trained: int) -> int:

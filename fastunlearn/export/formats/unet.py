@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastunlearn.errors import UserError
 from fastunlearn.export.formats.base import Export, ExportFormat
 from fastunlearn.utils.files import atomic_folder
+from fastunlearn.utils.run_folder import UNET
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,8 @@ class UNetFolder(ExportFormat):
     """What ``UNet2DConditionModel.from_pretrained`` loads; evaluation and relearning read it, too."""
 
     title = "the edited U-Net, in diffusers' format"
-    path = "unet"
+    path = UNET
+    read_by = "evaluation and relearning"
 
     def disk_bytes(self, unet_bytes: int, trained: int) -> int:
         """As the base's own, in the default dtype."""
