@@ -17,6 +17,7 @@ import pytest
 from extension import Extension, run_with
 from safetensors.numpy import load_file
 
+from fastunlearn.commands.evaluate import drawn_lines
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.metrics.scores import score
 from fastunlearn.minicanvas import pipeline_path
@@ -403,7 +404,9 @@ def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_
     )
     for option in ("--export.formats", "--evaluation.metrics", "--evaluation.classifier"):
         assert option in help_.out
-    assert "biases: the biases of the U-Net" in " ".join(relearn_help.out.split())
+    asked = " ".join(relearn_help.out.split())
+    assert "biases: the biases of the U-Net" in asked
+    assert "lora 10 times, textual-inversion 100 times, biases 7 times that" in asked
     refused = {
         no_format: "error: export.formats[1]: 'nams' is not allowed; allowed are 'unet', 'delta' or 'names' "
         "(nearest: names)",
@@ -425,6 +428,10 @@ def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_
     figures = json.loads((out / "metrics.json").read_text())["evaluation"]
     assert figures["after"]["drawn"] == 1.0 and figures["after"]["counts"] == {"UA": 2, "IRA": 2, "drawn": 2}
     assert "CRA" not in figures["after"]
+    protocol = figures["after"]["protocol"]
+    assert protocol["name"] == "brightness-1" and protocol["images"] == {"target": 2, "kept": 2}
+    assert "template" not in protocol and "paraphrases" not in protocol, "MiniCanvas' wordings are not its own"
+    assert not [line for line in drawn_lines(protocol) if line.startswith("prompts:")]
     card = (out / "README.md").read_text()
     for text in (
         "* `names.txt`: which tensors changed", "drawn: kept pictures that are not one flat colour",

@@ -78,7 +78,7 @@ def table(config: Config, result: dict) -> str:
         shown = [f"{what} {count}" for what, count in list(seen.items())[:SEEN_SHOWN]]
         rest = sum(list(seen.values())[SEEN_SHOWN:])
         lines.append(f"  {name:<14}{', '.join(shown + ([f'others {rest}'] if rest else []))}")
-    lines += ["", *_drawn(after["protocol"])]
+    lines += ["", *drawn_lines(after["protocol"])]
     if "relearn" in result:
         from fastunlearn.commands.relearn import table as relearn_table
 
@@ -105,7 +105,7 @@ def _class_rows(kind: str, before: dict, after: dict) -> list[str]:
     return rows
 
 
-def _drawn(protocol: dict) -> list[str]:
+def drawn_lines(protocol: dict) -> list[str]:
     """What the figures rest on."""
     parts = ", ".join(f"{part.replace('_', ' ')} {count}" for part, count in protocol["images"].items() if count)
     total = sum(protocol["images"].values())

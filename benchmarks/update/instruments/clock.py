@@ -23,7 +23,7 @@ UNDIVIDED = ("restart", "meta")
 
 
 class Watchable(Protocol):
-    """What can tell the clock which calls belong to which phase: ``subject.Subject``."""
+    """What can tell the clock which calls belong to which phase: ``subjects.protocol.Subject``."""
 
     def watch(self, clock: Clock) -> None: ...
 
