@@ -38,11 +38,11 @@ class Registry(Mapping[str, Any]):
         if not hasattr(imported, attribute):
             raise self.mistake(name, f"{module} has no {attribute!r}{nearest(attribute, vars(imported))}")
         entry = getattr(imported, attribute)
-        if name not in self._complete:
+        if self.entries[name] not in self._complete:
             lacking = what_is_missing(entry)
             if lacking:
                 raise self.mistake(name, f"it lacks {', '.join(lacking)}; see its base class")
-            self._complete.add(name)
+            self._complete.add(self.entries[name])
         return entry
 
     def mistake(self, name: str, what: str) -> UserError:

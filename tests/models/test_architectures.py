@@ -96,6 +96,7 @@ def test_a_new_architecture_is_a_file_and_a_line(monkeypatch: pytest.MonkeyPatch
 
     class Toy(UNet2DArchitecture):
         name, title, pipeline, denoiser = "toy", "Toy", "ToyPipeline", "ToyTransformer"
+        text_encoders, models, index = (), {}, {}
 
         def fits(self, config: Any) -> bool:
             return config.get("_class_name") == self.denoiser
