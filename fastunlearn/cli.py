@@ -18,7 +18,8 @@ from fastunlearn.errors import UserError, nearest
 
 
 class Command(NamedTuple):
-    """A line of ``fastunlearn --help``, and the module whose ``main(parser, argv)`` does the work."""
+    """A line of ``fastunlearn --help``, and the module that does the work: with ``add_arguments(parser)`` and
+    ``run(args)``, or with ``main(parser, argv)`` where the options are made of the configuration's fields."""
 
     title: str
     module: str
@@ -26,7 +27,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("erase concepts from a model", "fastunlearn.commands.train"),
-    "presets": Command("list the configurations that come along, or print one", "fastunlearn.commands.presets"),
+    "presets": Command("list the bundled configurations, or print one", "fastunlearn.commands.presets"),
     "plan": Command("say what a run will need of memory, and whether it fits", "fastunlearn.commands.plan"),
     "evaluate": Command("measure what a run erased and what it kept", "fastunlearn.commands.evaluate"),
     "relearn": Command(
@@ -80,7 +81,11 @@ def run(argv: list[str]) -> int:
         raise UserError(f"{name!r}: unknown command; allowed are {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     command = COMMANDS[name]
     parser = Parser(prog=f"fastunlearn {name}", description=command.title, allow_abbrev=False)
-    return import_module(command.module).main(parser, rest)
+    module = import_module(command.module)
+    if hasattr(module, "main"):
+        return module.main(parser, rest)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(rest))
 
 
 def usage() -> str:

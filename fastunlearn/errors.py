@@ -17,8 +17,14 @@ class UserError(Exception):
     """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message: " (nearest: <known name>)" where a known name resembles ``name``, else nothing."""
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """The known name that resembles ``name`` most; "" where none does."""
     by_lower = {option.lower(): option for option in known}
     found = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
-    return f" (nearest: {by_lower[found[0]]})" if found else ""
+    return by_lower[found[0]] if found else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message: " (nearest: <known name>)" where a known name resembles ``name``, else nothing."""
+    found = nearest_name(name, known)
+    return f" (nearest: {found})" if found else ""

@@ -223,12 +223,13 @@ SPEC = SGD()
 def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path) -> None:
     """Its name, its refusal by the fused engine, its memory and its steps reach every place that asks for them."""
     out, chosen = tmp_path / "run", (*QUICK, "--optimizer.name", "sgd")
-    help_, unknown, fused, sgd, adamw, trained = run_with(
+    help_, unknown, fused, weighed, sgd, adamw, trained = run_with(
         [OPTIMIZER],
         tmp_path,
         ("train", "--help"),
         ("train", *QUICK, "--optimizer.name", "sdg"),
         ("train", *chosen, "--engine", "fused", "--output_dir", str(tmp_path / "refused")),
+        ("train", *chosen, "--surgery.enabled", "true", "--surgery.metric", "optimizer"),
         ("plan", *chosen, "--json"),
         ("plan", *QUICK, "--json"),
         ("train", *chosen, "--zero.stage", "1", "--output_dir", str(out)),
@@ -239,6 +240,7 @@ def test_an_optimizer_is_one_file_and_one_line(tmp_path: Path) -> None:
         "'sgd' (nearest: sgd)",
         fused: "error: optimizer.name: 'sgd' is for engine 'zero'; with 'fused' use 'adamw8bit' and "
         "fused.offload_optimizer 'cpu'",
+        weighed: "error: surgery.metric: 'optimizer' weighs by a second moment, and 'sgd' keeps none; use 'raw'",
     }
     for done, line in expected.items():
         assert (done.status, done.err) == (2, line + "\n")

@@ -23,12 +23,6 @@ from fastunlearn.utils.machine import PACKAGES, host_memory_bytes, package_versi
 from fastunlearn.utils.text import GIB
 
 
-def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    """Read the arguments, and do what they ask for."""
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--json", action="store_true", help="print JSON only")

@@ -14,18 +14,12 @@ from typing import TYPE_CHECKING
 from fastunlearn.evaluation.metrics.scores import clear_difference
 from fastunlearn.registry import METRICS
 from fastunlearn.utils.files import atomic_write_text
-from fastunlearn.utils.run_folder import check_results
+from fastunlearn.utils.run_folder import CONFIG, EVALUATION, check_results
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
 SEEN_SHOWN = 5
-
-
-def main(parser: ArgumentParser, argv: list[str]) -> int:
-    """Read the arguments, and do what they ask for."""
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,7 +41,7 @@ def run(args: Namespace) -> int:
 
     check_results(Path(args.model))
     # As many threads as the run had: on a busy machine a second one can make the drawing many times slower.
-    prepare_environment(load_config(str(Path(args.model) / "config.toml"), []).train.cpu_threads)
+    prepare_environment(load_config(str(Path(args.model) / CONFIG), []).train.cpu_threads)
     from fastunlearn.evaluation.evaluate import evaluate_model
 
     config, result = evaluate_model(args.model, quick=args.quick)
@@ -58,7 +52,7 @@ def run(args: Namespace) -> int:
         result["relearn"] = relearn(args.model)
         write(result["relearn"], Path(args.model))
     text = json.dumps(result, indent=2)
-    atomic_write_text(Path(args.model) / "evaluation.json", text + "\n")
+    atomic_write_text(Path(args.model) / EVALUATION, text + "\n")
     print(text if args.json else table(config, result))
     return 0
 

@@ -10,12 +10,6 @@ from fastunlearn.errors import UserError
 from fastunlearn.minicanvas import OBJECTS, STYLES, pipeline_path
 
 
-def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    """Read the arguments, and do what they ask for."""
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The three actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True)

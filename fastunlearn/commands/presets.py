@@ -1,4 +1,4 @@
-"""``fastunlearn presets``: the configurations that come along, and the text of one, to be copied and edited."""
+"""``fastunlearn presets``: the bundled configurations, and the text of one, to be copied and edited."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from typing import Any
 
 from fastunlearn.config.loader import read_toml
 from fastunlearn.config.presets import preset_file, preset_files, preset_title
-
-
-def main(parser: ArgumentParser, argv: list[str]) -> int:
-    """Read the arguments, and do what they ask for."""
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -15,15 +15,9 @@ from fastunlearn.evaluation.attacks.settings import BASE_RATES, DATA, DEFAULT_ST
 from fastunlearn.evaluation.relearning.recognition import CURVES, METRIC_NAMES
 from fastunlearn.registry import ATTACKS
 from fastunlearn.utils.files import atomic_write_text
-from fastunlearn.utils.run_folder import check_results
+from fastunlearn.utils.run_folder import CONFIG, RELEARNING, check_results
 
 DEFAULTS = Settings()
-
-
-def main(parser: ArgumentParser, argv: list[str]) -> int:
-    """Read the arguments, and do what they ask for."""
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -101,7 +95,7 @@ def run(args: Namespace) -> int:
     settings, folder = settings_of(args), Path(args.model)
     check_results(folder)
     # As many threads as the run had: on a busy machine a second one can make it many times slower.
-    prepare_environment(load_config(str(folder / "config.toml"), []).train.cpu_threads)
+    prepare_environment(load_config(str(folder / CONFIG), []).train.cpu_threads)
     from fastunlearn.evaluation.relearning.experiment import relearn
 
     result = relearn(folder, settings, args.baseline)
@@ -114,7 +108,7 @@ def write(result: dict, folder: Path) -> None:
     """``relearn.json`` and the picture."""
     from fastunlearn.evaluation.relearning.plot import draw
 
-    atomic_write_text(folder / "relearn.json", json.dumps(result, indent=2) + "\n")
+    atomic_write_text(folder / RELEARNING, json.dumps(result, indent=2) + "\n")
     draw(result, folder / "samples" / "relearn.png")
 
 

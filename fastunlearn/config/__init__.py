@@ -2,7 +2,6 @@
 Not here: the fields themselves (`schema/`), or checks of the disk (`training/preflight.py`)."""
 
 from fastunlearn.config.base import (
-    concept_kind,
     first_student_update,
     resolved_keep,
     resolved_scope,
@@ -43,7 +42,6 @@ __all__ = [
     "SurgeryConfig",
     "TeacherConfig",
     "TrainConfig",
-    "concept_kind",
     "config_from_arguments",
     "config_of",
     "first_student_update",

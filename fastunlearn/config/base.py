@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, create_model, field_validator
 
 from fastunlearn.prompts.vocabulary import GENERIC, MINICANVAS, ConceptVocabulary
 from fastunlearn.registry import ENGINES, METHODS, OPTIMIZERS, Registry
-from fastunlearn.schema.fields import ConfigModel, KnownIn, PathStr, StrippedStr
+from fastunlearn.schema.fields import ConfigModel, KnownIn, PathStr, StrippedStr, WeightDtype
 from fastunlearn.schema.meta import MetaConfig, is_active
 from fastunlearn.schema.sections import (
     CheckpointConfig,
@@ -164,6 +164,16 @@ class FixedSections(ConfigModel):
         return self.model.mixed_precision == "bf16" and not self.bf16_weights
 
     @property
+    def weight_dtype(self) -> WeightDtype:
+        """The dtype in which the U-Net is held."""
+        return "bf16" if self.bf16_weights else "fp32"
+
+    @property
+    def compute_dtype(self) -> WeightDtype:
+        """The dtype in which the U-Net computes, from weights of that dtype or under autocast."""
+        return "bf16" if self.model.mixed_precision == "bf16" else "fp32"
+
+    @property
     def uses_minicanvas(self) -> bool:
         """Whether the embedded model is edited."""
         return self.model.pretrained_model_name_or_path == "minicanvas"
@@ -185,11 +195,6 @@ if TYPE_CHECKING:
 
 else:
     RunConfig = create_model("RunConfig", __base__=FixedSections, __module__=__name__, **sections_of(METHODS, ENGINES))
-
-
-def concept_kind(name: str, minicanvas: bool = False) -> str:
-    """The kind that a concept's name suggests: "style", "object" or "nudity" ("instance" has to be asked for)."""
-    return (MINICANVAS if minicanvas else GENERIC).kind_of(name)
 
 
 def resolved_steps(cfg: RunConfig) -> int:

@@ -60,7 +60,7 @@ def check_runtime(cfg: RunConfig, world_size: int, cpu_count: int | None, has_gp
         )
     if cfg.model.cuda_graphs and not has_gpu:
         raise UserError("model.cuda_graphs: true, but there is no GPU; use false")
-    dtype = "bf16" if cfg.model.mixed_precision == "bf16" else "fp32"
+    dtype = cfg.compute_dtype
     refusal = attention_refusal(cfg.model.attention, "cuda" if has_gpu else "cpu", dtype)
     if refusal is not None:
         raise UserError(refusal)

@@ -28,7 +28,7 @@ Erase concepts from a Stable Diffusion or SDXL model. The launcher's own options
 
   deepspeed --num_gpus 2 fastunlearn/train.py --preset sdxl-2x24gb-style --output_dir output/style"""
 SOURCES = (
-    Option("preset", "a configuration that comes along; `fastunlearn presets` lists them", "NAME"),
+    Option("preset", "a bundled configuration; `fastunlearn presets` lists them", "NAME"),
     Option("config", "a TOML file: one of your own, or the config.toml that a run has left", "FILE"),
 )
 

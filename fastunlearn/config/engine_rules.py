@@ -14,6 +14,10 @@ def check_engine(cfg: RunConfig) -> None:
         UserError: the first rule that is broken.
     """
     cfg.engine_spec.refuse(cfg)
+    if cfg.retains and cfg.surgery.metric == "optimizer" and not cfg.optimizer_spec.has_second_moment:
+        raise UserError(
+            f"surgery.metric: 'optimizer' weighs by a second moment, and {cfg.optimizer.name!r} keeps none; use 'raw'"
+        )
     _check_speed(cfg)
     if cfg.train.spread_concepts and cfg.zero_stage == 3:
         raise UserError(

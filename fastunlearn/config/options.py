@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fastunlearn.config.field_help import Formatter, field_text, option_type, plain_type
-from fastunlearn.errors import UserError, nearest
+from fastunlearn.errors import UserError, nearest, nearest_name
 
 # diffusers' names where the meaning is the same; those in ``SWITCHES`` stand for one value of the field.
 ALIASES = {
@@ -234,12 +234,8 @@ def nearest_option(name: str, fields: Mapping[str, FieldInfo]) -> str:
     """The end of a message, as of ``nearest``: the right field of a wrong section before a name that looks similar."""
     by_leaf = {dotted.rpartition(".")[2]: dotted for dotted in fields}
     leaf = name.rpartition(".")[2]
-    if leaf in by_leaf:
-        return f" (nearest: --{by_leaf[leaf]})"
-    found = nearest(name, [*fields, *ALIASES])
-    if not found:
-        found = nearest(leaf, by_leaf)
-    return found.replace("nearest: ", "nearest: --")
+    found = by_leaf.get(leaf) or nearest_name(name, [*fields, *ALIASES]) or by_leaf.get(nearest_name(leaf, by_leaf))
+    return f" (nearest: --{found})" if found else ""
 
 
 def convert(text: str, annotation: Any) -> Any:

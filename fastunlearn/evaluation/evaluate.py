@@ -18,7 +18,7 @@ from fastunlearn.evaluation.pictures.drawing import generate
 from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.models.loading import Pipeline, load_pipeline, resolve_model
 from fastunlearn.registry import METRICS
-from fastunlearn.utils.run_folder import UNET, check_results
+from fastunlearn.utils.run_folder import CONFIG, UNET, check_results
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
@@ -81,7 +81,7 @@ def evaluate_model(
 
     folder = Path(output_dir)
     check_results(folder)
-    cfg = load_config(str(folder / "config.toml"), [])
+    cfg = load_config(str(folder / CONFIG), [])
     base = cfg.model.pretrained_model_name_or_path
     return cfg, evaluate_pair(cfg, base, folder / UNET, progress=progress, quick=quick)
 

@@ -114,8 +114,8 @@ def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
     seconds = (metrics.get("seconds") or {}).get("total")
     if seconds is not None:
         facts.append(("time", f"{seconds:,.0f} s on {metrics.get('device', 'an unnamed device')}"))
-    if metrics.get("world_size"):
-        facts.append(("ranks, ZeRO stage", f"{metrics['world_size']}, {metrics.get('zero_stage', cfg.zero.stage)}"))
+    if cfg.trains and metrics.get("world_size"):
+        facts.append(("engine, ranks", f"{cfg.engine_spec.title(cfg)}, {metrics['world_size']}"))
     versions = metrics.get("versions") or {}
     if versions:
         facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))

@@ -27,7 +27,7 @@ from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.machine import installed_versions
 from fastunlearn.utils.memory import peak_memory_bytes
-from fastunlearn.utils.run_folder import SURGERY_LOG, UNET
+from fastunlearn.utils.run_folder import CARD, CONFIG, METRICS_FILE, SAMPLES, SURGERY_LOG, UNET
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def start_output(cfg: Config, *, resumed: bool) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    atomic_write_text(folder / "config.toml", cfg.resolved().to_toml())
+    atomic_write_text(folder / CONFIG, cfg.resolved().to_toml())
 
 
 def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -> None:
@@ -68,26 +68,26 @@ def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -
 
     if cfg.train.resolution:
         base.unet.register_to_config(sample_size=cfg.train.resolution // base.vae_scale_factor)
-    compute_in(base.unet, torch.bfloat16 if cfg.model.mixed_precision == "bf16" else torch.float32)
+    compute_in(base.unet, DTYPES[cfg.compute_dtype])
     base.to(figures.device)
     before_after(
         base,
         {name: tensor.to(dtype) for name, tensor in weights.items()},
         choose_validation_rows(cfg),
-        folder / "samples" / "before_after.png",
+        folder / SAMPLES / "before_after.png",
         seeds=cfg.evaluation.seeds[: cfg.report.num_validation_seeds],
         steps=cfg.evaluation.num_inference_steps,
         guidance=cfg.evaluation.guidance_scale,
         batch_size=cfg.evaluation.batch_size,
         progress=True,
     )
-    draw_surgery_map(folder / SURGERY_LOG, folder / "samples" / "surgery.png")
+    draw_surgery_map(folder / SURGERY_LOG, folder / SAMPLES / "surgery.png")
     metrics = collect_metrics(cfg, figures)
     del base
     if cfg.evaluation.mode == "auto" and why_not_evaluated(cfg) is None:
         metrics["evaluation"] = evaluate_pair(cfg, cfg.model.pretrained_model_name_or_path, folder / UNET)
-    atomic_write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_card(cfg, metrics, folder / "README.md")
+    atomic_write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+    write_card(cfg, metrics, folder / CARD)
     print(_summary(folder, metrics))
 
 

@@ -6,15 +6,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastunlearn.registry import FORMATS
-from fastunlearn.utils.run_folder import SURGERY_LOG, TRAIN_LOG, list_checkpoints
+from fastunlearn.utils.run_folder import (
+    CARD,
+    CONFIG,
+    EVALUATION,
+    METRICS_FILE,
+    RELEARNING,
+    SAMPLES,
+    SURGERY_LOG,
+    TRAIN_LOG,
+    list_checkpoints,
+)
 
-LATER_FILES = ("evaluation.json", "relearn.json", "logs", SURGERY_LOG)
+LATER_FILES = (EVALUATION, RELEARNING, "logs", SURGERY_LOG)
 
 
 def run_files() -> list[str]:
     """What a run writes; any of these says that a run was started there."""
     weights = [known.path for known in FORMATS.values()]
-    return ["config.toml", *weights, "metrics.json", TRAIN_LOG, "samples", "README.md"]
+    return [CONFIG, *weights, METRICS_FILE, TRAIN_LOG, SAMPLES, CARD]
 
 
 def run_traces(folder: Path) -> Iterator[Path]:

@@ -25,6 +25,7 @@ from fastunlearn.gradients.stats import SurgeryStats, segment_names
 from fastunlearn.schema.sections import SurgeryConfig
 from fastunlearn.utils.distributed import World, sum_over_ranks
 from fastunlearn_kernels import Segments, SurgeryPlan, surgery_apply, surgery_coefficients, surgery_dots
+from fastunlearn_kernels.gradients.surgery_coefficients import CLIP_EPS
 
 
 class Transform(Protocol):
@@ -205,7 +206,4 @@ class Segmentation:
 
 def clip_scale(norm: Tensor, clip: Clip) -> Tensor:
     """The clipping factor for a gradient of this norm, for an engine that clips by the norm of the update before."""
-    return (clip.max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
-
-
-CLIP_EPSILON = 1e-6  # as in torch's clip_grad_norm_
+    return (clip.max_norm / (norm + CLIP_EPS)).clamp(max=1.0)

@@ -12,14 +12,15 @@ from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.fused.moments import moment_bytes
 from fastunlearn.gradients.buffer import stored_nbytes
 from fastunlearn.schema.meta import SETS, meta_weights, set_weights
-from fastunlearn.utils.memory_rows import AFTER_META, FP32, PHASES, Row, Sizes
+from fastunlearn.utils.dtypes import DTYPES
+from fastunlearn.utils.memory_rows import AFTER_META, PHASES, Row, Sizes
 
 
 def attack_rows(cfg: Config, sizes: Sizes) -> list[Row]:
     """What is there besides the method's own."""
     if not cfg.has_meta:
         return []
-    compute = 2 if cfg.bf16_weights else FP32
+    compute = DTYPES[cfg.weight_dtype].itemsize
     attacked = (*sizes.trained, *sizes.frozen) if cfg.meta.inner_scope == "full" else sizes.trained
     total = sum(attacked)
     stored = sum(stored_nbytes(cfg.meta.gradient_dtype, n, compute) for n in sizes.trained)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from fastunlearn.errors import UserError
 from fastunlearn.sampling.batch import Augmentation, GuidedPrediction, UnlearnBatch
-from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.key_steps import KeyStep, uniform_table
 from fastunlearn.schema.fields import ConfigModel, Scope
 
 if TYPE_CHECKING:
@@ -146,9 +146,10 @@ class Method(ABC):
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    @abstractmethod
     def table(self) -> list[KeyStep]:
-        """The ordered updates of the run."""
+        """The ordered updates of the run. By default one fresh trajectory each, stopped at a uniformly drawn step."""
+        cfg = self.cfg
+        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, cfg.max_train_steps, cfg.seed)
 
     @abstractmethod
     def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:

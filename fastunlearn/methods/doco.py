@@ -58,7 +58,7 @@ class DocoConfig(ConfigModel):
 
 
 class DocoSpec(MethodSpec):
-    """Facts."""
+    """The facts of the method."""
 
     title = "DoCo, Concept Domain Correction"
     paper = "2405.15304"

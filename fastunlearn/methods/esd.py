@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 from fastunlearn.methods.base import Method, MethodOutput, MethodSpec, frozen_predictions, guided_prediction
 from fastunlearn.sampling.batch import UnlearnBatch
-from fastunlearn.sampling.key_steps import KeyStep, uniform_table
 from fastunlearn.schema.fields import ConfigModel, NonNegativeFloat, Scope
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class EsdConfig(ConfigModel):
 
 
 class EsdSpec(MethodSpec):
-    """Facts."""
+    """The facts of the method."""
 
     title = "ESD, Erased Stable Diffusion"
     paper = "2303.07345"
@@ -46,11 +45,6 @@ class ESD(Method):
     """Uniform steps, conditional target only."""
 
     spec = EsdSpec()
-
-    def table(self) -> list[KeyStep]:
-        """One fresh trajectory per update, stopped at a uniformly drawn step."""
-        cfg = self.cfg
-        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, cfg.max_train_steps, cfg.seed)
 
     def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:
         """Evaluate teacher and student at the drawn step."""

@@ -64,7 +64,7 @@ class KscuConfig(ConfigModel):
 
 
 class KscuSpec(ByKind):
-    """Facts."""
+    """The facts of the method."""
 
     title = "KSCU, Key Step Concept Unlearning"
     paper = "2507.06526"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from fastunlearn.errors import UserError
 from fastunlearn.methods.base import Method, MethodOutput, MethodSpec, UNetCalls, guided_prediction
 from fastunlearn.sampling.batch import UnlearnBatch
-from fastunlearn.sampling.key_steps import KeyStep, uniform_table
 from fastunlearn.schema.fields import Beta, ConfigModel
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class SddConfig(ConfigModel):
 
 
 class SddSpec(MethodSpec):
-    """Facts."""
+    """The facts of the method."""
 
     title = "SDD, Safe self-Distillation Diffusion"
     paper = "2307.05977"
@@ -73,11 +72,6 @@ class SDD(Method):
     """Uniform steps, the student's own prediction without the concept as target."""
 
     spec = SddSpec()
-
-    def table(self) -> list[KeyStep]:
-        """One fresh trajectory per update, stopped at a uniformly drawn step."""
-        cfg = self.cfg
-        return uniform_table(len(cfg.concepts), cfg.sampler.num_inference_steps, cfg.max_train_steps, cfg.seed)
 
     def loss(self, models: Predictors, batch: UnlearnBatch) -> MethodOutput:
         """Evaluate the student twice at the drawn step; only at the concept with a graph."""

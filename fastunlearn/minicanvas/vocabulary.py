@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 
+from fastunlearn.utils.text import without_style
+
 OBJECTS: tuple[str, ...] = (
     "apple", "car", "cat", "fish", "house", "tree", "butterfly", "sunflower", "mushroom", "sailboat",
 )  # fmt: skip
@@ -58,8 +60,7 @@ KIND_SHARES = {"both": 0.66, "object": 0.14, "style": 0.10, "empty": 0.10}
 
 def normalise_concept(name: str) -> str:
     """`"Neon style"` -> `"neon"`, `"kitty"` -> `"cat"`; an unknown name comes back stripped and in lower case."""
-    words = " ".join(name.lower().split())
-    words = words.removesuffix(" style") if words != "style" else words
+    words = without_style(" ".join(name.lower().split()))
     for target, others in SYNONYMS.items():
         if words in others:
             return target

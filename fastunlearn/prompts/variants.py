@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastunlearn.schema.sections import Concept, PromptsConfig
+from fastunlearn.utils.text import without_style
 
 UNCONDITIONAL = ""
 AUGMENT_WORDS = (
@@ -105,7 +106,7 @@ def concept_variants(concept: Concept, config: PromptsConfig) -> list[PromptPair
 
 
 def _fill(template: str, name: str, context: str) -> str:
-    return template.format(concept=name, word=name.removesuffix(" style"), context=context)
+    return template.format(concept=name, word=without_style(name), context=context)
 
 
 def augment(concept: str, prompt: str, operation: int, draw: random.Random) -> str:

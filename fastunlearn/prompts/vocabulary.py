@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastunlearn.minicanvas import vocabulary as minicanvas
+from fastunlearn.utils.text import names_style, without_style
 
 NUDITY_NAMES = frozenset({"nudity", "nude", "nsfw", "naked"})
 
@@ -45,11 +46,11 @@ class GenericVocabulary:
         words = _normalised(name)
         if words in NUDITY_NAMES:
             return "nudity"
-        return "style" if words.endswith(" style") else "object"
+        return "style" if names_style(words) else "object"
 
     def identity(self, name: str) -> str:
         """In lower case, without " style"."""
-        return _normalised(name).removesuffix(" style")
+        return without_style(_normalised(name))
 
     def words_of(self, name: str) -> Sequence[str]:
         """The name itself."""

@@ -135,7 +135,7 @@ class OptimizerConfig(ConfigModel):
     """The optimizer that DeepSpeed steps."""
 
     name: Annotated[str, AfterValidator(KnownIn(OPTIMIZERS))] = "adamw"
-    """torch AdamW, or bitsandbytes' AdamW with 8-bit state, optionally paged to host memory."""
+    """Which one; `fastunlearn doctor` says what each needs, and whether it is there."""
     adam_beta1: Beta = 0.9
     """Decay of the first moment."""
     adam_beta2: Beta = 0.999
@@ -163,7 +163,7 @@ class SurgeryConfig(ConfigModel):
     """Gradient surgery: what the unlearning gradient does against the retain gradient is taken out of it."""
 
     enabled: bool = False
-    """Project every update; DoCo always does unless projection is "none"."""
+    """Project every update. Some methods always do, unless projection is "none"; false leaves it to them."""
     projection: Literal["textbook", "released", "none"] = "textbook"
     """textbook: u - strength min(0, <u,r>) / <r,r> r; released: DoCo's published code, which over-projects; none."""
     granularity: Literal["tensor", "block", "global"] = "tensor"
@@ -190,8 +190,8 @@ class RetainConfig(ConfigModel):
     """The samples whose gradient protects what must be kept."""
 
     source: Literal["auto", "generated", "anchors", "folder", "prompts"] = "auto"
-    """generated: the model's own pictures; anchors: its pictures of the anchors (auto for DoCo); folder: images with
-    captions; prompts: trajectories, no pictures at all."""
+    """generated: the model's own pictures; anchors: its pictures of the anchors; folder: images with captions; prompts:
+    trajectories, no pictures at all; auto: as the method has it."""
     prompts: list[str] = []
     """Prompts of what must be kept; none given: the concepts of ``keep``, alone and in ``contexts``."""
     folder: PathStr | None = None
@@ -199,8 +199,7 @@ class RetainConfig(ConfigModel):
     target: Literal["teacher", "noise"] = "teacher"
     """What the student is held to: the frozen model's prediction, or the noise that was added."""
     timesteps: Literal["auto", "key", "uniform"] = "auto"
-    """key: that of the unlearning window (auto for KSCU and ESD); uniform: drawn for each sample (auto for DoCo, and
-    after the edit of UCE or RECE)."""
+    """key: that of the unlearning window; uniform: drawn for each sample; auto: as the method has it."""
     batch_size: PositiveInt = 4
     """Retain samples per rank and micro-batch."""
     num_images: PositiveInt = 64

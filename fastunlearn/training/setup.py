@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fastunlearn.acceleration.attention import check_attention, install_attention, stop_first_token_gradient
@@ -42,6 +41,7 @@ from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import RetainSource, anchor_prompts, build_source
 from fastunlearn.training.checkpoint import Position, Stateful, find_checkpoint, load_checkpoint
 from fastunlearn.utils.distributed import World
+from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn_kernels.common.backend import describe
 
 
@@ -84,7 +84,7 @@ class Run:
 
 def prepare(cfg: Config, world: World) -> Run:
     """Load the model, embed all prompts once, free what training does not need, shard the rest, resume if asked."""
-    check_attention(cfg.model.attention, world.device, compute_dtype(cfg))
+    check_attention(cfg.model.attention, world.device, DTYPES[cfg.compute_dtype])
     method = build_method(cfg)
     resume = find_checkpoint(cfg)
     stored = stored_dtype(cfg.model) if cfg.bf16_weights else None  # loses nothing, and SDXL in fp32 takes 10 GB
@@ -98,7 +98,12 @@ def prepare(cfg: Config, world: World) -> Run:
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet) | edited
     backbone = build_backbone(
-        pipeline, prompt_table.texts, cfg.train.resolution, world.device, weights_dtype(cfg), autocast=cfg.autocast
+        pipeline,
+        prompt_table.texts,
+        cfg.train.resolution,
+        world.device,
+        DTYPES[cfg.weight_dtype],
+        autocast=cfg.autocast,
     )
     del pipeline  # with it go the text encoders and the VAE
     models, engine, ema = shard(cfg, backbone, originals, world, edited)
@@ -110,15 +115,12 @@ def prepare(cfg: Config, world: World) -> Run:
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps
     )
-    pool = (
-        None
-        if method.spec.samples != "anchors"
-        else generate_pool(cfg, models, prompt_table, anchor_prompts(prompt_table))
-    )
+    pool = targets = None
+    if method.spec.samples == "anchors":
+        pool = generate_pool(cfg, models, prompt_table, anchor_prompts(prompt_table))
     table = rank_table(cfg, world.rank, world.world_size)
-    targets = (
-        sample_targets(cfg, models, prompt_table, table, world.is_main) if cfg.teacher.storage == "cached" else None
-    )
+    if cfg.teacher.storage == "cached":
+        targets = sample_targets(cfg, models, prompt_table, table, world.is_main)
     rollout = build_sampler(cfg, models, prompt_table, layout, pool, targets)
     run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, edited=edited)
     if cfg.retains:
@@ -145,16 +147,6 @@ def edit(cfg: Config, world: World) -> tuple[dict[str, Tensor], float]:
     return edited, time.perf_counter() - started
 
 
-def weights_dtype(cfg: Config) -> torch.dtype:
-    """In which the U-Net is held."""
-    return torch.bfloat16 if cfg.bf16_weights else torch.float32
-
-
-def compute_dtype(cfg: Config) -> torch.dtype:
-    """In which the U-Net computes, from bf16 weights or under autocast."""
-    return torch.bfloat16 if cfg.model.mixed_precision == "bf16" else torch.float32
-
-
 def shard(
     cfg: Config,
     backbone: Backbone,
@@ -170,7 +162,7 @@ def shard(
     unet = backbone.unet.train()
     if cfg.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    attention = install_attention(unet, cfg.model.attention, device=world.device, dtype=compute_dtype(cfg))
+    attention = install_attention(unet, cfg.model.attention, device=world.device, dtype=DTYPES[cfg.compute_dtype])
     if cfg.method_spec.stops_first_token_gradient(cfg):
         stop_first_token_gradient(unet)
     keys = PromptKeys(unet, backbone.embeds, backbone.autocast) if cfg.model.cache_prompt_keys else None

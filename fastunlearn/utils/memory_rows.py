@@ -30,7 +30,7 @@ class Row:
     host: int = 0
     phases: tuple[str, ...] = ALWAYS
     windows: tuple[str, ...] = ()
-    """In which calls of the U-Net of those phases, one of which runs at a time; none given: in all."""
+    """The calls of the U-Net in those phases, one of which runs at a time, in which it exists; none given: all."""
 
 
 @dataclass(frozen=True)

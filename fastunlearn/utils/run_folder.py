@@ -7,6 +7,8 @@ from pathlib import Path
 
 from fastunlearn.errors import UserError
 
+CONFIG, METRICS_FILE, CARD = "config.toml", "metrics.json", "README.md"
+EVALUATION, RELEARNING, SAMPLES = "evaluation.json", "relearn.json", "samples"
 TRAIN_LOG = "train_log.jsonl"
 SURGERY_LOG = "surgery_log.jsonl"
 UNET = "unet"  # the edited U-Net, a folder
@@ -25,7 +27,7 @@ def check_results(folder: Path) -> None:
     Raises:
         UserError: names what is missing.
     """
-    for needed in ("config.toml", f"{UNET}/config.json"):
+    for needed in (CONFIG, f"{UNET}/config.json"):
         if not (folder / needed).is_file():
             raise UserError(
                 f"--model: {str(folder)!r} has no {needed}; expected the output_dir of a finished `fastunlearn train`"

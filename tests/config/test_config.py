@@ -7,12 +7,13 @@ from typing import Any, get_args
 
 import pytest
 
-from fastunlearn.config import Config, concept_kind, load_config, resolved_keep, resolved_scope, resolved_steps
+from fastunlearn.config import Config, load_config, resolved_keep, resolved_scope, resolved_steps
 from fastunlearn.config.options import ALIASES, fields_of
 from fastunlearn.engines.zero.deepspeed_config import deepspeed_config
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.transforms import build_transforms
 from fastunlearn.methods.kscu import first_key_step
+from fastunlearn.prompts.vocabulary import GENERIC, MINICANVAS
 from fastunlearn.schema.attention_rules import UNFUSED
 from fastunlearn.schema.fields import AttentionBackend, GradientDtype, WeightDtype
 from fastunlearn.utils.distributed import single_process
@@ -110,6 +111,7 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["--train.max_steps", "3"], ("--train.max_steps", "unknown option", "--train.max_train_steps")),
     (["--esd.start", "3"], ("--esd.start", "unknown option", "nearest: --kscu.start")),
     (["--learning_rte", "3"], ("--learning_rte", "unknown option", "--learning_rate")),
+    (["--xqxqxqxq.sorc", "3"], ("--xqxqxqxq.sorc", "unknown option", "nearest: --retain.source")),
     (["--seed"], ("--seed", "value is missing")),
     (["--seed", "--method", "esd"], ("--seed", "value is missing")),
     (["stray"], ("'stray'", "unexpected argument")),
@@ -253,11 +255,11 @@ def test_every_start_lies_within_the_schedule(steps: int) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_kind_from_the_name(name: str, kind: str) -> None:
-    assert concept_kind(name) == kind
+    assert GENERIC.kind_of(name) == kind
 
 
 def test_minicanvas_knows_its_names() -> None:
-    assert concept_kind("neon", minicanvas=True) == "style"
+    assert MINICANVAS.kind_of("neon") == "style"
     kept = resolved_keep(load(concepts="kitty"))
     assert "cat" not in kept and {"neon style", "tree"} <= set(kept) and len(kept) == 17
     assert resolved_keep(load("--keep", "tree")) == ["tree"]

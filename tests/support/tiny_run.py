@@ -19,9 +19,10 @@ from fastunlearn.sampling.base import BatchSampler, EmptySampler
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.image_pool import LatentPool
 from fastunlearn.sampling.retain import PoolSource
-from fastunlearn.training.setup import Run, shard, weights_dtype
+from fastunlearn.training.setup import Run, shard
 from fastunlearn.training.trainer import one_update
 from fastunlearn.utils.distributed import World
+from fastunlearn.utils.dtypes import DTYPES
 
 LINEAR = torch.nn.functional.linear
 SMALL_TENSOR_NUMEL = 100  # so that matrices and biases are in groups of their own, as SDXL's are
@@ -36,8 +37,8 @@ def tiny_run(
     backbone = tiny_backbone(prompt_table, autocast=cfg.autocast)
     set_trainable(backbone.unet, names)
     originals = trained_tensors(backbone.unet)
-    backbone.unet.to(weights_dtype(cfg))
-    backbone.embeds = backbone.embeds.to(torch.device("cpu"), weights_dtype(cfg))
+    backbone.unet.to(DTYPES[cfg.weight_dtype])
+    backbone.embeds = backbone.embeds.to(torch.device("cpu"), DTYPES[cfg.weight_dtype])
     models, engine, ema = shard(cfg, backbone, originals, world)
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps

@@ -39,7 +39,7 @@ from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.image_pool import LatentPool, generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import anchor_prompts, build_source, retain_loss
-from fastunlearn.training.setup import Run, build_sampler, shard, weights_dtype
+from fastunlearn.training.setup import Run, build_sampler, shard
 from fastunlearn.utils.distributed import World, disconnect, init_distributed
 
 WORLD = 2
@@ -240,7 +240,7 @@ def counted(cfg: Config, world: World) -> dict[str, int]:
     backbone = tiny_backbone(prompt_table, autocast=cfg.autocast)
     set_trainable(backbone.unet, trainable_names(backbone.unet, "attn2"))
     originals = trained_tensors(backbone.unet)
-    assert weights_dtype(cfg) == torch.float32
+    assert cfg.weight_dtype == "fp32"
     models, engine, ema = shard(cfg, backbone, originals, world)
     method = build_method(cfg)
     layout = BatchLayout(

@@ -6,6 +6,7 @@ from fastunlearn.config import Config
 from fastunlearn.denoisers.teacher import teacher_rows
 from fastunlearn.engines.fused.moments import moment_bytes
 from fastunlearn.gradients.buffer import stored_nbytes
+from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn.utils.memory_rows import FP32, Row, Sizes
 
 
@@ -16,7 +17,7 @@ def retain_dtype(cfg: Config) -> str:
 
 def fused_rows(cfg: Config, sizes: Sizes) -> list[Row]:
     """The table but for activations."""
-    compute = 2 if cfg.bf16_weights else FP32
+    compute = DTYPES[cfg.weight_dtype].itemsize
     tensors = [(group, n) for group, numels in sizes.groups for n in numels]
     bits = cfg.optimizer_spec.fused_bits
     moments = sum(moment_bytes(n, bits) for _, n in tensors)
@@ -25,7 +26,7 @@ def fused_rows(cfg: Config, sizes: Sizes) -> list[Row]:
     small = sum(n for group, n in tensors if group == 32)
     layer = max((sum(numels) for numels in sizes.layers), default=0)
     rows = [
-        Row(f"U-Net weights ({'bf16' if compute == 2 else 'fp32'})", sizes.total * compute),
+        Row(f"U-Net weights ({cfg.weight_dtype})", sizes.total * compute),
         *teacher_rows(cfg, sizes, compute),
         Row(f"optimizer state ({cfg.optimizer.name})", 0 if offload else moments, moments if offload else 0),
         Row("gradients: the largest layer, and small tensors", (layer + small) * compute, phases=("backward",)),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastunlearn.engines.base import Engine, EngineSpec
+from fastunlearn.engines.optimizers.base import smallest_fused
 from fastunlearn.errors import UserError
 from fastunlearn.schema.fields import ConfigModel, Offload
 
@@ -73,8 +74,8 @@ class FusedSpec(EngineSpec):
             )
         if cfg.optimizer_spec.fused_bits is None:
             raise UserError(
-                f"optimizer.name: {cfg.optimizer.name!r} is for engine 'zero'; with 'fused' use 'adamw8bit' and "
-                "fused.offload_optimizer 'cpu'"
+                f"optimizer.name: {cfg.optimizer.name!r} is for engine 'zero'; with 'fused' use "
+                f"{smallest_fused()!r} and fused.offload_optimizer 'cpu'"
             )
         if cfg.zero.stage > 1 or cfg.zero.offload_optimizer != "none" or cfg.zero.grad_accum_dtype != "auto":
             raise UserError("zero: its settings do not apply to engine 'fused'; drop them, or use engine 'zero'")
@@ -94,12 +95,12 @@ class FusedSpec(EngineSpec):
         return () if cfg.fused.offload_optimizer != "none" else [("fused.offload_optimizer", "cpu")]
 
     def instead(self, cfg: Config, world_size: int) -> Sequence[tuple[str, Any]]:
-        """On one rank, with moments in 8 bits."""
+        """On one rank, with the smallest moments."""
         if world_size != 1:
             return ()
         fields: list[tuple[str, Any]] = [("engine", "fused")]
         fields += [("zero.stage", 1)] if cfg.zero.stage > 1 else []
-        fields += [("optimizer.name", "adamw8bit")] if cfg.optimizer_spec.fused_bits != 8 else []
+        fields += [("optimizer.name", smallest_fused())] if cfg.optimizer.name != smallest_fused() else []
         return fields
 
 

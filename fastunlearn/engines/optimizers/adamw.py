@@ -16,6 +16,7 @@ class AdamW(OptimizerSpec):
     """Facts and construction."""
 
     name = "adamw"
+    has_second_moment = True
     fused_bits = 32
     smaller = "adamw8bit"
     temporary_bytes = 2 * FP32  # AdamW makes two temporaries as large as the group

@@ -23,6 +23,7 @@ class AdamW8bit(OptimizerSpec):
 
     name = "adamw8bit"
     package = "bitsandbytes"
+    has_second_moment = True
     fused_bits: int | None = 8
     offload_refusal = (
         "zero.offload_optimizer: 'cpu' would step 8-bit state on the CPU, where bitsandbytes has no fast path; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from fastunlearn.registry import OPTIMIZERS
 from fastunlearn.schema.sections import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class OptimizerSpec:
     """Bits of the fused engine's moments under this name; None: that engine has no such optimizer."""
     offload_refusal: str | None = None
     """Why DeepSpeed's offload of the optimizer does not go with it; None: it does."""
+    has_second_moment: bool = False
+    """Whether it keeps one for each element, by which surgery.metric 'optimizer' weighs."""
     smaller: str | None = None
     """An optimizer that does the same with less memory, to be advised."""
     temporary_bytes: int = 0
@@ -46,8 +49,7 @@ class OptimizerSpec:
     def second_moment(self, state: dict[str, Any]) -> Tensor:
         """AdamW's second moment in fp32, from the optimizer's state of one tensor.
 
-        Raises:
-            KeyError: the optimizer has none.
+        Only asked of one that has it.
         """
         return state["exp_avg_sq"]
 
@@ -55,6 +57,17 @@ class OptimizerSpec:
         """(on the device, paged to the host) for one tensor that it steps, of a group with ``bits``. ``sharded``:
         whether the tensor is a flat partition, for which ``after_sharding`` has been called."""
         raise NotImplementedError
+
+
+def smallest_fused() -> str:
+    """The optimizer whose moments are smallest under the fused engine."""
+    bits = {name: spec.fused_bits for name, spec in OPTIMIZERS.items() if spec.fused_bits is not None}
+    return min(bits, key=bits.__getitem__)
+
+
+def offloadable() -> str:
+    """The first optimizer that DeepSpeed can step on the host."""
+    return next(name for name, spec in OPTIMIZERS.items() if spec.offload_refusal is None)
 
 
 def adam_options(config: OptimizerConfig, learning_rate: float) -> dict[str, Any]:

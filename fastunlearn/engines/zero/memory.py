@@ -13,10 +13,11 @@ from fastunlearn.config import Config
 from fastunlearn.denoisers.teacher import teacher_rows
 from fastunlearn.engines.zero.partition import rank_partitions
 from fastunlearn.gradients.buffer import stored_nbytes
+from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn.utils.memory_rows import AFTER_RETAIN, ALWAYS, FP32, PHASES, Row, Sizes, peak
 
+PLAIN_REDUCTION = 500_000_000  # elements that stage 0 copies, whatever zero.reduce_bucket_size is: DeepSpeed's own
 LIVE_PARAMETERS = 10**9  # and gathers at most so many at a time
-PLAIN_REDUCTION = 500_000_000  # elements that stage 0 copies for a reduction
 
 
 class ZeroMemory:
@@ -27,7 +28,7 @@ class ZeroMemory:
         self.stage = cfg.zero_stage
         self.parts = rank_partitions(sizes, self.stage, world, rank)
         self.offload = cfg.zero.offload_optimizer != "none"
-        self.compute = 2 if cfg.bf16_weights else FP32
+        self.compute = DTYPES[cfg.weight_dtype].itemsize
         self.accumulate = FP32 if cfg.zero.grad_accum_dtype == "fp32" else self.compute
         self.owned = sum(part.numel for part in self.parts)
         self.exact = sum(sum(part.pieces) for part in self.parts)
@@ -41,7 +42,7 @@ class ZeroMemory:
         return [row for row in found if row.device or row.host]
 
     def _weights(self) -> list[Row]:
-        size, kind = self.compute, "bf16" if self.compute == 2 else "fp32"
+        size, kind = self.compute, self.cfg.weight_dtype
         total = self.sizes.total
         weights = self._sharded_weights() * size
         masters = self.owned * FP32 if self.stage > 0 else 0  # a copy, even of weights that are fp32 themselves
@@ -183,11 +184,11 @@ class ZeroMemory:
         return rows
 
     def _update(self) -> list[Row]:
-        """The optimizer steps one part after the other, and AdamW makes two temporaries as large as the part."""
+        """The optimizer steps one part after the other, with temporaries as large as the part."""
         largest = max(part.numel for part in self.parts)
         temporaries = self.cfg.optimizer_spec.temporary_bytes * largest
         if self.offload or self.stage == 0:
-            return [self._placed("AdamW's temporaries", temporaries, ("update",))]
+            return [self._placed("the optimizer's temporaries", temporaries, ("update",))]
         if self.compact:
             gradient, making = 0, 0
         else:
@@ -209,7 +210,7 @@ def gradients_of_one_pass(cfg: Config, sizes: Sizes, world: int) -> int:
     next_batch = cfg.zero_stage == 2 and world == 1 and several and cfg.zero.offload_optimizer == "none"
     if not (next_batch or (whole and not several)):
         return 0
-    return sum(sizes.trained) * (2 if cfg.bf16_weights else FP32)
+    return sum(sizes.trained) * DTYPES[cfg.weight_dtype].itemsize
 
 
 def rows_of_the_largest_rank(cfg: Config, sizes: Sizes, world: int) -> list[Row]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastunlearn.engines.base import Engine, EngineSpec
+from fastunlearn.engines.optimizers.base import offloadable
 from fastunlearn.errors import UserError
 from fastunlearn.schema.fields import ConfigModel, Offload, PositiveInt
 
@@ -25,11 +26,11 @@ class ZeroConfig(ConfigModel):
     stage: Literal[0, 1, 2, 3] = 1
     """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
     offload_optimizer: Offload = "none"
-    """Keep the optimizer state in host memory; needs stage 1 or more and optimizer.name "adamw"."""
+    """Keep the optimizer state in host memory; needs stage 1 or more, and an optimizer that runs there."""
     reduce_bucket_size: PositiveInt = 500_000_000
     """Elements that are reduced at a time."""
     grad_accum_dtype: Literal["auto", "fp32"] = "auto"
-    """In which type gradients are accumulated; auto: that of the computation. fp32 with bf16 needs stage 2 or 3."""
+    """The type in which gradients are accumulated; auto: that of the computation. fp32 with bf16 needs stage 2 or 3."""
     overlap_comm: bool = False
     """Reduce gradients while the backward pass still runs; needs a second bucket."""
 
@@ -94,12 +95,13 @@ class ZeroSpec(EngineSpec):
             raise UserError(cfg.optimizer_spec.offload_refusal)
 
     def offload(self, cfg: Config) -> Sequence[tuple[str, Any]]:
-        """Only torch's AdamW can be stepped on the host."""
+        """With an optimizer that can be stepped on the host."""
         if cfg.zero.offload_optimizer != "none":
             return ()
         fields: list[tuple[str, Any]] = [("zero.offload_optimizer", "cpu")]
         fields += [("zero.stage", 1)] if cfg.zero.stage == 0 else []
-        fields += [("optimizer.name", "adamw")] if cfg.optimizer_spec.offload_refusal is not None else []
+        if cfg.optimizer_spec.offload_refusal is not None:
+            fields.append(("optimizer.name", offloadable()))
         return fields
 
     def more_ranks(self, cfg: Config, world_size: int) -> Sequence[tuple[int, int]]:

@@ -18,7 +18,7 @@ class Weights(Attack):
 
     @abstractmethod
     def names(self, unet: nn.Module) -> Sequence[str]:
-        """Which."""
+        """The names of the trained tensors."""
 
     @contextmanager
     def edit(self, target: Target) -> Iterator[Edit]:

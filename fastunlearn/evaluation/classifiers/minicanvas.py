@@ -22,7 +22,7 @@ OBJECT_NAMES = (*OBJECTS, "other")  # the object head has one class for everythi
 
 
 class MiniCanvasClassifier(Classifier):
-    """Facts, and the grid."""
+    """What the classifier says of itself, and its grid."""
 
     title = "the embedded classifier"
     limits = "The classifier knows 10 objects and 8 styles; damage outside them goes unseen."

@@ -40,7 +40,7 @@ from fastunlearn.models.loading import Pipeline, load_pipeline, load_unet, resol
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.registry import ATTACKS
 from fastunlearn.sampling.image_pool import LatentPool, encode_images
-from fastunlearn.utils.run_folder import UNET
+from fastunlearn.utils.run_folder import CONFIG, UNET
 
 Point = dict[str, float | None]
 
@@ -166,7 +166,7 @@ def _attacked(
     for seed in settings.seeds:
         points = [start, *_one_attack(loaded, attacking, held_out, seed, f"{name}, seed {seed}")]
         runs.append(_run(seed, settings.steps, points, original["recognised"]))
-    method = load_config(str(folder / "config.toml"), []).method
+    method = load_config(str(folder / CONFIG), []).method
     return {"name": folder.resolve().name, "method": method, "runs": runs, "summary": _summary(runs)}
 
 

@@ -22,6 +22,7 @@ from fastunlearn.minicanvas.vocabulary import (
     TEMPLATES,
     article,
 )
+from fastunlearn.utils.text import names_style
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
@@ -76,7 +77,7 @@ def other_prompts(data: str, cfg: Config, concepts: Sequence[Erased] | None) -> 
         return [text for text in BENIGN if not _names_erased(cfg, text)]
     if not cfg.keep:
         raise UserError("--data: 'related' needs kept concepts, and this run names none in keep; use 'benign'")
-    styles = {name: "style" if name.lower().endswith(" style") else "object" for name in cfg.keep}
+    styles = {name: "style" if names_style(name) else "object" for name in cfg.keep}
     return [text for name, kind in styles.items() for text in _worded(name, kind)]
 
 

@@ -21,7 +21,8 @@ from fastunlearn.models.checks import check_model
 from fastunlearn.models.loading import resolve_model
 from fastunlearn.prompts.captions import read_captions
 from fastunlearn.registry import ATTACKS
-from fastunlearn.utils.run_folder import check_results
+from fastunlearn.utils.run_folder import CONFIG, check_results
+from fastunlearn.utils.text import without_style
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Task:
         """The words that textual inversion learns."""
         if self.concepts is not None:
             return [concept.name for concept in self.concepts]
-        return [concept.name.removesuffix(" style") for concept in self.cfg.concepts]
+        return [without_style(concept.name) for concept in self.cfg.concepts]
 
 
 def check(output_dir: str | Path, settings: Settings, baseline: str | Path | None = None) -> Task:
@@ -57,7 +58,7 @@ def check(output_dir: str | Path, settings: Settings, baseline: str | Path | Non
     """
     folder = Path(output_dir)
     check_results(folder)
-    cfg = load_config(str(folder / "config.toml"), [])
+    cfg = load_config(str(folder / CONFIG), [])
     check_model(cfg)
     folders = {"model": folder}
     if baseline is not None:
@@ -84,7 +85,7 @@ def _check_baseline(cfg: Config, folder: Path) -> None:
         check_results(folder)
     except UserError as error:
         raise UserError(str(error).replace("--model", "--baseline", 1)) from None
-    other = load_config(str(folder / "config.toml"), [])
+    other = load_config(str(folder / CONFIG), [])
     ours, theirs = (
         (run.model.pretrained_model_name_or_path, sorted(concept.name for concept in run.concepts))
         for run in (cfg, other)
