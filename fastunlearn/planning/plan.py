@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.config.run_prompts import folder_captions, meta_texts, preserve_prompts, retain_prompts
 from fastunlearn.denoisers.predictors import Evaluations
@@ -28,6 +26,7 @@ from fastunlearn.planning.unet_calls import count_evaluations, pools
 from fastunlearn.prompts.variants import build_prompt_table
 from fastunlearn.schema.attention_rules import UNFUSED
 from fastunlearn.schema.meta import meta_weights, set_weights
+from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn.utils.memory_rows import Row, Sizes, peak, totals
 from fastunlearn.utils.text import GIB
 
@@ -121,13 +120,13 @@ def _latents_and_text(cfg: Config, model: ModelDescription) -> list[Row]:
     pictures += pools(cfg) * cfg.retain.num_images + pool_sizes(cfg)[0] + len(captions)
     others = [*meta_texts(cfg), *captions]
     texts = len(build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others).texts)
-    width = 2 if cfg.bf16_weights else 4
+    width = DTYPES[cfg.weight_dtype].itemsize
     embeddings = texts * model.tokens * model.text_width * width
     latents = pictures * math.prod(latent) * 4
     rows = [Row("prompt embeddings and latents", embeddings + latents)]
     if cfg.model.cache_prompt_keys:
         widths = sum(layer.weight.shape[0] for layer in text_projections(build_unet(model.config)))
-        computed = 2 if cfg.model.mixed_precision == "bf16" else 4
+        computed = DTYPES[cfg.compute_dtype].itemsize
         rows.append(Row("keys and values of the prompts", texts * model.tokens * widths * computed))
     if cfg.teacher.storage == "cached":
         indices = len({(step.concept, step.index) for step in build_method(cfg).table()})
@@ -184,7 +183,7 @@ def _windows(cfg: Config, model: ModelDescription, scope: str, gradients: int) -
 
 def _activations(cfg: Config, model: ModelDescription, scope: str, rows: int) -> Activations:
     shape = Shape(
-        latent_side(cfg, model), model.tokens, torch.bfloat16 if cfg.bf16_weights else torch.float32, cfg.autocast,
+        latent_side(cfg, model), model.tokens, DTYPES[cfg.weight_dtype], cfg.autocast,
         cfg.model.gradient_checkpointing, cfg.model.attention in UNFUSED,
     )  # fmt: skip
     return measure(model.unet, scope, rows, shape)
