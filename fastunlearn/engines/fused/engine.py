@@ -242,10 +242,11 @@ class FusedEngine(Engine):
         if self._capturing is None:
             self._update(layer, gradients)
         else:
-            buffer = layer.kept if self._capturing == "retain" else layer.meta
             if self._capturing == "retain":
+                buffer = layer.kept
                 buffer.store(gradients)
             else:
+                buffer = layer.meta
                 buffer.add(gradients)
             assert buffer.finite is not None
             self._note_broken(1.0 - buffer.finite.float())
