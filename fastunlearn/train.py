@@ -54,11 +54,9 @@ def gpu_present() -> bool:
 def run(cfg: Config, world_size: int) -> None:
     """Join the other ranks and train. Imports torch, so it comes after every check that needs neither."""
     prepare_environment(cfg.train.cpu_threads)
-    from fastunlearn.training.checkpoint import check_resumable, find_checkpoint
+    from fastunlearn.training.resuming import find_checkpoint
 
-    resume = find_checkpoint(cfg)
-    if resume is not None:
-        check_resumable(resume, cfg, world_size)
+    resume = find_checkpoint(cfg, world_size, is_main())
     if is_main():
         from fastunlearn.training.memory_check import check_memory
 
@@ -67,7 +65,7 @@ def run(cfg: Config, world_size: int) -> None:
     from fastunlearn.utils.distributed import disconnect, init_distributed, single_process
 
     world = init_distributed() if cfg.trains else single_process()
-    train(cfg, world)
+    train(cfg, world, resume)
     disconnect()
 
 

@@ -70,7 +70,11 @@ MAX_MODULES = 10  # of one package, its sub-packages apart
 
 # Foreign library -> the only files that import it.
 ONE_FILE_KNOWS = {
-    "deepspeed": {"fastunlearn/engines/zero/engine.py", "fastunlearn/utils/distributed.py"},
+    "deepspeed": {
+        "fastunlearn/engines/zero/engine.py",
+        "fastunlearn/engines/zero/checkpoint_files.py",
+        "fastunlearn/utils/distributed.py",
+    },
     "bitsandbytes": {"fastunlearn/engines/optimizers"},
     "xformers": {"fastunlearn/acceleration/attention.py"},
 }

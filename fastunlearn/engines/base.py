@@ -181,14 +181,18 @@ class Engine(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimizer. Collective."""
+        """Write this rank's part of weights and optimizer. Collective; every rank comes back from it.
+
+        Raises:
+            UserError: this rank could not write its part.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Restore what ``save`` wrote. Collective.
+        """Restore what ``save`` wrote, from files of which nothing may be executed. Collective.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            Exception: of any kind, where the files do not hold such a state; the caller says so.
         """
 
     def state_dict(self) -> dict[str, Any]:

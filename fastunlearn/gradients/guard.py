@@ -40,6 +40,14 @@ class FiniteGuard:
             )
         return False
 
+    def state_dict(self) -> dict[str, int]:
+        """The counts, so that a run that goes on stops where it would have stopped."""
+        return {"in_a_row": self.in_a_row, "skipped": self.skipped, "applied": self.applied}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue them."""
+        self.in_a_row, self.skipped, self.applied = (int(state[name]) for name in ("in_a_row", "skipped", "applied"))
+
     def check_end(self) -> None:
         """Refuse the result of a run that was too short for the limit and has changed nothing.
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,6 +63,9 @@ class Recorder:
         self._map_path = Path(cfg.output_dir) / SURGERY_LOG
         self._clock = time.perf_counter()
         self._not_finite_since: int | None = None
+        self._held: dict[Path, str] = {}
+        """Lines that the disk did not take yet."""
+        self._warned = False
         self._writer = None
         if not world.is_main:
             return
@@ -138,7 +144,8 @@ class Recorder:
         if self._world.is_main:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
         if self._not_finite_since is not None:
             raise _diverged(self._not_finite_since)
 
@@ -155,21 +162,32 @@ class Recorder:
             raise _diverged(entry["update"])
 
     def _append(self, path: Path, entries: list[dict[str, Any]]) -> None:
+        """Add lines to a log; what a full disk does not take waits for the next time."""
+        lines = self._held.pop(path, "") + "".join(json.dumps(entry) + "\n" for entry in entries)
+        size = path.stat().st_size if path.exists() else 0
         try:
             with path.open("a", encoding="utf-8") as log:
-                log.writelines(json.dumps(entry) + "\n" for entry in entries)
+                log.write(lines)
         except OSError as error:
-            raise UserError(
-                f"output_dir: cannot write {path} ({error.strerror}); free some space and resume"
-            ) from error
+            self._held[path] = lines
+            with suppress(OSError):
+                os.truncate(path, size)  # no half a line
+            if not self._warned:
+                tqdm.write(f"warning: {path} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+            self._warned = True
 
     def _show(self, entries: list[dict[str, Any]]) -> None:
         self._bar.set_postfix(loss=f"{entries[-1]['loss']:.4g}")
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             for entry in entries:
                 for name in CURVES:
                     if entry.get(name) is not None:
                         self._writer.add_scalar(f"train/{name}", entry[name], entry["update"])
+        except OSError as error:
+            self._writer = None
+            tqdm.write(f"warning: no more TensorBoard curves ({error.strerror or error})", file=sys.stderr)
 
 
 def _surgery_figures(figures: SurgeryStats | None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from fastunlearn.sampling.factory import build_sampler
 from fastunlearn.sampling.image_pool import encode_folder, generate_pool
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import RetainSource, anchor_prompts, build_source
-from fastunlearn.training.checkpoint import Position, Stateful, find_checkpoint, load_checkpoint
+from fastunlearn.training.checkpoint import Position, Stateful, load_checkpoint
 from fastunlearn.utils.distributed import World
 from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn_kernels.common.backend import describe
@@ -68,7 +68,7 @@ class Run:
         """What else carries state from one update to the next."""
         found: dict[str, Stateful | None] = {
             "models": self.models, "rollout": self.rollout, "method": self.method,
-            "surgery": self.engine, "retain": self.retain, "ema": self.ema,
+            "surgery": self.engine, "retain": self.retain, "ema": self.ema, "guard": self.engine.guard,
             "attack": None if self.meta is None else self.meta.attack,
         }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
@@ -82,11 +82,10 @@ class Run:
         return replace(trained, edited=self.edited)
 
 
-def prepare(cfg: Config, world: World) -> Run:
+def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     """Load the model, embed all prompts once, free what training does not need, shard the rest, resume if asked."""
     check_attention(cfg.model.attention, world.device, DTYPES[cfg.compute_dtype])
     method = build_method(cfg)
-    resume = find_checkpoint(cfg)
     stored = stored_dtype(cfg.model) if cfg.bf16_weights else None  # loses nothing, and SDXL in fp32 takes 10 GB
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
     folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import Tensor
 
@@ -26,11 +27,14 @@ from fastunlearn.training.setup import Run, edit, prepare
 from fastunlearn.utils.distributed import World, all_reduce_counts
 
 
-def train(cfg: Config, world: World) -> None:
-    """Erase the concepts of ``cfg`` and leave the results in ``cfg.output_dir``. Every rank calls it."""
+def train(cfg: Config, world: World, resume: Path | None = None) -> None:
+    """Erase the concepts of ``cfg`` and leave the results in ``cfg.output_dir``. Every rank calls it.
+
+    ``resume``: the checkpoint to go on from.
+    """
     if not cfg.trains:
         return edit_only(cfg, world)
-    run = prepare(cfg, world)
+    run = prepare(cfg, world, resume)
     if world.is_main:
         start_output(cfg, resumed=run.position.update > 0)
     update_loop(run)

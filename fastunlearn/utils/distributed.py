@@ -12,10 +12,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastunlearn.errors import UserError
+
+T = TypeVar("T")
 BUILD_LOCK_SECONDS = 300  # the build takes well under a minute
 
 
@@ -99,6 +103,30 @@ def all_reduce_counts(counts: Mapping[str, int], world: World) -> dict[str, int]
     """The same counters over all ranks."""
     table = torch.tensor(list(counts.values()), dtype=torch.int64, device=world.device)
     return dict(zip(counts, sum_over_ranks(table).tolist(), strict=True))
+
+
+def gather_from_ranks(value: T) -> list[T]:
+    """Each rank's value, in the order of ranks. Plain values only: they are pickled on the way."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What happens inside succeeds on every rank or on none. Collective; the block itself should not be.
+
+    Raises:
+        UserError: on all ranks, the first that one of them raised.
+    """
+    failure: str | None = None
+    try:
+        yield
+    except UserError as error:
+        failure = str(error)
+    failed = [text for text in gather_from_ranks(failure) if text is not None]
+    if failed:
+        raise UserError(failed[0])
 
 
 @contextlib.contextmanager

@@ -12,9 +12,11 @@ import errno
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -49,15 +51,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written. ``path`` is then as it was.
     """
-    target, partial = Path(path), _sibling(path, "partial")
-    with _write_errors(target):
+    target, partial = Path(path), sibling(path, "partial")
+    with write_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             _flush(partial)
             os.replace(partial, target)
         except BaseException:
-            _remove(partial)
+            remove(partial)
             raise
 
 
@@ -70,20 +72,34 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be written. ``path`` is then as it was.
     """
-    target, partial, previous = Path(path), _sibling(path, "partial"), _sibling(path, "previous")
-    with _write_errors(target):
+    target, partial = Path(path), sibling(path, "partial")
+    with write_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _recover(target, previous)
-            _remove(partial)
+            recover(target)
+            remove(partial)
             partial.mkdir()
             yield partial
-            for file in partial.rglob("*"):
-                _flush(file)
-            _swap(partial, target, previous)
+            flush_folder(partial)
+            swap(partial, target)
         except BaseException:
-            _remove(partial)
+            remove(partial)
             raise
+
+
+def save_tensors(state: Any, path: Path) -> None:
+    """``torch.save`` that tells when the disk took less than all of it; the file stands under its name at once.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    import torch
+
+    with write_errors(path):
+        torch.save(state, path)
+        _flush(path)
+        if not zipfile.is_zipfile(path):  # torch ignores what the system says when it closes the file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def cache_folder() -> Path:
@@ -91,16 +107,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastunlearn"
 
 
-def _swap(partial: Path, target: Path, previous: Path) -> None:
+def swap(partial: Path, target: Path) -> None:
     """Give ``partial`` the name ``target``. Where the kernel can exchange two names, no moment is without a target."""
+    previous = sibling(target, "previous")
     if not target.exists():
         os.replace(partial, target)
     elif _exchange(partial, target):
-        _remove(partial)
+        remove(partial)
     else:  # a file system without exchange: a kill between the two renames is repaired by _recover
         os.replace(target, previous)
         os.replace(partial, target)
-        _remove(previous)
+        remove(previous)
 
 
 def _exchange(left: Path, right: Path) -> bool:
@@ -112,19 +129,26 @@ def _exchange(left: Path, right: Path) -> bool:
     return rename(AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right), RENAME_EXCHANGE) == 0
 
 
-def _recover(target: Path, previous: Path) -> None:
+def recover(target: Path) -> None:
     """Undo a swap that was killed between its two renames, and drop what a finished one left."""
+    previous = sibling(target, "previous")
     if previous.exists():
         if target.exists():
-            _remove(previous)
+            remove(previous)
         else:
             os.replace(previous, target)
 
 
-def _sibling(path: str | os.PathLike[str], suffix: str) -> Path:
+def sibling(path: str | os.PathLike[str], suffix: str) -> Path:
     """``folder/name`` -> ``folder/.name.suffix``: a fixed name, so that leftovers of a kill do not pile up."""
     target = Path(path)
     return target.with_name(f".{target.name}.{suffix}")
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring every file of a folder to the disk."""
+    for file in folder.rglob("*"):
+        _flush(file)
 
 
 def _flush(path: Path) -> None:
@@ -134,7 +158,8 @@ def _flush(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder, as far as the system lets us; what a link points to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -143,7 +168,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _write_errors(target: Path) -> Iterator[None]:
+def write_errors(target: Path) -> Iterator[None]:
     """Turn failures to write ``target`` into a UserError; other errors of the block pass unchanged."""
     try:
         yield
@@ -163,7 +188,7 @@ def _write_errors(target: Path) -> Iterator[None]:
 
 def _write_failure(text: str) -> int | None:
     """The system's error number behind a message of safetensors or torch.save, None if it is about something else."""
-    if "inline_container" in text:  # torch.save's archive; it does not say why the bytes were not taken
+    if "inline_container" in text or "iostream" in text:  # torch.save, which does not say why no bytes were taken
         return errno.ENOSPC
     found = re.search(r"(?:os error|code:) (\d+)", text)
     return int(found[1]) if found and int(found[1]) in REMEDIES else None

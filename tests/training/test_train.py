@@ -19,6 +19,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from checkpoints import change_state, sign
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
@@ -239,16 +240,16 @@ def test_a_checkpoint_of_another_run_or_world_is_refused(finished: Path, tmp_pat
     state_file = finished / "checkpoint-6" / "state.json"
     original = state_file.read_text()
     before = sorted(path.name for path in finished.iterdir())
+    latest = ("--resume_from_checkpoint", "latest")
     try:
-        one_line_refusal(run(finished, "--resume_from_checkpoint", "latest", "--learning_rate", "1e-4"), "train")
-        state_file.write_text(json.dumps(json.loads(original) | {"world_size": 2}))
-        one_line_refusal(
-            run(finished, "--resume_from_checkpoint", "latest", "--use_8bit_adam"), "2 rank", "--num_gpus 2"
-        )
+        one_line_refusal(run(finished, *latest, "--learning_rate", "1e-4"), "train.learning_rate", "0.001", "0.0001")
+        change_state(state_file.parent, world_size=2)
+        one_line_refusal(run(finished, *latest, "--use_8bit_adam"), "2 rank", "--num_gpus 2")
         state_file.write_text("{")
-        one_line_refusal(run(finished, "--resume_from_checkpoint", "latest"), "state.json")
+        one_line_refusal(run(finished, "--resume_from_checkpoint", "checkpoint-6"), "checkpoint-6", "state.json")
     finally:
         state_file.write_text(original)
+        sign(state_file.parent)
     assert sorted(path.name for path in finished.iterdir()) == before
 
 

@@ -69,9 +69,9 @@ from fastunlearn.utils import files
 stage, target = sys.argv[1], Path(sys.argv[2])
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if stage == "before-swap":
-    files._swap = die
+    files.swap = die
 elif stage == "after-exchange":
-    files._remove = lambda path: die() if path.name.endswith("partial") and target.joinpath("new").exists() else None
+    files.remove = lambda path: die() if path.name.endswith("partial") and target.joinpath("new").exists() else None
 elif stage == "between-renames":
     files._exchange = lambda *_: False
     rename = os.replace

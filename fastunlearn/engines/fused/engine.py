@@ -28,7 +28,6 @@ from fastunlearn.config import Config, student_updates
 from fastunlearn.engines.base import Applied, Engine, ExportedWeights
 from fastunlearn.engines.fused.memory import retain_dtype
 from fastunlearn.engines.fused.moments import HostMoments, fused_optimizer
-from fastunlearn.errors import UserError
 from fastunlearn.gradients.buffer import GradientBuffer
 from fastunlearn.gradients.guard import FiniteGuard
 from fastunlearn.gradients.shard import GradientKind
@@ -36,6 +35,7 @@ from fastunlearn.gradients.stats import SurgeryStats
 from fastunlearn.gradients.transforms import Add, Clip, Project, clip_scale
 from fastunlearn.models.parameter_names import layer_of
 from fastunlearn.utils.distributed import World
+from fastunlearn.utils.files import save_tensors
 from fastunlearn_kernels import Quantized, SurgeryPlan, surgery_apply, surgery_dots
 from fastunlearn_kernels.gradients.segments import per_tensor
 
@@ -181,7 +181,11 @@ class FusedEngine(Engine):
         return ExportedWeights(weights, rounded=self.cfg.bf16_weights)
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer state and what else the next update needs."""
+        """Write weights, optimizer state and what else the next update needs.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         state = {
             "weights": {name: p.detach().cpu() for name, p in self.named.items()},
             "optimizers": [layer.optimizer.state_dict() for layer in self._layers],
@@ -189,22 +193,17 @@ class FusedEngine(Engine):
             "updates": self._schedule.last_epoch,
             "norm": None if self._norm is None else self._norm.cpu(),
         }
-        torch.save(state, folder / STATE_FILE)
+        save_tensors(state, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Restore what ``save`` wrote.
-
-        Raises:
-            UserError: the checkpoint cannot be read.
-        """
-        try:
-            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            reason = str(error)[:120]
-            raise UserError(f"resume_from_checkpoint: {folder} cannot be read ({reason}); use another one") from error
+        """Restore what ``save`` wrote."""
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self.named.items():
-                parameter.copy_(state["weights"][name])
+                weight = state["weights"][name]
+                if weight.shape != parameter.shape:
+                    raise ValueError(f"{name} has another shape")
+                parameter.copy_(weight)
         for layer, optimizer, kept in zip(self._layers, state["optimizers"], state["kept"], strict=True):
             layer.optimizer.load_state_dict(optimizer)
             if layer.moments is not None:

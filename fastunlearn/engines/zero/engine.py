@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastunlearn.config import Config, student_updates
 from fastunlearn.engines.base import Applied, Engine, ExportedWeights
 from fastunlearn.engines.optimizers import groups as grouping
+from fastunlearn.engines.zero.checkpoint_files import CheckpointFiles
 from fastunlearn.engines.zero.deepspeed_config import deepspeed_config
 from fastunlearn.engines.zero.shards import GradientShards
-from fastunlearn.errors import UserError
 from fastunlearn.gradients.guard import FiniteGuard
 from fastunlearn.gradients.shard import GradientKind
 from fastunlearn.gradients.transforms import build_transforms
@@ -56,6 +56,9 @@ class ZeroEngine(Engine):
             self.engine, *_ = deepspeed.initialize(
                 model=unet, optimizer=optimizer, lr_scheduler=schedule, config=self._settings(cfg, world)
             )
+        self._files = CheckpointFiles()
+        self.engine.checkpoint_engine = self._files
+        self.engine._copy_recovery_script = lambda folder: None  # programs that unpickle; and they need disk, too
         if self.stage > 0:
             cfg.optimizer_spec.after_sharding(self._flat_groups(), groups)
         offloaded = cfg.zero.offload_optimizer != "none"
@@ -131,26 +134,23 @@ class ZeroEngine(Engine):
         return ExportedWeights(weights)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of the optimizer and the trained weights. Collective."""
+        """Write this rank's part of the optimizer and the trained weights. Collective.
+
+        Raises:
+            UserError: this rank could not write all of it.
+        """
         with library_chatter():
             self.engine.save_checkpoint(
                 str(folder), tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=True
             )
+        self._files.raise_failure()
 
     def load(self, folder: Path) -> None:
-        """Restore what ``save`` wrote, at the same stage and world size. Collective.
-
-        Raises:
-            UserError: the checkpoint cannot be read.
-        """
-        try:
-            with library_chatter():
-                path, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG, load_module_strict=False)
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError) as error:
-            reason = str(error)[:120]
-            raise UserError(f"resume_from_checkpoint: {folder} cannot be read ({reason}); use another one") from error
+        """Restore what ``save`` wrote, at the same stage and world size. Collective."""
+        with library_chatter():
+            path, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG, load_module_strict=False)
         if path is None:
-            raise UserError(f"resume_from_checkpoint: {folder} holds no DeepSpeed state; use another checkpoint")
+            raise ValueError("no DeepSpeed state")
 
     def state_dict(self) -> dict[str, Any]:
         """Of the stored gradients, what outlives an update."""
