@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastunlearn.evaluation.evaluate import evaluate_model, evaluate_pair, why_not_evaluated
+    from fastunlearn.evaluation.evaluate import NotRecognised, evaluate_model, evaluate_pair, why_not_evaluated
 
-__all__ = ["evaluate_model", "evaluate_pair", "why_not_evaluated"]
+__all__ = ["NotRecognised", "evaluate_model", "evaluate_pair", "why_not_evaluated"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.classifiers.base import Label, LoadedClassifier, choose_classifier
 from fastunlearn.evaluation.label_cache import remembered
-from fastunlearn.evaluation.metrics.scores import score
+from fastunlearn.evaluation.metrics.scores import score, unrecognised
 from fastunlearn.evaluation.pictures.drawing import generate
 from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.models.loading import Pipeline, load_pipeline, resolve_model
@@ -22,6 +22,10 @@ from fastunlearn.utils.run_folder import CONFIG, UNET, check_results
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
+
+
+class NotRecognised(UserError):
+    """The classifier does not see what the unedited model was asked to draw."""
 
 
 def why_not_evaluated(cfg: Config) -> str | None:
@@ -44,6 +48,7 @@ def evaluate_pair(
 
     Raises:
         UserError: no classifier knows the concepts or the model, or a model cannot be loaded.
+        NotRecognised: it knows them by name, but does not see them in the unedited model's pictures.
     """
     chosen = choose_classifier(cfg)
     reason = chosen.why_not(cfg)
@@ -62,6 +67,9 @@ def evaluate_pair(
         base = resolve_model(str(base_path))
         seen = remembered(base, None, classifier, grid, device, lambda: classifier.look(draw_base()))
         before = _figures_of_labels(cfg, grid, seen, None)
+    unseen = unrecognised(before)
+    if unseen is not None:
+        raise NotRecognised(f"evaluation: {chosen.title} {unseen}; look at samples/before_after.png instead")
     after = None
     if unet_dir is not None:
         edited = load_pipeline(base_path, unet_path=unet_dir).to(device)

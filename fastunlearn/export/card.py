@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.classifiers.base import choose_classifier
 from fastunlearn.evaluation.metrics.scores import clear_difference
+from fastunlearn.export.outcome import erased_names, finding, title
 from fastunlearn.models.formats.headers import is_hub_id
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.registry import FORMATS, METRICS
@@ -28,19 +29,18 @@ def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None
     """Write the card of a run to ``path``.
 
     Args:
-        metrics: what metrics.json holds; ``evaluation`` may be missing or None.
+        metrics: what metrics.json holds; ``evaluation`` may be missing or None, ``not_evaluated`` says why.
 
     Raises:
         UserError: the file cannot be written.
     """
     evaluation = metrics.get("evaluation") or {}
-    erased = ", ".join(concept.name for concept in cfg.concepts)
     sections = [
         _front_matter(cfg),
-        f"# {cfg.model.pretrained_model_name_or_path} without {erased}",
-        f"A U-Net from which *{erased}* was erased with {cfg.method_spec.card_title}, "
-        f"{'trained' if cfg.trains else 'edited'} by fastunlearn. "
-        "Text encoders, VAE and scheduler are those of the base model.",
+        f"# {title(cfg.model.pretrained_model_name_or_path, cfg, metrics)}",
+        f"**{finding(cfg, metrics)}**",
+        f"A U-Net {'trained' if cfg.trains else 'edited'} by fastunlearn with {cfg.method_spec.card_title}, to erase "
+        f"*{erased_names(cfg)}*. Text encoders, VAE and scheduler are those of the base model.",
         "![before and after](samples/before_after.png)",
         "## Use\n\n```python\n" + usage(cfg) + "```",
         "## Files\n\n" + "\n".join(f"* `{FORMATS[name].path}`: {FORMATS[name].title}" for name in cfg.export.formats),
@@ -155,9 +155,7 @@ def _figures(cfg: Config, evaluation: dict) -> str:
     """The table of figures, or why there is none."""
     before, after = evaluation.get("before"), evaluation.get("after")
     if not before or not after:
-        switched_off = cfg.evaluation.mode == "off"
-        reason = "it was switched off" if switched_off else "no classifier knows this model and these concepts"
-        return f"None were measured: {reason}. Look at `samples/before_after.png`, and measure before relying on it."
+        return "None were measured. Look at `samples/before_after.png`, and measure before relying on it."
     rows = []
     for name in cfg.evaluation.metrics:
         if before.get(name) is None or after.get(name) is None:

@@ -13,10 +13,12 @@ import torch
 
 from fastunlearn.config import Config
 from fastunlearn.engines.base import ExportedWeights
-from fastunlearn.evaluation import evaluate_pair, why_not_evaluated
+from fastunlearn.evaluation import NotRecognised, evaluate_pair, why_not_evaluated
 from fastunlearn.evaluation.metrics.scores import headlines
 from fastunlearn.export.card import write_card
+from fastunlearn.export.changes import compare
 from fastunlearn.export.formats.base import Export
+from fastunlearn.export.outcome import finding
 from fastunlearn.export.samples import before_after, choose_validation_rows
 from fastunlearn.export.surgery_map import draw_surgery_map
 from fastunlearn.export.traces import old_results
@@ -62,6 +64,7 @@ def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -
     base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
     weights = exported.restored(base.unet.state_dict())
     dtype = DTYPES.get(cfg.export.dtype) or stored
+    changes = compare(weights, base.unet.state_dict(), dtype)
     export = Export(cfg, folder, base, weights, dtype)
     for name in cfg.export.formats:
         FORMATS[name].write(export)
@@ -82,13 +85,23 @@ def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -
         progress=True,
     )
     draw_surgery_map(folder / SURGERY_LOG, folder / SAMPLES / "surgery.png")
-    metrics = collect_metrics(cfg, figures)
+    metrics = collect_metrics(cfg, figures) | {"changes": changes.as_json()}
     del base
-    if cfg.evaluation.mode == "auto" and why_not_evaluated(cfg) is None:
-        metrics["evaluation"] = evaluate_pair(cfg, cfg.model.pretrained_model_name_or_path, folder / UNET)
+    metrics |= _measured(cfg, folder)
     atomic_write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     write_card(cfg, metrics, folder / CARD)
-    print(_summary(folder, metrics))
+    print(_summary(cfg, folder, metrics))
+
+
+def _measured(cfg: Config, folder: Path) -> dict[str, Any]:
+    """What a classifier saw before and after, or why none was asked."""
+    reason = "it was switched off" if cfg.evaluation.mode == "off" else why_not_evaluated(cfg)
+    if reason is not None:
+        return {"not_evaluated": reason}
+    try:
+        return {"evaluation": evaluate_pair(cfg, cfg.model.pretrained_model_name_or_path, folder / UNET)}
+    except NotRecognised as error:
+        return {"not_evaluated": str(error).removeprefix("evaluation: ")}
 
 
 def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:
@@ -104,14 +117,16 @@ def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:
         "engine": cfg.engine if cfg.trains else None,
         "zero_stage": cfg.zero_stage,
         "evaluation": None,
+        "not_evaluated": None,
         "versions": installed_versions(),
         "device": torch.cuda.get_device_name(figures.device) if figures.device.type == "cuda" else "cpu",
     }
 
 
-def _summary(folder: Path, metrics: Mapping[str, Any]) -> str:
+def _summary(cfg: Config, folder: Path, metrics: Mapping[str, Any]) -> str:
     evaluations = metrics["unet_evaluations"]["total"]
     lines = [f"{metrics['updates']} updates, {evaluations} U-Net evaluations, {metrics['seconds']['total']:.0f} s"]
+    lines.append(finding(cfg, metrics))
     after = (metrics["evaluation"] or {}).get("after")
     if after:
         lines.append("  ".join(f"{name} {after[name]:.3f}" for name in headlines() if after.get(name) is not None))

@@ -217,7 +217,8 @@ def test_the_grid_is_a_part_of_the_evaluations() -> None:
 def test_a_full_evaluation_holds_the_relearning_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], judged: list[float]
 ) -> None:
-    run = write_run(tmp_path / "run")
+    enough = {"num_inference_steps": 6, "target_seeds": 1, "retain_seeds": 1}  # for the classifier to be believed
+    run = write_run(tmp_path / "run", evaluation=enough)
     judged += [1.0, 0.0, 0.5]
     short = Settings(steps=(0, 1), seeds=(0,), batch_size=2, num_images=2)
     monkeypatch.setattr(relearning, "relearn", lambda folder: relearn(folder, short, progress=False), raising=False)
@@ -226,6 +227,17 @@ def test_a_full_evaluation_holds_the_relearning_test(
     stored = json.loads((run / "evaluation.json").read_text())
     assert stored["relearn"]["runs"][0]["recognised"] == [0.0, 0.5] and "UA" in stored["after"]
     assert json.loads((run / "relearn.json").read_text()) == stored["relearn"]
+
+
+def test_a_classifier_that_does_not_see_the_concept_in_the_original_is_not_asked_again(
+    out: Path, judged: list[float]
+) -> None:
+    judged += [0.25, 0.0, 0.0]
+    short = Settings(steps=(0, 1), seeds=(0,), batch_size=2, num_images=2)
+    result = relearn(out, short, progress=False)
+    assert "of the unedited model's pictures" in result["why_not_judged"] and judged == [0.0, 0.0]
+    assert result["original"]["recognised"] is None and result["original"]["error"] > 0
+    assert result["runs"][0]["recognised"] is None and result["runs"][0]["steps_to_half"] is None
 
 
 # --- bad input: one line, status 2, and no weights are read ----------------------------------------------------------

@@ -387,6 +387,15 @@ def test_what_the_judge_cannot_know_is_refused(drawn: list[str], folder: Path, t
         evaluation.evaluate_pair(everything, folder, None)
 
 
+def test_a_model_that_draws_something_else_is_not_judged(
+    drawn: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the embedded model's sizes; what the classifier would say of its pictures is chance."""
+    monkeypatch.setattr(evaluation, "generate", lambda _, prompts, *__, **___: torch.zeros(len(prompts), 3, 1, 2))
+    with pytest.raises(evaluation.NotRecognised, match=r"the unedited model was asked to draw in \d+%"):
+        evaluation.evaluate_pair(config(), folder, tmp_path, progress=False)
+
+
 def finished_run(path: Path, folder: Path) -> Path:
     (path / "unet").mkdir(parents=True)
     (path / "config.toml").write_text(config(output=str(path)).to_toml())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,16 +296,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_exports_nothing(tmp_path: P
     assert not (out / "unet").exists()
 
 
+def test_a_run_that_changes_nothing_says_so_first(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(out, "--learning_rate", "1e-30", "--max_train_steps", "2")
+    said = "Nothing was erased: no weight differs from the base model's."
+    assert said in done.stdout, done.stderr
+    card = [line for line in (out / "README.md").read_text().splitlines() if line]
+    assert card[card.index("# minicanvas, unchanged") + 1] == f"**{said}**"
+    changes = json.loads((out / "metrics.json").read_text())["changes"]
+    assert changes["changed"] == 0 and changes["weights"] > 0
+
+
 def test_evaluate_measures_what_the_run_left(finished: Path, tmp_path: Path) -> None:
+    measured = tmp_path / "measured"
+    shutil.copytree(finished / "unet", measured / "unet")
+    config = (finished / "config.toml").read_text()
+    few, enough = "num_inference_steps = 2\n", "num_inference_steps = 6\n"
+    assert config.count(few) == 1
+    (measured / "config.toml").write_text(config.replace(few, enough))
     evaluate = ["-m", "fastunlearn.cli", "evaluate", "--quick", "--model"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = forked.run([*evaluate, str(finished), "--json"], tmp_path, env=environment)
+    done = forked.run([*evaluate, str(measured), "--json"], tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     for when in ("before", "after"):
         figures = result[when]
         low, high = figures["intervals"]["UA"]
         assert 0 <= low <= figures["UA"] <= high <= 1
-        assert figures["protocol"]["num_inference_steps"] == 2 and figures["protocol"]["quick"]
-    assert (finished / "evaluation.json").is_file()
+        assert figures["protocol"]["num_inference_steps"] == 6 and figures["protocol"]["quick"]
+    assert (measured / "evaluation.json").is_file()
     one_line_refusal(forked.run([*evaluate, str(tmp_path)], tmp_path), "config.toml")
+    refused = forked.run([*evaluate, str(finished)], tmp_path, env=environment)
+    assert "recognises what the unedited model was asked to draw in" in refused.stderr, "two steps are too few for that"
+    assert refused.returncode == 2 and not (finished / "evaluation.json").exists()

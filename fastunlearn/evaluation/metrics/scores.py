@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastunlearn.evaluation.classifiers.base import Label
 from fastunlearn.evaluation.metrics.base import Evaluated, concept_of, is_forgotten, is_right, mean
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Z_95 = 1.959963984540054
+RECOGNISED = 0.8
+"""Share of the unedited model's pictures in which a classifier must see what was asked for."""
 Labelled = Sequence[tuple[EvaluationSample, Label]]
 
 
@@ -88,6 +90,22 @@ def score(
     result["confusion"] = confusion(labelled, concepts)
     result["images"] = dict(Counter(sample.part for sample, _ in labelled))
     return result
+
+
+def unrecognised(unedited: Mapping[str, Any], at_least: float = RECOGNISED) -> str | None:
+    """Why figures of a classifier say nothing about a model: it does not see what the *unedited* model was asked for.
+
+    ``unedited``: as ``score`` gives it, or the headline metrics by name. None: it sees it.
+    """
+    for name in headlines():
+        value = unedited.get(name)
+        share = None if value is None else 1.0 - value if METRICS[name].of_erased else value
+        if share is not None and share < at_least:
+            return (
+                f"recognises what the unedited model was asked to draw in {share:.0%} of the pictures only "
+                f"({METRICS[name].headline}; {at_least:.0%} are needed), so its figures would say nothing"
+            )
+    return None
 
 
 def checked_values(name: str, evaluated: Evaluated) -> list[float]:

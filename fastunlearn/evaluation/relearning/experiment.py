@@ -43,6 +43,8 @@ from fastunlearn.sampling.image_pool import LatentPool, encode_images
 from fastunlearn.utils.run_folder import CONFIG, UNET
 
 Point = dict[str, float | None]
+RECOGNISED = 0.5
+"""Share of the unedited model's pictures in which the concept must be seen: "half of it" has to mean something."""
 
 
 @dataclass
@@ -77,7 +79,7 @@ def relearn(
         attacking, held_out = _pictures(loaded)
         _more(bar, len(held_out.prompts))
         bar.set_description("original")
-        original = measure(loaded, table(loaded.backbone, loaded.rows), held_out, None)
+        original = _measure_original(loaded, held_out)
         curves = {
             name: _attacked(loaded, folder, name, attacking, held_out, original)
             for name, folder in task.folders.items()
@@ -125,6 +127,20 @@ def measure(
         point |= figures(grid, seen)
     point["error"] = denoising_error(loaded.backbone, held_out, embed)
     return point
+
+
+def _measure_original(loaded: LoadedTask, held_out: LatentPool) -> Point:
+    """The figures of the unedited model; a classifier that does not see in its pictures what it is asked about is not
+    asked again."""
+    original = measure(loaded, table(loaded.backbone, loaded.rows), held_out, None)
+    seen = original["recognised"]
+    if seen is not None and seen < RECOGNISED:
+        loaded.task.not_evaluated = (
+            f"the classifier recognises the concept in {seen:.0%} of the unedited model's pictures only"
+        )
+        loaded.classifier = loaded.grid = None
+        original |= dict.fromkeys(CURVES)
+    return original
 
 
 def label_samples(loaded: LoadedTask) -> list[Label]:
