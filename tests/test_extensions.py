@@ -311,7 +311,7 @@ METRIC = Drawn()
 )
 CLASSIFIER = Extension(
     "CLASSIFIERS",
-    "brightness",
+    "colours",
     "CLASSIFIER",
     '''
 """A classifier of one concept, on pictures of any model."""
@@ -322,9 +322,9 @@ from fastunlearn.evaluation.pictures.grid import Erased, EvaluationGrid, Evaluat
 CONCEPT = Erased("ink", "style")
 
 
-class Brightness(Classifier):
-    title = "the mean of all pixels"
-    limits = "It tells dark from bright, and nothing else."
+class Colours(Classifier):
+    title = "the colours of all pixels"
+    limits = "It tells grey from colourful, and nothing else."
 
     def why_not(self, cfg):
         names = [concept.name for concept in cfg.concepts]
@@ -335,7 +335,7 @@ class Brightness(Classifier):
         samples = [EvaluationSample(part, prompt, seed, "house", style, concept)
                  for part, prompt, style, concept in asked for seed in (1, 2)]
         steps = cfg.evaluation.num_inference_steps
-        return EvaluationGrid("brightness-1", (CONCEPT,), tuple(samples), steps, 4.0, quick)
+        return EvaluationGrid("colours-1", (CONCEPT,), tuple(samples), steps, 4.0, quick)
 
     def load(self, device):
         return Loaded()
@@ -343,16 +343,16 @@ class Brightness(Classifier):
 
 class Loaded(LoadedClassifier):
     def look(self, images):
-        return [Label("house", "ink" if image.mean() < 0.5 else "day") for image in images]
+        return [Label("house", "ink" if image.std(0).mean() < 0.1 else "day") for image in images]
 
     def knows(self, label):
         return label.style in ("ink", "day")
 
     def digest(self):
-        return b"brightness"
+        return b"colours"
 
 
-CLASSIFIER = Brightness()
+CLASSIFIER = Colours()
 ''',
 )
 ATTACK = Extension(
@@ -387,7 +387,7 @@ def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_
     base = ("--concepts", "ink style", *QUICK[2:8], *QUICK[10:], "--retain.num_inference_steps", "2")
     chosen = (
         "--export.formats", "unet; names", "--evaluation.metrics", "UA; IRA; drawn",
-        "--evaluation.classifier", "brightness",
+        "--evaluation.classifier", "colours",
     )  # fmt: skip
     attack = ("--steps", "0,1", "--seeds", "1", "--batch_size", "2", "--num_images", "2", "--json")
     help_, relearn_help, no_format, no_metric, no_classifier, no_attack, plan, trained, evaluated, attacked = run_with(
@@ -397,7 +397,7 @@ def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_
         ("relearn", "--help"),
         ("train", *base, "--export.formats", "unet; nams"),
         ("train", *base, "--evaluation.metrics", "UA; drown"),
-        ("train", *base, "--evaluation.classifier", "bright"),
+        ("train", *base, "--evaluation.classifier", "color"),
         ("relearn", "--model", str(out), "--attack", "biasses"),
         ("plan", *base, *chosen, "--json"),
         ("train", *base, *chosen, "--output_dir", str(out)),
@@ -414,8 +414,8 @@ def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_
         "(nearest: names)",
         no_metric: "error: evaluation.metrics[1]: 'drown' is not allowed; allowed are 'UA', 'IRA', 'CRA', "
         "'CRA_target', 'UA_paraphrase', 'IRA_paraphrase', 'CRA_paraphrase', 'UA_synonym' or 'drawn' (nearest: drawn)",
-        no_classifier: "error: evaluation.classifier: 'bright' is not allowed; allowed are 'auto', 'minicanvas' or "
-        "'brightness' (nearest: brightness)",
+        no_classifier: "error: evaluation.classifier: 'color' is not allowed; allowed are 'auto', 'minicanvas' or "
+        "'colours' (nearest: colours)",
         no_attack: "error: --attack: 'biasses' is unknown; allowed are full, attn, lora, textual-inversion, biases "
         "(nearest: biases)",
     }
@@ -431,13 +431,13 @@ def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_
     assert figures["after"]["drawn"] == 1.0 and figures["after"]["counts"] == {"UA": 2, "IRA": 2, "drawn": 2}
     assert "CRA" not in figures["after"]
     protocol = figures["after"]["protocol"]
-    assert protocol["name"] == "brightness-1" and protocol["images"] == {"target": 2, "kept": 2}
+    assert protocol["name"] == "colours-1" and protocol["images"] == {"target": 2, "kept": 2}
     assert "template" not in protocol and "paraphrases" not in protocol, "MiniCanvas' wordings are not its own"
     assert not [line for line in drawn_lines(protocol) if line.startswith("prompts:")]
     card = (out / "README.md").read_text()
     for text in (
         "* `names.txt`: which tensors changed", "drawn: kept pictures that are not one flat colour",
-        "Judged by the mean of all pixels", "It tells dark from bright, and nothing else.",
+        "Judged by the colours of all pixels", "It tells grey from colourful, and nothing else.",
     ):  # fmt: skip
         assert text in card
     assert evaluated.status == 0, evaluated.err
