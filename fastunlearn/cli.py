@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 
 from fastunlearn import __version__
 from fastunlearn.errors import UserError, nearest
+from fastunlearn.utils.foreign import readable
 
 
 class Command(NamedTuple):
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit status."""
     try:
-        return run(list(sys.argv[1:] if argv is None else argv))
+        return run(readable(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

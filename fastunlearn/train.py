@@ -19,12 +19,13 @@ from fastunlearn.config import Config, config_from_arguments
 from fastunlearn.errors import UserError
 from fastunlearn.training.preflight import check_all, check_kernels
 from fastunlearn.utils.environment import prepare_environment
+from fastunlearn.utils.foreign import readable
 
 
 def main(argv: list[str]) -> int:
     """Run a training from command-line arguments; returns the exit status."""
     try:
-        cfg = config_from_arguments(argv)
+        cfg = config_from_arguments(readable(argv))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         cfg.validate_runtime(world_size, has_gpu=gpu_present())
         check_kernels(gpu_present())

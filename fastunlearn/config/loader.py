@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,20 +11,21 @@ from pydantic import ValidationError
 
 from fastunlearn.config.options import Schema, fields_of, nearest_option
 from fastunlearn.errors import UserError, nearest
+from fastunlearn.utils.foreign import MAX_TOML_BYTES, Unreadable, parse_toml, read_text
 
 
 def read_toml(path: str) -> dict[str, Any]:
     """Parse a TOML file; every failure is a ``UserError`` that names the file."""
     file = Path(path).expanduser()
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return parse_toml(read_text(file, MAX_TOML_BYTES))
     except FileNotFoundError:
         known = [entry.name for entry in file.parent.glob("*.toml")] if file.parent.is_dir() else []
         raise UserError(f"--config: {path!r} does not exist{nearest(file.name, known)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except Unreadable as error:
         raise UserError(f"--config: {path!r} is not valid TOML: {error}") from None
+    except (OSError, ValueError) as error:  # of a path with a zero byte in it, too
+        raise UserError(f"--config: {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def merge(data: dict[str, Any], flat: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ known by name, except for diffusers' names in ``ALIASES``.
 from __future__ import annotations
 
 import textwrap
-import tomllib
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from fastunlearn.config.field_help import Formatter, field_text, option_type, plain_type
 from fastunlearn.errors import UserError, nearest, nearest_name
+from fastunlearn.utils.foreign import Unreadable, parse_toml
 
 # diffusers' names where the meaning is the same; those in ``SWITCHES`` stand for one value of the field.
 ALIASES = {
@@ -299,8 +299,8 @@ def _convert_number(text: str) -> Any:
 def _convert_list(text: str, item: Any) -> Any:
     if text.lstrip().startswith("["):
         try:
-            return tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            return parse_toml(f"value = {text}")["value"]
+        except Unreadable:
             return text
     parts = [part.strip() for part in text.split(";")]
     if parts[-1] == "":  # "" is the empty list, and "a;" is one item

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from fastunlearn.errors import UserError
 from fastunlearn.utils.files import atomic_write_text, flush_folder, recover, remove, sibling, swap
+from fastunlearn.utils.foreign import json_object
 from fastunlearn.utils.run_folder import CHECKPOINT, list_checkpoints
 
 MANIFEST = "manifest.json"
-MAX_JSON_BYTES = 64 * 2**20
 
 
 class FileRecord(BaseModel):
@@ -87,7 +87,7 @@ def damage(folder: Path) -> str | None:
     Every file that the manifest lists is read; others are nobody's business, since nothing reads them.
     """
     try:
-        manifest = Manifest.model_validate(read_object(folder / MANIFEST))
+        manifest = Manifest.model_validate(json_object(folder / MANIFEST))
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, ValidationError):
@@ -107,26 +107,6 @@ def damage(folder: Path) -> str | None:
         except (OSError, ValueError) as error:
             return f"{name} cannot be read ({getattr(error, 'strerror', None) or error})"
     return None
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object of bounded size.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is none.
-    """
-    with file.open("rb") as stream:
-        text = stream.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise ValueError("too large")
-    try:
-        content = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError("no JSON object")
-    return content
 
 
 def _record(file: Path) -> dict[str, Any]:

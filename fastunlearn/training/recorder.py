@@ -28,6 +28,7 @@ from fastunlearn.gradients.stats import BlockCosines, SurgeryStats
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.utils.distributed import World, mean_over_ranks
 from fastunlearn.utils.files import atomic_write_text
+from fastunlearn.utils.foreign import Unreadable, parse_json
 from fastunlearn.utils.memory import peak_memory_bytes
 from fastunlearn.utils.run_folder import SURGERY_LOG, TRAIN_LOG
 
@@ -215,9 +216,9 @@ def _truncate_log(path: Path, start: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            entry = json.loads(line)
-        except ValueError:
+            entry = parse_json(line)
+        except Unreadable:
             continue  # the line that the kill cut short
-        if entry["update"] < start:
+        if isinstance(entry, dict) and entry.get("update", start) < start:
             kept.append(line + "\n")
     atomic_write_text(path, "".join(kept))

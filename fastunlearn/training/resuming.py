@@ -14,7 +14,8 @@ from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.methods.tables import build_method, rank_table
 from fastunlearn.models.identity import model_digest
-from fastunlearn.training.checkpoint_files import check_whole, damage, read_object
+from fastunlearn.training.checkpoint_files import check_whole, damage
+from fastunlearn.utils.foreign import json_object
 from fastunlearn.utils.run_folder import list_checkpoints
 
 STATE = "state.json"
@@ -86,7 +87,7 @@ def read_state(folder: Path) -> SavedState:
         UserError: it cannot be read.
     """
     try:
-        return SavedState.model_validate(read_object(folder / STATE))
+        return SavedState.model_validate(json_object(folder / STATE))
     except (OSError, ValueError, ValidationError) as error:
         raise UserError(f"{FIELD}: {folder.name}/{STATE} cannot be read; use another checkpoint") from error
 
