@@ -1,14 +1,16 @@
 """Entry of ``deepspeed fastunlearn/train.py --preset minicanvas-style [--section.field value ...]``.
 
-Parse, check, connect, train, tear down. Bad input ends in one line and exit status 2, before torch is loaded. The loop
-is in ``training/trainer.py``.
+Parse, check, hold the output folder, connect, train, tear down. Bad input ends in one line and exit status 2, before
+torch is loaded. The loop is in ``training/trainer.py``.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Started by path, Python puts this folder first: its modules would shadow libraries. Put the source roots there.
@@ -17,29 +19,61 @@ if __name__ == "__main__":
 
 from fastunlearn.config import Config, config_from_arguments
 from fastunlearn.errors import UserError
+from fastunlearn.training.output_folder import claim
 from fastunlearn.training.preflight import check_all, check_kernels
 from fastunlearn.utils.environment import prepare_environment
 from fastunlearn.utils.foreign import readable
+from fastunlearn.utils.folders.replacing import working_folder
+from fastunlearn.utils.processes import stop
+from fastunlearn.utils.run_folder import list_checkpoints
+
+if TYPE_CHECKING:
+    from fastunlearn.export.results import Results
 
 
 def main(argv: list[str]) -> int:
-    """Run a training from command-line arguments; returns the exit status."""
+    """Run a training from command-line arguments; returns the exit status.
+
+    0: all results are there; 3: some are missing, as the last line says; 2: bad input; 1: another rank has died;
+    128 and its number: a signal asked for the end.
+    """
+    cfg = None
     try:
-        cfg = config_from_arguments(readable(argv))
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        cfg.validate_runtime(world_size, has_gpu=gpu_present())
-        check_kernels(gpu_present())
-        check_all(cfg)
-        run(cfg, world_size)
+        with stop.listening():
+            cfg = config_from_arguments(readable(argv))
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            cfg.validate_runtime(world_size, has_gpu=gpu_present())
+            check_kernels(gpu_present())
+            check_all(cfg, output=is_main())
+            return run(cfg, world_size)
     except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        if is_main():
-            print("interrupted; continue with --resume_from_checkpoint latest", file=sys.stderr)
-        return 130
-    return 0
+    except stop.Stopped as stopped:
+        say(last_words(stopped, cfg))
+        return stopped.status
+    except Exception:
+        if not stop.lost_peer():
+            raise
+        print(f"error: {stop.lost_peer()} has died; this rank ends, too", file=sys.stderr)
+        return 1
+
+
+def say(line: str) -> None:
+    """To the user, once."""
+    if is_main():
+        print(line, file=sys.stderr)
+
+
+def last_words(stopped: stop.Stopped, cfg: Config | None) -> str:
+    """What ended the run, what it has saved, and how to go on where that is possible."""
+    ended = f"stopped by {signal.Signals(stopped.signum).name}"
+    if stopped.saved is not None:
+        return f"{ended}; {stopped.saved} is saved, continue with --resume_from_checkpoint latest"
+    known = [] if cfg is None else list_checkpoints(working_folder(cfg.output_dir, replaces=False, resumes=True))
+    if known:
+        return f"{ended}; {known[-1].name} is there, continue with --resume_from_checkpoint latest"
+    return f"{ended}; there is no checkpoint to continue from"
 
 
 def is_main() -> bool:
@@ -52,9 +86,21 @@ def gpu_present() -> bool:
     return Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""
 
 
-def run(cfg: Config, world_size: int) -> None:
-    """Join the other ranks and train. Imports torch, so it comes after every check that needs neither."""
+def run(cfg: Config, world_size: int) -> int:
+    """Hold the output folder, join the other ranks and train; returns the exit status. Imports torch, so it comes after
+    every check that needs neither."""
     prepare_environment(cfg.train.cpu_threads)
+    with claim(cfg, is_main()) as work:
+        results = run_in(cfg.model_copy(update={"output_dir": str(work)}), world_size)
+        if results is None:
+            return 0
+        from fastunlearn.export.results import settle
+
+        return settle(cfg, results)
+
+
+def run_in(cfg: Config, world_size: int) -> Results | None:
+    """Train, in the folder where results stay until they are whole; the first rank gets to know what is there."""
     from fastunlearn.training.resuming import find_checkpoint
 
     resume = find_checkpoint(cfg, world_size, is_main())
@@ -66,8 +112,9 @@ def run(cfg: Config, world_size: int) -> None:
     from fastunlearn.utils.distributed import disconnect, init_distributed, single_process
 
     world = init_distributed() if cfg.trains else single_process()
-    train(cfg, world, resume)
+    results = train(cfg, world, resume)
     disconnect()
+    return results
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastunlearn.evaluation.metrics.scores import clear_difference
+from fastunlearn.export.traces import note_later_files, results_held
 from fastunlearn.registry import METRICS
 from fastunlearn.utils.files import atomic_write_text
-from fastunlearn.utils.run_folder import CONFIG, EVALUATION, check_results
+from fastunlearn.utils.run_folder import CONFIG, EVALUATION
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
@@ -39,20 +40,22 @@ def run(args: Namespace) -> int:
     from fastunlearn.config import load_config
     from fastunlearn.utils.environment import prepare_environment
 
-    check_results(Path(args.model))
-    # As many threads as the run had: on a busy machine a second one can make the drawing many times slower.
-    prepare_environment(load_config(str(Path(args.model) / CONFIG), []).train.cpu_threads)
-    from fastunlearn.evaluation.evaluate import evaluate_model
+    folder = Path(args.model)
+    with results_held(folder):
+        # As many threads as the run had: on a busy machine a second one can make the drawing many times slower.
+        prepare_environment(load_config(str(folder / CONFIG), []).train.cpu_threads)
+        from fastunlearn.evaluation.evaluate import evaluate_model
 
-    config, result = evaluate_model(args.model, quick=args.quick)
-    if args.full:
-        from fastunlearn.commands.relearn import write
-        from fastunlearn.evaluation.relearning import relearn
+        config, result = evaluate_model(args.model, quick=args.quick)
+        if args.full:
+            from fastunlearn.commands.relearn import write
+            from fastunlearn.evaluation.relearning import relearn
 
-        result["relearn"] = relearn(args.model)
-        write(result["relearn"], Path(args.model))
-    text = json.dumps(result, indent=2)
-    atomic_write_text(Path(args.model) / EVALUATION, text + "\n")
+            result["relearn"] = relearn(args.model)
+            write(result["relearn"], folder)
+        text = json.dumps(result, indent=2)
+        note_later_files(folder, EVALUATION)
+        atomic_write_text(folder / EVALUATION, text + "\n")
     print(text if args.json else table(config, result))
     return 0
 

@@ -8,6 +8,11 @@ from pathlib import Path
 
 from fastunlearn.errors import UserError
 from fastunlearn.minicanvas import OBJECTS, STYLES, pipeline_path
+from fastunlearn.utils.folders.lock import folder_lock
+from fastunlearn.utils.folders.marker import Kind, read_marker, record_files
+from fastunlearn.utils.run_folder import LOCK
+
+BUILD: Kind = "minicanvas build"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,16 +73,19 @@ def _rebuild(args: argparse.Namespace) -> int:
     processes = (os.cpu_count() or 1) if args.processes is None else args.processes
     if processes < 1:
         raise UserError(f"--processes: {processes} is not allowed; 1 or more are")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / ".writable").touch()
-        (args.output / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--output: {args.output} cannot be written: {error}") from error
-    from fastunlearn.minicanvas.build import rebuild
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output: {args.output} cannot be written: it is a file; give a folder")
+    with folder_lock(args.output, "--output"):
+        foreign = sorted(path.name for path in args.output.iterdir() if path.name != LOCK)
+        if foreign and read_marker(args.output, BUILD) is None:
+            raise UserError(
+                f"--output: {str(args.output)!r} is not empty ({foreign[0]!r}), and no build began there; give another"
+            )
+        record_files(args.output, [], BUILD)
+        from fastunlearn.minicanvas.build import rebuild
 
-    build = rebuild.Build(args.output, processes, args.quick)
-    report = rebuild.rebuild(build, say=lambda line: print(line, flush=True))
+        build = rebuild.Build(args.output, processes, args.quick)
+        report = rebuild.rebuild(build, say=lambda line: print(line, flush=True))
     print(f"object {report['object']:.3f}, style {report['style']:.3f} of {report['images']} pictures read right")
     print(f"autoencoder {report['psnr_db']['mean']:.1f} dB; all figures: {args.output / 'check.json'}")
     print(args.output / "model")

@@ -13,11 +13,13 @@ from pathlib import Path
 from fastunlearn.errors import UserError
 from fastunlearn.evaluation.attacks.settings import BASE_RATES, DATA, DEFAULT_STEPS, Settings, parse_seeds, parse_steps
 from fastunlearn.evaluation.relearning.recognition import CURVES, METRIC_NAMES
+from fastunlearn.export.traces import note_later_files, results_held
 from fastunlearn.registry import ATTACKS
 from fastunlearn.utils.files import atomic_write_text
-from fastunlearn.utils.run_folder import CONFIG, RELEARNING, check_results
+from fastunlearn.utils.run_folder import CONFIG, RELEARNING, SAMPLES
 
 DEFAULTS = Settings()
+PICTURE = f"{SAMPLES}/relearn.png"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -93,13 +95,13 @@ def run(args: Namespace) -> int:
     from fastunlearn.utils.environment import prepare_environment
 
     settings, folder = settings_of(args), Path(args.model)
-    check_results(folder)
-    # As many threads as the run had: on a busy machine a second one can make it many times slower.
-    prepare_environment(load_config(str(folder / CONFIG), []).train.cpu_threads)
-    from fastunlearn.evaluation.relearning.experiment import relearn
+    with results_held(folder):
+        # As many threads as the run had: on a busy machine a second one can make it many times slower.
+        prepare_environment(load_config(str(folder / CONFIG), []).train.cpu_threads)
+        from fastunlearn.evaluation.relearning.experiment import relearn
 
-    result = relearn(folder, settings, args.baseline)
-    write(result, folder)
+        result = relearn(folder, settings, args.baseline)
+        write(result, folder)
     print(json.dumps(result, indent=2) if args.json else table(result, folder))
     return 0
 
@@ -108,8 +110,9 @@ def write(result: dict, folder: Path) -> None:
     """``relearn.json`` and the picture."""
     from fastunlearn.evaluation.relearning.plot import draw
 
+    note_later_files(folder, RELEARNING, PICTURE)
     atomic_write_text(folder / RELEARNING, json.dumps(result, indent=2) + "\n")
-    draw(result, folder / "samples" / "relearn.png")
+    draw(result, folder / PICTURE)
 
 
 def table(result: dict, folder: Path | None = None) -> str:
@@ -172,7 +175,7 @@ def _notes(result: dict, folder: Path | None) -> list[str]:
         ]
     lines.append(f"held-out error: on {result['held_out']} pictures of the erased that the attacker does not have")
     if folder is not None:
-        lines.append(f"picture: {folder / 'samples' / 'relearn.png'}   {result['seconds']:.0f} s")
+        lines.append(f"picture: {folder / PICTURE}   {result['seconds']:.0f} s")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""``fastunlearn train``: a run in this process, or through DeepSpeed's launcher where several ranks are asked for."""
+"""``fastunlearn train``: a run in this process, or in one for each rank where several are asked for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import fastunlearn
 from fastunlearn.config import config_of, run_options
 from fastunlearn.config.options import Option
 from fastunlearn.errors import UserError
+from fastunlearn.utils.processes.ranks import run_ranks
 
 DESCRIPTION = """\
 Erase concepts from a Stable Diffusion or SDXL model:
@@ -40,7 +41,8 @@ def main(parser: ArgumentParser, argv: list[str]) -> int:
         if 0 < gpus < ranks:
             raise UserError(f"--num_gpus: {ranks} ranks, but there are {gpus} GPUs; allowed are 1 to {gpus}")
         config.validate_runtime(ranks, has_gpu=gpus > 0)
-        launch(ranks, words, on_gpus=gpus > 0)
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpus else "cpu")  # found out by itself, it warns
+        return run_ranks(ranks, [sys.executable, "-u", str(Path(fastunlearn.__path__[0]) / "train.py"), *words])
     from fastunlearn.train import main as train_main
 
     return train_main(words)
@@ -64,17 +66,3 @@ def gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def launch(ranks: int, argv: list[str], on_gpus: bool) -> None:
-    """Become DeepSpeed's launcher; this does not come back."""
-    command = launch_command(ranks, argv)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpus else "cpu")  # found out by itself, it warns
-    sys.stdout.flush()
-    os.execv(command[0], command)
-
-
-def launch_command(ranks: int, argv: list[str]) -> list[str]:
-    """DeepSpeed's launcher on ``train.py``, by the interpreter that runs now, whatever is first on the PATH."""
-    script = Path(fastunlearn.__path__[0]) / "train.py"
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks), str(script), *argv]

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastunlearn.config import Config
 from fastunlearn.engines.base import ExportedWeights
+from fastunlearn.errors import UserError
 from fastunlearn.evaluation import NotRecognised, evaluate_pair, why_not_evaluated
 from fastunlearn.evaluation.metrics.scores import headlines
 from fastunlearn.export.card import write_card
 from fastunlearn.export.changes import compare
 from fastunlearn.export.formats.base import Export
+from fastunlearn.export.formats.delta import FORMAT as DELTA
+from fastunlearn.export.formats.delta import delta_metadata, write_delta
 from fastunlearn.export.outcome import finding
 from fastunlearn.export.samples import before_after, choose_validation_rows
 from fastunlearn.export.surgery_map import draw_surgery_map
-from fastunlearn.export.traces import old_results
+from fastunlearn.export.traces import file_names
 from fastunlearn.models.backbone import compute_in
-from fastunlearn.models.loading import load_pipeline, stored_dtype
+from fastunlearn.models.loading import Pipeline, load_pipeline, stored_dtype
 from fastunlearn.registry import FORMATS
 from fastunlearn.utils.dtypes import DTYPES
-from fastunlearn.utils.files import atomic_write_text
+from fastunlearn.utils.files import atomic_write_text, remove, write_errors
+from fastunlearn.utils.folders.marker import files_below, record_files
+from fastunlearn.utils.folders.replacing import clear_unfinished, mark_complete, put_in_place
 from fastunlearn.utils.machine import installed_versions
 from fastunlearn.utils.memory import peak_memory_bytes
-from fastunlearn.utils.run_folder import CARD, CONFIG, METRICS_FILE, SAMPLES, SURGERY_LOG, UNET
+from fastunlearn.utils.run_folder import (
+    CARD,
+    CONFIG,
+    METRICS_FILE,
+    SAMPLES,
+    SURGERY_LOG,
+    UNET,
+    final_folder,
+    list_checkpoints,
+)
+from fastunlearn.utils.text import first_line
+
+SCORES = "evaluation scores"
 
 
 @dataclass(frozen=True)
@@ -43,65 +63,201 @@ class RunFigures:
     device: torch.device
 
 
+@dataclass
+class Results:
+    """What a run has left, in the folder where it worked, and what it could not."""
+
+    folder: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    weights: Path | None = None
+    """The trained weights, wherever the disk took them."""
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Let the block fail by itself: a line says why, and the others are tried."""
+        try:
+            yield
+        except Exception as error:
+            self.missing.append(what)
+            print(f"warning: {what} is missing: {first_line(error)[:300]}", file=sys.stderr)
+
+
 def start_output(cfg: Config, *, resumed: bool) -> None:
-    """Write config.toml; a fresh run that may overwrite an older one removes that one's results first."""
-    folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if cfg.overwrite_output_dir and not resumed:
-        for path in old_results(folder):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    atomic_write_text(folder / CONFIG, cfg.resolved().to_toml())
+    """Write config.toml and the marker of a run. What an earlier run has left stays until this one has succeeded.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    work = Path(cfg.output_dir)
+    final = final_folder(work)
+    if work != final and not resumed:
+        clear_unfinished(final)
+    with write_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    record_files(final, [])
+    record_files(work, file_names(cfg))
+    atomic_write_text(work / CONFIG, _of(final, cfg.resolved()).to_toml())
 
 
-def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures) -> None:
-    """Write everything that remains of a run."""
+def keep_weights(cfg: Config, exported: ExportedWeights) -> Path | None:
+    """Bring the trained weights to the disk, before anything else is tried; to the system's folder for temporary files
+    where the output folder does not take them.
+
+    Without the base model: weights whose rounding it would undo are as they were trained, and in fp32.
+    """
+    dtype = torch.float32
+    with suppress(Exception):  # the base model's files are asked for theirs
+        dtype = torch.float32 if exported.rounded else DTYPES.get(cfg.export.dtype) or stored_dtype(cfg.model)
+    weights = {**exported.edited, **exported.trained}
+    cast = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    if not all(torch.isfinite(tensor).all() for tensor in cast.values()):
+        cast = weights
+    try:
+        return _write_delta(cfg, cast, Path(cfg.output_dir))
+    except (UserError, OSError) as error:
+        print(f"warning: {first_line(error)}", file=sys.stderr)
+    try:
+        place = _write_delta(cfg, cast, Path(tempfile.mkdtemp(prefix="fastunlearn-")))
+    except (UserError, OSError) as error:
+        print(f"warning: nor elsewhere: {first_line(error)}", file=sys.stderr)
+        return None
+    print(f"the trained weights are in {place}", file=sys.stderr)
+    return place
+
+
+def _write_delta(cfg: Config, weights: Mapping[str, Tensor], folder: Path) -> Path:
+    place = folder / DELTA.path
+    write_delta(weights, place, delta_metadata(cfg.resolved()))
+    return place
+
+
+def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures, weights: Path | None) -> Results:
+    """Try everything that remains of a run. ``weights``: where the trained weights are already.
+
+    The base model is read once more: after hours, its disk or the hub may not be there. So each result may fail alone.
+    """
     cfg = cfg.resolved()  # the card and the delta name the kept concepts also where they were left to the default
     folder = Path(cfg.output_dir)
-    stored = stored_dtype(cfg.model)
-    base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
-    weights = exported.restored(base.unet.state_dict())
-    dtype = DTYPES.get(cfg.export.dtype) or stored
-    changes = compare(weights, base.unet.state_dict(), dtype)
-    export = Export(cfg, folder, base, weights, dtype)
-    for name in cfg.export.formats:
-        FORMATS[name].write(export)
+    results = Results(folder, collect_metrics(cfg, figures), weights=weights)
+    base = _export(cfg, exported, results)
+    pictures = f"{SAMPLES}/before_after.png"
+    if base is None:
+        results.missing.append(pictures)
+    else:
+        with results.attempt(pictures):
+            _draw(cfg, base, figures.device, folder / pictures)
+    del base
+    with results.attempt(f"{SAMPLES}/surgery.png"):
+        draw_surgery_map(folder / SURGERY_LOG, folder / SAMPLES / "surgery.png")
+    _measure(cfg, results)
+    with results.attempt(METRICS_FILE):
+        atomic_write_text(folder / METRICS_FILE, json.dumps(results.metrics, indent=2) + "\n")
+    with results.attempt(CARD):
+        write_card(_of(final_folder(folder), cfg), results.metrics, folder / CARD)
+    return results
 
+
+def _export(cfg: Config, exported: ExportedWeights, results: Results) -> _Edited | None:
+    """The weights in every format. Gives what the pictures are drawn with; None where the base cannot be read."""
+    base = None
+    with results.attempt(UNET):
+        stored = stored_dtype(cfg.model)
+        base = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
+        changed = exported.restored(base.unet.state_dict())
+        dtype = DTYPES.get(cfg.export.dtype) or stored
+        results.metrics["changes"] = compare(changed, base.unet.state_dict(), dtype).as_json()
+    if base is None:
+        results.missing += [
+            FORMATS[name].path for name in cfg.export.formats if FORMATS[name].path not in (UNET, DELTA.path)
+        ]
+        return None
+    export = Export(cfg, results.folder, base, changed, dtype)
+    for name in cfg.export.formats:
+        with results.attempt(FORMATS[name].path):
+            FORMATS[name].write(export)
+            record_files(results.folder, files_below(results.folder, FORMATS[name].path))
+    if DELTA.path in [FORMATS[name].path for name in cfg.export.formats]:
+        results.weights = results.folder / DELTA.path if DELTA.path not in results.missing else results.weights
+    elif UNET not in results.missing:
+        remove(results.folder / DELTA.path)  # it was there for the case that nothing else would be
+    return _Edited(base, {name: tensor.to(dtype) for name, tensor in changed.items()})
+
+
+class _Edited(NamedTuple):
+    base: Pipeline
+    changed: dict[str, Tensor]
+
+
+def _draw(cfg: Config, edited: _Edited, device: torch.device, picture: Path) -> None:
+    base = edited.base
     if cfg.train.resolution:
         base.unet.register_to_config(sample_size=cfg.train.resolution // base.vae_scale_factor)
     compute_in(base.unet, DTYPES[cfg.compute_dtype])
-    base.to(figures.device)
+    base.to(device)
     before_after(
         base,
-        {name: tensor.to(dtype) for name, tensor in weights.items()},
+        edited.changed,
         choose_validation_rows(cfg),
-        folder / SAMPLES / "before_after.png",
+        picture,
         seeds=cfg.evaluation.seeds[: cfg.report.num_validation_seeds],
         steps=cfg.evaluation.num_inference_steps,
         guidance=cfg.evaluation.guidance_scale,
         batch_size=cfg.evaluation.batch_size,
         progress=True,
     )
-    draw_surgery_map(folder / SURGERY_LOG, folder / SAMPLES / "surgery.png")
-    metrics = collect_metrics(cfg, figures) | {"changes": changes.as_json()}
-    del base
-    metrics |= _measured(cfg, folder)
-    atomic_write_text(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
-    write_card(cfg, metrics, folder / CARD)
-    print(_summary(cfg, folder, metrics))
 
-
-def _measured(cfg: Config, folder: Path) -> dict[str, Any]:
-    """What a classifier saw before and after, or why none was asked."""
+def _measure(cfg: Config, results: Results) -> None:
+    """Enter what a classifier saw before and after, or why none was asked."""
     reason = "it was switched off" if cfg.evaluation.mode == "off" else why_not_evaluated(cfg)
+    if reason is None and UNET in results.missing:
+        reason = "the edited U-Net could not be written"
+        results.missing.append(SCORES)
+    results.metrics["not_evaluated"] = reason or "it failed"
     if reason is not None:
-        return {"not_evaluated": reason}
-    try:
-        return {"evaluation": evaluate_pair(cfg, cfg.model.pretrained_model_name_or_path, folder / UNET)}
-    except NotRecognised as error:
-        return {"not_evaluated": str(error).removeprefix("evaluation: ")}
+        return
+    with results.attempt(SCORES):
+        try:
+            base = cfg.model.pretrained_model_name_or_path
+            results.metrics["evaluation"] = evaluate_pair(cfg, base, results.folder / UNET)
+            results.metrics["not_evaluated"] = None
+        except NotRecognised as error:
+            results.metrics["not_evaluated"] = str(error).removeprefix("evaluation: ")
+
+
+
+def settle(cfg: Config, results: Results) -> int:
+    """Put the results where they belong if all are there, and say what came of the run; returns the exit status.
+
+    Raises:
+        UserError: they cannot be put there.
+    """
+    work, folder = results.folder, final_folder(results.folder)
+    if not results.missing:
+        if work != folder:
+            mark_complete(folder)
+            put_in_place(folder)
+        print(_summary(cfg, folder, results.metrics))
+        return 0
+    lines = [f"error: not all results are there; missing: {', '.join(results.missing)}"]
+    if results.weights is not None:
+        lines.append(f"the trained weights are in {results.weights}")
+    if work != folder:
+        lines.append(f"what there is lies in {work}, and the earlier results stay")
+    if list_checkpoints(work):
+        lines.append(
+            "make them again with the same command and --resume_from_checkpoint latest (without --overwrite_output_dir)"
+        )
+    elif set(results.missing) <= {SCORES}:
+        lines.append(f"make them again with fastunlearn evaluate --model {work}")
+    else:
+        lines.append("make them again with the same command and --overwrite_output_dir")
+    print("; ".join(lines), file=sys.stderr)
+    return 3
+
+
+def _of(folder: Path, cfg: Config) -> Config:
+    return cfg.model_copy(update={"output_dir": str(folder)})
 
 
 def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:

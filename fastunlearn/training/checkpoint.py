@@ -56,9 +56,14 @@ class Saved(Protocol):
 
 
 def save_checkpoint(
-    cfg: Config, world: World, engine: Saved, parts: Mapping[str, Stateful], position: Position
+    cfg: Config,
+    world: World,
+    engine: Saved,
+    parts: Mapping[str, Stateful],
+    position: Position,
+    limit: int | None = None,
 ) -> Path | None:
-    """Write ``checkpoint-<update>`` and drop the oldest beyond the limit. Collective.
+    """Write ``checkpoint-<update>`` and drop the oldest beyond the limit, by default the configured one. Collective.
 
     Where a rank cannot write its part (a full disk, a quota, a read-only folder), a line says so, the earlier
     checkpoints stay, and the answer is None: the run goes on, and may try again later.
@@ -80,7 +85,7 @@ def save_checkpoint(
         with all_or_none(), write_errors(final):
             if world.is_main:
                 finish(partial, final, {name: record for part in shares for name, record in part.items()})
-                drop_older(final, cfg.checkpoint.checkpoints_total_limit)
+                drop_older(final, limit or cfg.checkpoint.checkpoints_total_limit)
     except UserError as error:
         if world.is_main:
             remove(partial)

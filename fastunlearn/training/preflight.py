@@ -1,27 +1,25 @@
-"""Checks before anything heavy is loaded: the kernels' choice, the output folder, the space on the disk.
+"""Checks before anything heavy is loaded: the kernels' choice, model, output folder, the space on the disk.
 
-Reads file headers and writes nothing that stays. On several ranks call it before any rank writes, since it refuses an
-output folder that already holds a run. The model itself is checked in ``models/checks.py``.
+Reads file headers and writes nothing that stays. The model itself is checked in ``models/checks.py``, the output folder
+in ``output_folder.py``.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import get_args
 
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.errors import UserError, nearest
-from fastunlearn.export.traces import run_traces
 from fastunlearn.models.checks import check_model
 from fastunlearn.models.formats.headers import read_header, read_json, unet_files
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.parameter_names import count_trained
 from fastunlearn.registry import FORMATS
 from fastunlearn.schema.fields import KernelBackend
-from fastunlearn.utils.run_folder import list_checkpoints
+from fastunlearn.training.output_folder import check_output_dir, existing_ancestor
 
 KERNELS_VARIABLE, KERNEL_CHOICES = "FASTUNLEARN_KERNELS", get_args(KernelBackend)
 STATE_BYTES = 12  # a checkpoint holds an fp32 master weight and two fp32 moments per trained parameter
@@ -44,65 +42,18 @@ def check_kernels(has_gpu: bool) -> None:
         raise UserError(f"{KERNELS_VARIABLE}: 'triton' needs a GPU and none was found; use 'auto' or 'reference'")
 
 
-def check_all(cfg: Config) -> None:
+def check_all(cfg: Config, output: bool = True) -> None:
     """Model, output folder and disk space, in this order.
+
+    ``output``: whether the folder is looked at; on several ranks by the first one, which may be writing there already.
 
     Raises:
         UserError: the first problem.
     """
     model = check_model(cfg)
-    check_output_dir(cfg)
-    check_disk_space(cfg, model)
-
-
-def check_output_dir(cfg: Config) -> None:
-    """Refuse an output folder that cannot be written, holds a run that would be lost, or lacks the asked checkpoint.
-
-    Raises:
-        UserError: nothing has been written.
-    """
-    folder = Path(cfg.output_dir)
-    existing = _existing_ancestor(folder)
-    if not existing.is_dir():
-        raise UserError(f"output_dir: {cfg.output_dir!r}: {str(existing)!r} is a file; give a folder")
-    _check_writable(existing, cfg.output_dir)
-    if cfg.resume_from_checkpoint is not None:
-        _check_resume(cfg.resume_from_checkpoint, folder)
-    elif not cfg.overwrite_output_dir:
-        found = next(run_traces(folder), None)
-        if found is not None:
-            raise UserError(
-                f"output_dir: {cfg.output_dir!r} already holds a run ({found.name}); choose another folder, "
-                "--resume_from_checkpoint latest, or --overwrite_output_dir"
-            )
-
-
-def _check_resume(wanted: str, folder: Path) -> None:
-    known = [entry.name for entry in list_checkpoints(folder)]
-    listing = f"; known: {', '.join(known)}" if known else ""
-    if wanted == "latest":
-        if not known:
-            raise UserError(
-                f"resume_from_checkpoint: 'latest', but {str(folder)!r} has no checkpoint; "
-                "leave it out to start, and set --checkpointing_steps to get some"
-            )
-    elif not Path(wanted).is_dir() and not (folder / wanted).is_dir():
-        hint = nearest(Path(wanted).name, [*known, "latest"])
-        raise UserError(f"resume_from_checkpoint: {wanted!r} is not a folder{listing}{hint}")
-
-
-def _existing_ancestor(folder: Path) -> Path:
-    """The folder itself, or the nearest parent that exists (a file in the way counts)."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-
-
-def _check_writable(folder: Path, named: str) -> None:
-    try:
-        # A permission bit does not tell of a read-only or full file system; an unnamed file does, and leaves nothing.
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0")
-    except OSError as error:
-        raise UserError(f"output_dir: {named!r} cannot be written: {error.strerror or error}") from None
+    if output:
+        check_output_dir(cfg)
+        check_disk_space(cfg, model)
 
 
 def check_disk_space(cfg: Config, model: Path | None) -> None:
@@ -111,7 +62,7 @@ def check_disk_space(cfg: Config, model: Path | None) -> None:
     Raises:
         UserError: with the space that is needed and the space that is free.
     """
-    place = _existing_ancestor(Path(cfg.output_dir))
+    place = existing_ancestor(Path(cfg.output_dir))
     needed = MARGIN_BYTES if model is None else needed_bytes(cfg, model)
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -29,8 +29,9 @@ from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.utils.distributed import World, mean_over_ranks
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.foreign import Unreadable, parse_json
+from fastunlearn.utils.folders.marker import files_below, record_files
 from fastunlearn.utils.memory import peak_memory_bytes
-from fastunlearn.utils.run_folder import SURGERY_LOG, TRAIN_LOG
+from fastunlearn.utils.run_folder import CURVES_FOLDER, SURGERY_LOG, TRAIN_LOG
 
 CURVES = (
     "loss", "retain_loss", "discriminator_loss", "unlearn_grad_norm", "retain_grad_norm", "cosine", "projected_share",
@@ -76,7 +77,10 @@ class Recorder:
         if cfg.report.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(Path(cfg.output_dir) / "logs"), purge_step=start)
+            folder = Path(cfg.output_dir)
+            before = set(files_below(folder, CURVES_FOLDER))
+            self._writer = SummaryWriter(str(folder / CURVES_FOLDER), purge_step=start)
+            record_files(folder, set(files_below(folder, CURVES_FOLDER)) - before)
 
     def record(self, step: KeyStep, timestep: int, update: Update, grad_norm: Any, learning_rate: float) -> None:
         """Remember one update; nothing is read from the device yet."""

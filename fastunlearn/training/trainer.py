@@ -16,55 +16,72 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.base import ExportedWeights
-from fastunlearn.export.results import RunFigures, start_output, write_results
+from fastunlearn.export.results import Results, RunFigures, keep_weights, start_output, write_results
 from fastunlearn.methods.base import no_loss
 from fastunlearn.sampling.batch import GuidedPrediction
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.sampling.retain import retain_loss
-from fastunlearn.training.checkpoint import Position, save_checkpoint
+from fastunlearn.training.checkpoint import Position
 from fastunlearn.training.recorder import Recorder, Update
+from fastunlearn.training.saving import Saver, drop_unasked
 from fastunlearn.training.setup import Run, edit, prepare
-from fastunlearn.utils.distributed import World, all_reduce_counts
+from fastunlearn.utils.distributed import World, all_reduce_counts, ranks_here
+from fastunlearn.utils.processes import stop
 
 
-def train(cfg: Config, world: World, resume: Path | None = None) -> None:
-    """Erase the concepts of ``cfg`` and leave the results in ``cfg.output_dir``. Every rank calls it.
+def train(cfg: Config, world: World, resume: Path | None = None) -> Results | None:
+    """Erase the concepts of ``cfg`` and leave the results in ``cfg.output_dir``. Every rank calls it; the first one
+    gets to know what is there.
 
     ``resume``: the checkpoint to go on from.
     """
     if not cfg.trains:
         return edit_only(cfg, world)
+    with stop.bound_to(ranks_here()):
+        weights, figures, kept = train_weights(cfg, world, resume)
+    if not world.is_main:
+        return None
+    results = write_results(cfg, weights, figures, kept)
+    if not results.missing:
+        drop_unasked(Path(cfg.output_dir))
+    return results
+
+
+def train_weights(cfg: Config, world: World, resume: Path | None) -> tuple[ExportedWeights, RunFigures, Path | None]:
+    """All updates. Before anything else can fail, what they have made is on the disk: where, is the last answer."""
     run = prepare(cfg, world, resume)
     if world.is_main:
-        start_output(cfg, resumed=run.position.update > 0)
-    update_loop(run)
-    weights, done = run.export_weights(), run.position
+        start_output(cfg, resumed=resume is not None)
+    saver = Saver(run)
+    with stop.between_updates():
+        update_loop(run, saver)
+        weights, done = run.export_weights(), run.position
+        kept = keep_weights(cfg, weights) if world.is_main else None
+        saver.save_last(run)
     evaluations = all_reduce_counts(asdict(run.models.evaluations), world)
     del run
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
-    if world.is_main:
-        seconds = {"total": done.seconds, "rollout": done.rollout_seconds, "train": done.seconds - done.rollout_seconds}
-        figures = RunFigures(done.update, seconds, evaluations, world.world_size, world.device)
-        write_results(cfg, weights, figures)
+    seconds = {"total": done.seconds, "rollout": done.rollout_seconds, "train": done.seconds - done.rollout_seconds}
+    return weights, RunFigures(done.update, seconds, evaluations, world.world_size, world.device), kept
 
 
-def edit_only(cfg: Config, world: World) -> None:
+def edit_only(cfg: Config, world: World) -> Results | None:
     """A closed-form method: no engine, no optimizer, no updates. The first rank does it; it takes seconds."""
     if not world.is_main:
-        return
-    start_output(cfg, resumed=False)
+        return None
     edited, seconds = edit(cfg, world)
+    start_output(cfg, resumed=False)
     print(f"{cfg.method}: {len(edited)} tensors edited in closed form in {seconds:.1f} s")
     figures = RunFigures(
         0, {"total": seconds, "rollout": 0.0, "train": seconds}, asdict(Evaluations()), world.world_size, world.device
     )
-    write_results(cfg, ExportedWeights({}, edited), figures)
+    weights = ExportedWeights({}, edited)
+    return write_results(cfg, weights, figures, keep_weights(cfg, weights))
 
 
-def update_loop(run: Run) -> None:
+def update_loop(run: Run, saver: Saver) -> None:
     """All updates that are left. ``run.position`` says in the end what they took."""
     recorder = Recorder(run.cfg, run.world, len(run.table), run.position.update, run.engine.projected_segments)
-    every = run.cfg.checkpoint.checkpointing_steps
     started, before = time.perf_counter(), run.position
     rollout_seconds = before.rollout_seconds
     for step in run.table[before.update :]:
@@ -77,9 +94,7 @@ def update_loop(run: Run) -> None:
         recorder.record(step, run.rollout.timesteps[step.index], update, run.engine.grad_norm, learning_rate)
         seconds = before.seconds + time.perf_counter() - started
         run.position = Position(step.update + 1, seconds, rollout_seconds, asdict(run.models.evaluations))
-        if every and run.position.update % every == 0 and run.position.update < len(run.table):
-            recorder.flush()
-            save_checkpoint(run.cfg, run.world, run.engine, run.parts, run.position)
+        saver.after_update(run, recorder)
     recorder.close()
     run.engine.guard.check_end()
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.errors import UserError
+from fastunlearn.utils.processes.relatives import identity
 
 T = TypeVar("T")
 BUILD_LOCK_SECONDS = 300  # the build takes well under a minute
@@ -38,7 +41,12 @@ class World:
 
 
 def init_distributed() -> World:
-    """Join the process group that the launcher (or ``environment.prepare_environment``) described."""
+    """Join the process group that the launcher (or ``environment.prepare_environment``) described.
+
+    Raises:
+        UserError: the port on which the ranks would meet is taken.
+    """
+    _check_port()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
@@ -51,6 +59,23 @@ def init_distributed() -> World:
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _check_port() -> None:
+    """On the first rank, where the ranks will meet. torchrun listens there itself, before its ranks start."""
+    port = os.environ.get("MASTER_PORT", "29500")
+    if os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except (OSError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"MASTER_PORT: {port!r} cannot be used on this host ({getattr(error, 'strerror', None) or error}), "
+                "perhaps another run has it; choose one: deepspeed --master_port N, or let "
+                "`fastunlearn train --num_gpus N` do so"
+            ) from None
 
 
 def single_process() -> World:
@@ -103,6 +128,32 @@ def all_reduce_counts(counts: Mapping[str, int], world: World) -> dict[str, int]
     """The same counters over all ranks."""
     table = torch.tensor(list(counts.values()), dtype=torch.int64, device=world.device)
     return dict(zip(counts, sum_over_ranks(table).tolist(), strict=True))
+
+
+def ranks_here() -> dict[int, str]:
+    """The other ranks on this host: process number, name. Collective."""
+    own = identity()
+    known = {
+        pid: f"rank {rank} (process {pid})"
+        for rank, (host, namespace, pid) in enumerate(gather_from_ranks(own))
+        if (host, namespace) == own[:2]
+    }
+    return {pid: name for pid, name in known.items() if pid != own[2]}
+
+
+def max_over_ranks(values: Sequence[int]) -> list[int]:
+    """The largest of each of a few small numbers, without the device; at once where there is one rank. Collective."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [int(value) for value in values]
+    table = torch.tensor([int(value) for value in values])
+    torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX, group=_host_group())
+    return table.tolist()
+
+
+@cache
+def _host_group() -> Any:
+    """A group for what lies on the host; where ranks meet on the host anyway, theirs."""
+    return None if torch.distributed.get_backend() == "gloo" else torch.distributed.new_group(backend="gloo")
 
 
 def gather_from_ranks(value: T) -> list[T]:

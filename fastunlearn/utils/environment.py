@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import warnings
 from pathlib import Path
+
+from fastunlearn.utils.processes.ranks import free_port, place
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -55,14 +56,4 @@ def prepare_environment(cpu_threads: int = 0) -> None:
 
 def _single_process_world() -> None:
     """What a launcher would have set for one rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= place(0, 1, free_port())

@@ -11,7 +11,10 @@ CONFIG, METRICS_FILE, CARD = "config.toml", "metrics.json", "README.md"
 EVALUATION, RELEARNING, SAMPLES = "evaluation.json", "relearn.json", "samples"
 TRAIN_LOG = "train_log.jsonl"
 SURGERY_LOG = "surgery_log.jsonl"
+CURVES_FOLDER = "logs"  # of TensorBoard
 UNET = "unet"  # the edited U-Net, a folder
+UNFINISHED = "unfinished"  # where a run works that replaces the results of another
+LOCK = ".fastunlearn.lock"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -19,6 +22,11 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     """The whole checkpoints ``checkpoint-N`` of a run, oldest first."""
     found = [(int(match[1]), entry) for entry in Path(folder).glob("*") if (match := CHECKPOINT.fullmatch(entry.name))]
     return [entry for _, entry in sorted(found) if entry.is_dir()]
+
+
+def final_folder(work: str | Path) -> Path:
+    """Where the results of a run end up that writes in ``work``."""
+    return Path(work).parent if Path(work).name == UNFINISHED else Path(work)
 
 
 def check_results(folder: Path) -> None:

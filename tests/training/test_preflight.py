@@ -20,7 +20,6 @@ from fastunlearn.errors import UserError
 from fastunlearn.models import checks
 from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.training import preflight
-from fastunlearn.utils.run_folder import list_checkpoints
 from fastunlearn_kernels.common import backend
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -218,41 +217,6 @@ def test_a_single_file_passes_and_says_how_much_space_it_needs(tmp_path: Path) -
             held = 1_106_212 * 2 if place == file else (tmp_path / "d" / UNET).stat().st_size
             assert preflight.needed_bytes(cfg, place) == 32 * 2**20 + held + 4 * trained
     assert "model.variant" in refusal(checks.check_model, config(file, "out", "--variant", "fp16"))
-
-
-@pytest.mark.parametrize("trace", ["config.toml", "unet/config.json", "README.md", "checkpoint-20/state.json"])
-def test_a_started_run_is_not_overwritten(trace: str, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    (output / trace).parent.mkdir(parents=True)
-    (output / trace).write_text("precious")
-    message = refusal(preflight.check_output_dir, config("minicanvas", output))
-    assert "already holds a run" in message and trace.split("/")[0] in message and "--overwrite_output_dir" in message
-    preflight.check_output_dir(config("minicanvas", output, "--overwrite_output_dir"))
-    assert (output / trace).read_text() == "precious"
-
-
-def test_resume_needs_a_checkpoint(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    latest = config("minicanvas", output, "--resume_from_checkpoint", "latest")
-    assert "no checkpoint" in refusal(preflight.check_output_dir, latest)
-    for step in (100, 20, 9):
-        (output / f"checkpoint-{step}").mkdir(parents=True)
-    preflight.check_output_dir(latest)
-    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
-    for given in ("checkpoint-20", str(output / "checkpoint-20")):
-        preflight.check_output_dir(config("minicanvas", output, "--resume_from_checkpoint", given))
-    other = config("minicanvas", output, "--resume_from_checkpoint", str(output / "checkpoint-21"))
-    message = refusal(preflight.check_output_dir, other)
-    assert "checkpoint-21" in message and "nearest: checkpoint-20" in message
-
-
-def test_output_must_be_a_writable_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert "is a file" in refusal(preflight.check_output_dir, config("minicanvas", tmp_path / "file"))
-    assert "is a file" in refusal(preflight.check_output_dir, config("minicanvas", tmp_path / "file" / "below"))
-    assert "cannot be written" in refusal(preflight.check_output_dir, config("minicanvas", "/proc/out"))
-    preflight.check_output_dir(config("minicanvas", tmp_path / "new" / "deep"))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # a check leaves nothing
 
 
 def test_a_full_disk_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

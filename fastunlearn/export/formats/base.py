@@ -41,6 +41,11 @@ class ExportFormat(ABC):
     read_by: str = ""
     """What reads it later, so that every run has to write it; "": nothing."""
 
+    @property
+    def files(self) -> list[str]:
+        """Those of its files whose names are known beforehand, in the output folder."""
+        return [self.path]
+
     @abstractmethod
     def disk_bytes(self, unet_bytes: int, trained: int) -> int:
         """What it takes on the disk, at most. ``unet_bytes``: the base's U-Net files; ``trained``: parameters."""

@@ -24,6 +24,11 @@ class UNetFolder(ExportFormat):
     path = UNET
     read_by = "evaluation and relearning"
 
+    @property
+    def files(self) -> list[str]:
+        """What diffusers writes, where it need not cut the weights into several files."""
+        return [f"{self.path}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+
     def disk_bytes(self, unet_bytes: int, trained: int) -> int:
         """As the base's own, in the default dtype."""
         return unet_bytes
