@@ -22,8 +22,8 @@ from fastunlearn.errors import UserError
 from fastunlearn.training.output_folder import claim
 from fastunlearn.training.preflight import check_all, check_kernels
 from fastunlearn.utils.environment import prepare_environment
-from fastunlearn.utils.foreign import readable
 from fastunlearn.utils.folders.replacing import working_folder
+from fastunlearn.utils.foreign import readable
 from fastunlearn.utils.processes import stop
 from fastunlearn.utils.run_folder import list_checkpoints
 
@@ -87,8 +87,7 @@ def gpu_present() -> bool:
 
 
 def run(cfg: Config, world_size: int) -> int:
-    """Hold the output folder, join the other ranks and train; returns the exit status. Imports torch, so it comes after
-    every check that needs neither."""
+    """Hold the output folder and train; returns the exit status. Imports torch, so it comes after every other check."""
     prepare_environment(cfg.train.cpu_threads)
     with claim(cfg, is_main()) as work:
         results = run_in(cfg.model_copy(update={"output_dir": str(work)}), world_size)

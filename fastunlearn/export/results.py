@@ -207,6 +207,7 @@ def _draw(cfg: Config, edited: _Edited, device: torch.device, picture: Path) -> 
         progress=True,
     )
 
+
 def _measure(cfg: Config, results: Results) -> None:
     """Enter what a classifier saw before and after, or why none was asked."""
     reason = "it was switched off" if cfg.evaluation.mode == "off" else why_not_evaluated(cfg)
@@ -223,7 +224,6 @@ def _measure(cfg: Config, results: Results) -> None:
             results.metrics["not_evaluated"] = None
         except NotRecognised as error:
             results.metrics["not_evaluated"] = str(error).removeprefix("evaluation: ")
-
 
 
 def settle(cfg: Config, results: Results) -> int:

@@ -28,8 +28,8 @@ from fastunlearn.gradients.stats import BlockCosines, SurgeryStats
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.utils.distributed import World, mean_over_ranks
 from fastunlearn.utils.files import atomic_write_text
-from fastunlearn.utils.foreign import Unreadable, parse_json
 from fastunlearn.utils.folders.marker import files_below, record_files
+from fastunlearn.utils.foreign import Unreadable, parse_json
 from fastunlearn.utils.memory import peak_memory_bytes
 from fastunlearn.utils.run_folder import CURVES_FOLDER, SURGERY_LOG, TRAIN_LOG
 
