@@ -13,16 +13,10 @@ from typing import Any
 from fastunlearn.config import Config, ModelConfig
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.minicanvas import pipeline_path
-from fastunlearn.models.formats.headers import (
-    FIELD,
-    check_folder,
-    check_kind,
-    check_safetensors,
-    is_hub_id,
-    read_header,
-    read_json,
-    vae_folder,
-)
+from fastunlearn.models.formats.configurations import read_config
+from fastunlearn.models.formats.folders import check_dtypes, check_folder, check_kind, vae_folder
+from fastunlearn.models.formats.foreign import vae_refusal
+from fastunlearn.models.formats.headers import FIELD, is_hub_id, read_header
 from fastunlearn.models.formats.single_file import is_vae, read_single_file
 
 
@@ -42,8 +36,8 @@ def check_model(cfg: Config) -> Path | None:
         _check_file(place, cfg)
     elif place.is_dir():
         check_folder(place, cfg.model.variant)
-        check_noise(cfg.model, read_json(place / "scheduler" / "scheduler_config.json"))
-        check_vae(cfg.model, read_json(place / "vae" / "config.json"))
+        check_noise(cfg.model, read_config(place / "scheduler" / "scheduler_config.json"))
+        check_vae(cfg.model, read_config(place / "vae" / "config.json"))
     else:
         _refuse_path(name, place)
     return place
@@ -89,10 +83,13 @@ def check_vae(model: ModelConfig, usual: Mapping[str, Any]) -> None:
     place = Path(model.vae)
     if place.is_dir():
         folder = vae_folder(place)
-        config = read_json(folder / "config.json")
+        config = read_config(folder / "config.json", "vae")
         if config.get("_class_name") != "AutoencoderKL":
             found = f"holds a {config['_class_name']}" if "_class_name" in config else "has no VAE's config.json"
             raise UserError(f"model.vae: {model.vae!r} {found}; a folder with an AutoencoderKL is needed")
+        foreign = vae_refusal(config)
+        if foreign is not None:
+            raise UserError(f"model.vae: {model.vae!r} is made for another model: {foreign}")
         for field, default in (("latent_channels", 4), ("scaling_factor", 0.18215)):
             ours, theirs = usual.get(field, default), config.get(field, default)
             if usual and ours != theirs:
@@ -104,7 +101,7 @@ def check_vae(model: ModelConfig, usual: Mapping[str, Any]) -> None:
         if not files:
             raise UserError(f"model.vae: {str(folder)!r} holds no *.safetensors weights; pickled weights are not read")
         for file in files:
-            check_safetensors(file)
+            check_dtypes(file)
     elif not place.is_file():
         siblings = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
         raise UserError(

@@ -15,16 +15,9 @@ from typing import Any
 from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.models.architectures.base import Architecture, architecture_of, pixels_per_latent
-from fastunlearn.models.formats.headers import (
-    COMPONENTS,
-    DENOISERS,
-    FIELD,
-    check_kind,
-    check_safetensors,
-    is_hub_id,
-    read_json,
-    variant_of,
-)
+from fastunlearn.models.formats.configurations import read_config
+from fastunlearn.models.formats.folders import COMPONENTS, DENOISERS, check_kind, variant_of
+from fastunlearn.models.formats.headers import FIELD, check_safetensors, is_hub_id
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.loading import hub_file, resolve_model, stored_dtype
 from fastunlearn.utils.memory_rows import FP32
@@ -74,14 +67,14 @@ def describe_model(cfg: Config) -> ModelDescription:
     place = Path(name)
     if not place.exists() and is_hub_id(name):
         check_kind(hub_file(name, "model_index.json", cfg.model).parent, name)
-        return _described(hub_file(name, "unet/config.json", cfg.model).read_text(encoding="utf-8"), {}, {}, 0)
+        return _described(_unet_config(hub_file(name, "unet/config.json", cfg.model)), {}, {}, 0)
     if place.is_file():
         found = read_single_file(place)
         known = found.public_model(cfg.model)
         return _described(json.dumps(dict(known.unet)), known.text_encoder, known.vae, FP32 * found.elements)
     if (place / "model_index.json").is_file():
         check_kind(place)
-    text_encoder, vae = (read_json(place / part / "config.json") for part in ("text_encoder", "vae"))
+    text_encoder, vae = (read_config(place / part / "config.json") for part in ("text_encoder", "vae"))
     return _described(_unet_config(place / "unet" / "config.json"), text_encoder, vae, _loaded_bytes(cfg, place))
 
 
@@ -92,14 +85,13 @@ def _described(unet: str, text_encoder: Mapping[str, Any], vae: Mapping[str, Any
 
 
 def _unet_config(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-        kind = json.loads(text)["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{FIELD}: {str(file)!r} cannot be read; a plan needs the U-Net's configuration") from None
+    config = read_config(file)
+    if not config:
+        raise UserError(f"{FIELD}: {str(file)!r} cannot be read; a plan needs the U-Net's configuration")
+    kind = config.get("_class_name")
     if kind not in DENOISERS:
         raise UserError(f"{FIELD}: {str(file)!r} is a {kind}; a {' or '.join(DENOISERS)} is needed")
-    return text
+    return json.dumps(config)
 
 
 def _loaded_bytes(cfg: Config, folder: Path) -> int:

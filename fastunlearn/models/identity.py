@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from fastunlearn.minicanvas import pipeline_path
-from fastunlearn.models.formats.headers import COMPONENTS, variant_of
+from fastunlearn.models.formats.folders import COMPONENTS, variant_of
 from fastunlearn.schema.sections import ModelConfig
 
 

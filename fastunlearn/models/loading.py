@@ -10,6 +10,7 @@ import inspect
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,36 +18,27 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar
-from safetensors import SafetensorError
 from torch import nn
 
 from fastunlearn.config import ModelConfig
 from fastunlearn.errors import UserError
 from fastunlearn.models.checks import check_noise, check_vae
+from fastunlearn.models.formats.completeness import check_component, check_single_file
+from fastunlearn.models.formats.configurations import read_config
 from fastunlearn.models.formats.folder_configs import write_configs
-from fastunlearn.models.formats.headers import (
-    ALLOWED,
-    FIELD,
-    check_kind,
-    is_hub_id,
-    read_header,
-    read_json,
-    unet_files,
-    vae_folder,
-)
+from fastunlearn.models.formats.folders import ALLOWED, check_folder, check_kind, vae_folder, weight_files
+from fastunlearn.models.formats.headers import FIELD, is_hub_id, read_header
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.utils.dtypes import SAFETENSORS
 from fastunlearn.utils.text import first_line
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 CLASSES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
-DAMAGED = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
 def load_pipeline(
@@ -70,15 +62,18 @@ def load_pipeline(
         UserError: the model cannot be found or read, or is not an SD/SDXL text-to-image pipeline.
     """
     disable_progress_bar()  # the loading bars of seven small components say nothing
-    source, model = str(resolve_model(str(path))), options or ModelConfig()
+    model = (options or ModelConfig()).model_copy(update={"pretrained_model_name_or_path": str(path)})
+    place, source = local_model(model), str(path)
     unet = None if unet_path is None else load_unet(unet_path, unet_dtype or dtype)
     try:
-        if Path(source).is_file():
-            pipeline = _from_file(Path(source), model, dtype, unet_dtype or dtype, unet)
+        if place.is_file():
+            pipeline = _from_file(place, model, dtype, unet_dtype or dtype, unet)
         else:
-            pipeline = _from_folder(source, model, dtype, unet_dtype or dtype, unet)
-    except DAMAGED as error:
-        raise UserError(f"{FIELD}: cannot load {source!r}: {first_line(error)}") from error
+            pipeline = _from_folder(place, model, dtype, unet_dtype or dtype, unet)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file that is not ours provokes
+        raise UserError(f"{FIELD}: cannot load {source!r}: {first_line(error)[:200]}") from error
     # Exact classes: inpainting, refiner and other pipelines subclass or imitate these and need other inputs.
     if type(pipeline) not in CLASSES.values():
         raise UserError(f"{FIELD}: {source!r} is a {type(pipeline).__name__}; {ALLOWED}")
@@ -90,25 +85,56 @@ def load_pipeline(
 
 
 def _from_folder(
-    source: str, model: ModelConfig, dtype: torch.dtype, unet_dtype: torch.dtype, unet: nn.Module | None
+    folder: Path, model: ModelConfig, dtype: torch.dtype, unet_dtype: torch.dtype, unet: nn.Module | None
 ) -> Pipeline:
+    check_folder(folder, model.variant)
+    for component in check_kind(folder):
+        if component != "unet" or unet is None:
+            config = read_config(folder / component / "config.json")
+            check_component(folder / component, component, config, model.variant)
     kwargs: dict[str, Any] = {"dtype": {"default": dtype, "unet": unet_dtype}, "use_safetensors": True}
-    kwargs |= {"revision": model.revision, "variant": model.variant, "local_files_only": True}
     if unet is not None:
         kwargs["unet"] = unet
-    if not Path(source).exists() and is_hub_id(source):
-        folder = _check_hub(source, model)
-        check_vae(model, read_json(folder / "vae" / "config.json"))
-        kwargs |= {"local_files_only": model.local_files_only, "cache_dir": model.cache_dir}
-    return DiffusionPipeline.from_pretrained(source, **kwargs)
+    index = read_config(folder / "model_index.json")
+    kwargs |= _unused_parts(index)
+    # The class itself, not DiffusionPipeline, knows which of its parts may be left out.
+    return CLASSES[index["_class_name"]].from_pretrained(folder, variant=model.variant, local_files_only=True, **kwargs)
 
 
-def _check_hub(name: str, model: ModelConfig) -> Path:
-    """Refuse a hub model of another kind before its weights are fetched; return the folder of its configurations."""
+def _unused_parts(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of a pipeline that are never called here, so that they keep no model out, absent, pickled or broken."""
+    if "safety_checker" in index:
+        parts = ("safety_checker", "feature_extractor", "image_encoder")
+        return dict.fromkeys(parts) | {"requires_safety_checker": False}
+    return {name: None for name in ("feature_extractor", "image_encoder") if name in index}
+
+
+def local_model(model: ModelConfig) -> Path:
+    """The folder or file of a model on this machine; what a hub has is fetched or taken from the cache.
+
+    Raises:
+        UserError: it is not there, or of another kind; then nothing of it has been fetched but configurations.
+    """
+    name = resolve_model(model.pretrained_model_name_or_path)
+    if Path(name).exists() or not is_hub_id(name):
+        return Path(name)
     index = hub_file(name, "model_index.json", model)
     hub_file(name, "unet/config.json", model)
     check_kind(index.parent, name)
-    return index.parent
+    check_vae(model, read_config(index.parent / "vae" / "config.json"))
+    known: dict[str, Any] = {
+        "revision": model.revision, "cache_dir": model.cache_dir, "local_files_only": model.local_files_only,
+    }  # fmt: skip
+    content = read_config(index)
+    kind, skipped = CLASSES[content["_class_name"]], _unused_parts(content)
+    try:
+        return Path(
+            CLASSES[read_config(index)["_class_name"]].download(
+                name, variant=model.variant, use_safetensors=True, **known, **skipped
+            )
+        )
+    except Exception as error:  # whatever it is: there are many
+        raise UserError(f"{FIELD}: cannot fetch {name!r}: {first_line(error)[:120]}") from None
 
 
 def hub_file(name: str, path: str, model: ModelConfig) -> Path:
@@ -135,6 +161,7 @@ def _from_file(
     """Configurations and tokenizers come from ``architectures/``, so that nothing is fetched."""
     found = read_single_file(file)
     known = found.public_model(model)
+    check_single_file(file, known, found.has_vae)
     with tempfile.TemporaryDirectory() as configs:
         write_configs(known, Path(configs))
         kwargs: dict[str, Any] = {"config": configs, "local_files_only": True}
@@ -163,9 +190,11 @@ def load_unet(folder: str | os.PathLike[str], dtype: torch.dtype) -> UNet2DCondi
     Raises:
         UserError: it is missing or damaged.
     """
+    place = Path(folder)
+    check_component(place, "unet", read_config(place / "config.json", "unet"), None)
     try:
         return UNet2DConditionModel.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
-    except DAMAGED as error:
+    except Exception as error:
         raise UserError(f"unet: cannot load {str(folder)!r}: {first_line(error)}") from error
 
 
@@ -177,11 +206,15 @@ def load_vae(place: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderK
     """
     try:
         if Path(place).is_dir():
-            return AutoencoderKL.from_pretrained(vae_folder(Path(place)), dtype=dtype, local_files_only=True)
+            folder = vae_folder(Path(place))
+            check_component(folder, "vae", read_config(folder / "config.json", "vae"), None)
+            return AutoencoderKL.from_pretrained(folder, dtype=dtype, local_files_only=True)
         with tempfile.TemporaryDirectory() as configs:  # a file has no configuration: that of the VAE it replaces
             own.save_config(configs)
             vae = AutoencoderKL.from_single_file(place, config=configs, dtype=dtype, local_files_only=True)
-    except DAMAGED as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"model.vae: cannot load {place!r}: {first_line(error)}") from error
     _check_complete(vae, f"model.vae: {place!r}", "VAE")
     return vae
@@ -220,12 +253,14 @@ def resolve_model(name: str) -> str:
 
 
 def stored_dtype(model: ModelConfig) -> torch.dtype:
-    """The floating dtype in which the base U-Net's files hold most of their tensors; fp32 where it cannot be read."""
-    place = Path(resolve_model(model.pretrained_model_name_or_path))
+    """The floating dtype in which the base U-Net's files hold most of their tensors.
+
+    Raises:
+        UserError: as ``local_model``.
+    """
+    place = local_model(model)
     if place.is_file():
         return SAFETENSORS.get(read_single_file(place).unet_dtype, torch.float32)
-    if not (place / "unet").is_dir():  # a hub model, loaded from the cache
-        return torch.float16 if model.variant == "fp16" else torch.float32
-    entries = [entry for file in unet_files(place, model.variant) for entry in read_header(file)[0].values()]
-    counts = Counter(entry.dtype for entry in entries)
-    return SAFETENSORS.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
+    files = weight_files(place / "unet", model.variant)
+    counts = Counter(entry.dtype for file in files for entry in read_header(file)[0].values())
+    return SAFETENSORS.get(counts.most_common(1)[0][0], torch.float32)

@@ -14,7 +14,9 @@ from typing import get_args
 from fastunlearn.config import Config, resolved_scope
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.models.checks import check_model
-from fastunlearn.models.formats.headers import read_header, read_json, unet_files
+from fastunlearn.models.formats.configurations import read_config
+from fastunlearn.models.formats.folders import weight_files
+from fastunlearn.models.formats.headers import read_header
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.parameter_names import count_trained
 from fastunlearn.registry import FORMATS
@@ -79,9 +81,9 @@ def needed_bytes(cfg: Config, place: Path) -> int:
         file = read_single_file(place)
         trained, unet = count_trained(file.unet_shapes, scope, file.unet_config), file.unet_bytes
     else:
-        files = unet_files(place, cfg.model.variant)
+        files = weight_files(place / "unet", cfg.model.variant)
         shapes = {name: entry.shape for file in files for name, entry in read_header(file)[0].items()}
-        trained = count_trained(shapes, scope, read_json(place / "unet" / "config.json"))
+        trained = count_trained(shapes, scope, read_config(place / "unet" / "config.json"))
         unet = sum(file.stat().st_size for file in files)
     # One more than the limit: a new checkpoint is complete before the oldest is removed.
     kept = cfg.checkpoint.checkpoints_total_limit + 1 if cfg.checkpoint.checkpointing_steps else 0

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastunlearn import cli
+from fastunlearn.models.formats.completeness import component_shapes
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.models.formats.headers import check_safetensors
-from fastunlearn.models.formats.random_weights import Tensorlike, component_shapes, write_safetensors
+from fastunlearn.models.formats.random_weights import Tensorlike, write_safetensors
 
 # As published; CLIP's and the VAE's are those of the files on the hub.
 CLIP_L, CLIP_H, BIG_G, VAE = 123_060_480, 340_387_840, 694_659_840, 83_653_863

@@ -95,5 +95,5 @@ def test_other_pipelines_are_refused_by_name(tmp_path: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="StableDiffusionXLImg2ImgPipeline"):
         load_pipeline(folder)
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match=r"has no model_index.json"):
         load_pipeline(tmp_path / "nothing")

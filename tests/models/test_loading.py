@@ -21,10 +21,11 @@ from fastunlearn.config import ModelConfig
 from fastunlearn.errors import UserError
 from fastunlearn.models.backbone import build_backbone
 from fastunlearn.models.checks import check_hub_cache
+from fastunlearn.models.formats.completeness import component_shapes
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS, write_tokenizer
 from fastunlearn.models.formats.headers import Entry, read_header
 from fastunlearn.models.formats.original_layout import original_tensors
-from fastunlearn.models.formats.random_weights import component_shapes, write_file, write_folder
+from fastunlearn.models.formats.random_weights import write_file, write_folder
 from fastunlearn.models.formats.single_file import identify, read_single_file
 from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.models.pipeline import ddim_scheduler
@@ -336,8 +337,16 @@ def test_a_variant_from_the_cache(models: Path, tmp_path: Path) -> None:
         file.rename(file.with_suffix(".fp16.safetensors"))
     known = {"cache_dir": str(cache), "local_files_only": True}
     load_pipeline("someone/tiny", options=options("someone/tiny", variant="fp16", **known))
-    with pytest.raises(UserError, match="cannot load 'someone/tiny'"):
+    assert stored_dtype(options("someone/tiny", variant="fp16", **known)) == torch.float32, "what the files hold"
+    with pytest.raises(UserError, match="only holds the variant 'fp16'; set it"):
         load_pipeline("someone/tiny", options=options("someone/tiny", **known))
+
+
+def test_a_hub_models_dtype_is_that_of_its_files(tmp_path: Path) -> None:
+    write_folder(PUBLIC_MODELS["tiny-sd15"], tmp_path / "half", torch.float16, seed=1)
+    cache = hub_cache(tmp_path / "cache", "someone/half", tmp_path / "half")
+    known = {"cache_dir": str(cache), "local_files_only": True}
+    assert stored_dtype(options("someone/half", **known)) == torch.float16
 
 
 def test_another_kind_from_the_hub_is_refused_before_its_weights(tmp_path: Path) -> None:

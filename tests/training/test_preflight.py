@@ -18,6 +18,7 @@ from fastunlearn import cli
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
 from fastunlearn.models import checks
+from fastunlearn.models.architectures.unet2d import NOISE
 from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.training import preflight
 from fastunlearn_kernels.common import backend
@@ -38,7 +39,14 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "models" / "tiny-sd"
     for name in (UNET, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         write_safetensors(folder / name)
-    parts = {name: ["diffusers", "Class"] for name in ("unet", "vae", "text_encoder")}
+        (folder / name).with_name("config.json").write_text("{}")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(NOISE))
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }  # fmt: skip
     index = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], **parts}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
@@ -189,13 +197,12 @@ def test_another_vae_must_be_one_for_this_model(model: Path, tmp_path: Path) -> 
 
 def test_a_schedule_that_ends_in_noise_needs_v_prediction(model: Path) -> None:
     zero_snr = ("--model.rescale_betas_zero_snr", "true")
-    (model / "scheduler").mkdir()
     scheduler = model / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps({"prediction_type": "epsilon"}))
+    scheduler.write_text(json.dumps(NOISE | {"prediction_type": "epsilon"}))
     message = refusal(checks.check_model, config(model, "out", *zero_snr))
     assert "model.rescale_betas_zero_snr" in message and "v_prediction" in message
     checks.check_model(config(model, "out", *zero_snr, "--model.prediction_type", "v_prediction"))
-    scheduler.write_text(json.dumps({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}))
+    scheduler.write_text(json.dumps(NOISE | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}))
     checks.check_model(config(model))
     assert "epsilon" in refusal(checks.check_model, config(model, "out", "--model.prediction_type", "epsilon"))
     checks.check_model(

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fastunlearn.models.architectures.base import PublicModel
+from fastunlearn.models.formats.completeness import component_shapes
 from fastunlearn.models.formats.folder_configs import write_configs
 from fastunlearn.models.formats.original_layout import Shape, original_tensors
 from fastunlearn.utils.dtypes import SAFETENSORS_NAMES
@@ -69,28 +67,6 @@ def write_file(model: PublicModel, file: Path, dtype: torch.dtype, seed: int) ->
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as partial:
         write_safetensors(Path(partial), tensors, dtype, metadata)
-
-
-def component_shapes(model: PublicModel) -> dict[str, dict[str, Shape]]:
-    """Name and shape of every tensor of each component, as in its file; no memory is taken for them."""
-    with torch.device("meta"):
-        parts: dict[str, torch.nn.Module] = {
-            "unet": UNet2DConditionModel.from_config(dict(model.unet)),
-            "vae": AutoencoderKL.from_config(dict(model.vae)),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**model.text_encoder)),
-        }
-        if model.text_encoder_2 is not None:
-            parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**model.text_encoder_2))
-    return {
-        name: {_filed(key, name): tuple(value.shape) for key, value in part.state_dict().items()}
-        for name, part in parts.items()
-    }
-
-
-def _filed(key: str, component: str) -> str:
-    """Published text encoders have a prefix that newer versions of transformers have dropped."""
-    bare = component.startswith("text_encoder") and not key.startswith(("text_model.", "text_projection."))
-    return f"text_model.{key}" if bare else key
 
 
 def draw(component: str, name: str, shape: Shape, seed: int) -> Tensor:

@@ -15,7 +15,9 @@ from typing import Any
 from fastunlearn.errors import UserError
 from fastunlearn.models.architectures.base import Architecture, PublicModel
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
-from fastunlearn.models.formats.headers import CHANNELS, EDITABLE, FIELD, Entry, read_header
+from fastunlearn.models.formats.folders import CHANNELS, EDITABLE, check_dtypes
+from fastunlearn.models.formats.foreign import PREDICTIONS, marker_refusal
+from fastunlearn.models.formats.headers import FIELD, Entry, read_header
 from fastunlearn.registry import ARCHITECTURES
 from fastunlearn.schema.sections import ModelConfig
 
@@ -23,10 +25,11 @@ UNET, VAE = "model.diffusion_model.", ("first_stage_model.", "vae.")
 FIRST_CONV = "input_blocks.0.0.weight"
 REFINER_TEXT = "conditioner.embedders.0.model."
 OLD_CLIP_L = "cond_stage_model.transformer."
+WHOLE = "give the whole checkpoint that it came from, or a diffusers folder with it"
 ALLOWED = f"allowed are whole models of {EDITABLE}"
 # Tensors without content that say how the model was trained (NoobAI and others put them in).
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
-PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+SCALED_FP8 = "scaled_fp8"
 
 LORA_PARTS = (".lora_", "lora_up", "lora_down", "lora_A", "lora_B", ".hada_", ".lokr_", ".oft_", ".dora_scale")
 # Other architectures, by a part of a tensor's name that only they have; the first that is found is named.
@@ -39,7 +42,6 @@ OTHERS = {
     "control_model.": "a ControlNet",
     "controlnet_": "a ControlNet",
     "motion_modules.": "AnimateDiff",
-    "edm_mean": "Playground v2.5",
 }
 
 
@@ -98,12 +100,18 @@ def read_single_file(path: Path) -> SingleFile:
             "(pickled weights are not read)"
         )
     entries, metadata = read_header(path)
-    found = identify(entries)
+    found = marker_refusal(entries, metadata) or identify(entries)
     if found not in PUBLIC_MODELS:
         raise UserError(f"{FIELD}: {str(path)!r} is {found}; {ALLOWED}")
+    if SCALED_FP8 in entries or any(name.endswith((".scale_weight", ".weight_scale")) for name in entries):
+        raise UserError(
+            f"{FIELD}: {str(path)!r} holds weights in fp8 with scales, as ComfyUI makes them; the file in fp16, bf16 "
+            "or fp32 is needed"
+        )
+    check_dtypes(path)
     unet = {name: entry for name, entry in entries.items() if name.startswith(UNET)}
     dtypes = Counter(entry.dtype for entry in unet.values())
-    prediction = PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    prediction = PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
     return SingleFile(
         path=path,
         name=found,
@@ -157,14 +165,14 @@ def _without_text(entries: Mapping[str, Entry]) -> str:
     several = [a for a in ARCHITECTURES.values() if len(a.text_encoders) > 1]
     if any(_starts(entries, encoder.mark) for a in several for encoder in a.text_encoders):
         return "an SDXL model with one of its two text encoders"
-    return "a U-Net without its text encoders"
+    return f"a U-Net without its text encoders: {WHOLE}"
 
 
 def _part(entries: Mapping[str, Entry]) -> str:
     """In words, what a file is that has no U-Net under the usual name."""
     if FIRST_CONV in entries or any(name.startswith(("down_blocks.", "up_blocks.")) for name in entries):
-        return "a bare U-Net, without VAE and text encoders"
-    if any(name.startswith(UNET) for name in entries):
+        return f"a bare U-Net (as in ComfyUI's diffusion_models folder), without VAE and text encoders: {WHOLE}"
+    if _starts(entries, UNET):
         return "another architecture than Stable Diffusion's"
     if is_vae(entries):
         return "a VAE (model.vae takes one)"
