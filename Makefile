@@ -3,6 +3,7 @@
 # make lint    ruff and mypy only
 # make bench   timings of one update, by method, and of the kernels
 # make dist    wheel and source archive for a package index, in output/dist; REPOSITORY=https://host/owner/name
+# make chaos   stop and kill runs at twelve moments, in five ways to train, by three signals (a part is in make test)
 # make clean   remove what runs and checks left (not .venv)
 #
 # make kernels-report   compile every kernel for six GPUs that need not be here; writes kernels/REPORT.md
@@ -31,7 +32,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export DS_ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels bench-step gpu-step dist clean
+.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels bench-step gpu-step chaos dist clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -87,6 +88,9 @@ lint: $(READY)
 JOBS ?= 2
 test: lint
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+chaos: $(READY)
+	FASTUNLEARN_CHAOS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests/chaos
 
 bench: $(READY)
 	@mkdir -p output

@@ -25,6 +25,7 @@ from fastunlearn.utils.environment import prepare_environment
 from fastunlearn.utils.folders.replacing import working_folder
 from fastunlearn.utils.foreign import readable
 from fastunlearn.utils.processes import stop
+from fastunlearn.utils.processes.ranks import check_port
 from fastunlearn.utils.run_folder import list_checkpoints
 
 if TYPE_CHECKING:
@@ -32,11 +33,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Run a training from command-line arguments; returns the exit status.
-
-    0: all results are there; 3: some are missing, as the last line says; 2: bad input; 1: another rank has died;
-    128 and its number: a signal asked for the end.
-    """
+    """Run a training from command-line arguments; returns the exit status: 0 with all results, 3 where some are
+    missing, 2 for bad input, 1 where another rank has died, 128 + N where signal N ended it."""
     cfg = None
     try:
         with stop.listening():
@@ -44,6 +42,7 @@ def main(argv: list[str]) -> int:
             world_size = int(os.environ.get("WORLD_SIZE", "1"))
             cfg.validate_runtime(world_size, has_gpu=gpu_present())
             check_kernels(gpu_present())
+            check_port()
             check_all(cfg, output=is_main())
             return run(cfg, world_size)
     except UserError as error:

@@ -146,13 +146,17 @@ class Recorder:
                 of no use.
         """
         self.flush()
+        self.leave()
+        if self._not_finite_since is not None:
+            raise _diverged(self._not_finite_since)
+
+    def leave(self) -> None:
+        """Close the bar and the curves, whatever became of the run."""
         if self._world.is_main:
             self._bar.close()
         if self._writer is not None:
             with suppress(OSError):
                 self._writer.close()
-        if self._not_finite_since is not None:
-            raise _diverged(self._not_finite_since)
 
     def _note_divergence(self, entry: dict[str, Any]) -> None:
         """Remember since when the loss has not been finite. The engine's guard skips such updates, and stops the run

@@ -43,6 +43,7 @@ class Saver:
         signal, due = max_over_ranks([requested(), asked or late])
         if signal:
             recorder.flush()
+            recorder.leave()
             saved = self._save(run, asked)
             raise Stopped(signal, None if saved is None else saved.name)
         if due:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,12 +40,7 @@ class World:
 
 
 def init_distributed() -> World:
-    """Join the process group that the launcher (or ``environment.prepare_environment``) described.
-
-    Raises:
-        UserError: the port on which the ranks would meet is taken.
-    """
-    _check_port()
+    """Join the process group that the launcher (or ``environment.prepare_environment``) described."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
@@ -59,23 +53,6 @@ def init_distributed() -> World:
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
-
-
-def _check_port() -> None:
-    """On the first rank, where the ranks will meet. torchrun listens there itself, before its ranks start."""
-    port = os.environ.get("MASTER_PORT", "29500")
-    if os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(port)))
-        except (OSError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"MASTER_PORT: {port!r} cannot be used on this host ({getattr(error, 'strerror', None) or error}), "
-                "perhaps another run has it; choose one: deepspeed --master_port N, or let "
-                "`fastunlearn train --num_gpus N` do so"
-            ) from None
 
 
 def single_process() -> World:

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from fastunlearn.errors import UserError
+
 GRACE_SECONDS = 5.0  # for the others' own words, once a rank has died
 POLL_SECONDS = 0.05
 WORDS = 3  # lines
@@ -107,6 +109,27 @@ def place(rank: int, count: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def check_port() -> None:
+    """On the first of several ranks, whether they can meet. torchrun listens there itself, before its ranks start.
+
+    Raises:
+        UserError: the port is taken, or none.
+    """
+    port = os.environ.get("MASTER_PORT", "")
+    if os.environ.get("RANK") != "0" or not port or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except (OSError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"MASTER_PORT: {port!r} cannot be used on this host ({getattr(error, 'strerror', None) or error}), "
+                "perhaps another run has it; choose one: deepspeed --master_port N, or let "
+                "`fastunlearn train --num_gpus N` do so"
+            ) from None
 
 
 def free_port() -> int:

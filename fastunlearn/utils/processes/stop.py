@@ -24,6 +24,7 @@ SAME_SECONDS = 1.0  # a group's signal and a launcher's are one wish
 BOUND_SECONDS = 120.0  # from the first signal to the end, however long an update or a checkpoint takes
 UNWIND_SECONDS = 10.0  # the same where nothing is saved
 PEER_SECONDS = 3.0  # for the own words of a rank, once another has died
+EXIT_SECONDS = 1.0  # of a process that ends
 POLL_SECONDS = 1.0
 
 
@@ -49,7 +50,7 @@ class _State:
     peers: dict[int, str] = field(default_factory=dict)
     """Descriptors of processes without which this one cannot go on, and what they are called."""
     lost: str = ""
-    """One of them that had died when they were needed no longer."""
+    """One of them that had died when this process failed."""
 
 
 _state = _State()
@@ -103,20 +104,23 @@ def bound_to(peers: dict[int, str]) -> Iterator[None]:
     """Inside, this process ends within seconds when one of the others does. ``peers``: process numbers, names."""
     opened = {open_process(pid): name for pid, name in peers.items()}
     _state.peers = {fd: name for fd, name in opened.items() if fd is not None}
+    _state.lost = ""
     try:
         yield
+    except Exception:
+        _state.lost = lost_peer(EXIT_SECONDS)  # its connections close first
+        raise
     finally:
-        _state.lost = lost_peer()
         descriptors, _state.peers = list(_state.peers), {}
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def lost_peer() -> str:
-    """The name of a process that has died without which this one cannot go on; "": they all live."""
+def lost_peer(seconds: float = 0.0) -> str:
+    """The name of a process that has died without which this one cannot go on; "": they all live so long."""
     if not _state.peers:
         return _state.lost
-    ended, _, _ = select.select(list(_state.peers), [], [], 0)
+    ended, _, _ = select.select(list(_state.peers), [], [], seconds)
     return _state.peers[ended[0]] if ended else ""
 
 
