@@ -109,7 +109,9 @@ def test_it_goes_on_to_the_same_bits(
     hit = 0 if MOMENTS[moment][-1] else WAYS[way][0] - 1
     statuses = run([str(WORKER), moment, str(int(signum)), str(hit)], way, model, out)
     assert statuses[hit] == (-9 if name == "KILL" else 128 + signum), printed(out)
-    assert 0 not in statuses and "Traceback" not in printed(out), printed(out)
+    done = hit == 0 and moment in ("the U-Net half written", "the card")  # the other rank has nothing more to do
+    assert done or 0 not in statuses, statuses
+    assert "Traceback" not in printed(out), printed(out)
     known = list_checkpoints(working_folder(out, replaces=False, resumes=True))
     if name != "KILL":
         assert ("latest" in printed(out)) == bool(known) or hit != 0, printed(out)

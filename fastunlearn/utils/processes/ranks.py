@@ -84,7 +84,7 @@ def run_ranks(count: int, command: Sequence[str]) -> int:
 def _until_all_end(ranks: Sequence[Rank], heard: Sequence[int]) -> int:
     failed: Rank | None = None
     deadline = 0.0
-    while any(rank.process.poll() is None for rank in ranks):
+    while None in [rank.process.poll() for rank in ranks]:  # all are asked: their status is known only then
         bad = next((rank for rank in ranks if rank.process.returncode not in (None, 0)), None)
         if bad is not None and failed is None:
             failed, deadline = bad, time.monotonic() + GRACE_SECONDS
