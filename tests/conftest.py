@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 LONGEST = (
     "test_surgery_matrix.py", "test_train.py", "test_plan_peak.py", "test_distributed.py", "test_planning.py",
     "test_meta.py", "test_kernels_mutations.py", "test_minicanvas.py", "test_finite_guard.py", "test_golden_losses.py",
-    "test_throughput.py", "test_speed.py", "test_relearn.py", "test_sdd.py", "test_closed_form.py",
+    "test_kills.py", "test_throughput.py", "test_speed.py", "test_relearn.py", "test_sdd.py", "test_closed_form.py",
     "test_kernels_aot.py", "test_extensions.py", "test_wheel.py", "test_kernels_benchmark.py", "test_python.py",
 )  # fmt: skip
 
