@@ -128,11 +128,7 @@ def local_model(model: ModelConfig) -> Path:
     content = read_config(index)
     kind, skipped = CLASSES[content["_class_name"]], _unused_parts(content)
     try:
-        return Path(
-            CLASSES[read_config(index)["_class_name"]].download(
-                name, variant=model.variant, use_safetensors=True, **known, **skipped
-            )
-        )
+        return Path(kind.download(name, variant=model.variant, use_safetensors=True, **known, **skipped))
     except Exception as error:  # whatever it is: there are many
         raise UserError(f"{FIELD}: cannot fetch {name!r}: {first_line(error)[:120]}") from None
 
