@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0:1] = [str(root), str(root / "kernels")]
 
 from fastunlearn.config import Config, config_from_arguments
+from fastunlearn.config.concept_rules import said_back
 from fastunlearn.errors import UserError
 from fastunlearn.training.output_folder import claim
 from fastunlearn.training.preflight import check_all, check_kernels
@@ -106,6 +107,7 @@ def run_in(cfg: Config, world_size: int) -> Results | None:
         from fastunlearn.training.memory_check import check_memory
 
         check_memory(cfg, world_size)
+    check_words(cfg)
     from fastunlearn.training.trainer import train
     from fastunlearn.utils.distributed import disconnect, init_distributed, single_process
 
@@ -113,6 +115,19 @@ def run_in(cfg: Config, world_size: int) -> Results | None:
     results = train(cfg, world, resume)
     disconnect()
     return results
+
+
+def check_words(cfg: Config) -> None:
+    """Say back what is erased, and refuse concepts that the text encoders would not read."""
+    from fastunlearn.models.prompt_lengths import check_prompts, cut_prompts, load_tokenizers, other_prompts
+
+    tokenizers = load_tokenizers(cfg.model)
+    check_prompts(cfg, tokenizers)
+    if is_main():
+        print(said_back(cfg))
+        cut = cut_prompts(other_prompts(cfg), tokenizers)
+        if cut is not None:
+            say(f"warning: {cut}")
 
 
 if __name__ == "__main__":

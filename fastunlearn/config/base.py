@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, create_model, field_validator
 
 from fastunlearn.prompts.vocabulary import GENERIC, MINICANVAS, ConceptVocabulary
 from fastunlearn.registry import ENGINES, METHODS, OPTIMIZERS, Registry
-from fastunlearn.schema.fields import ConfigModel, KnownIn, PathStr, StrippedStr, WeightDtype
+from fastunlearn.schema.fields import ConfigModel, KnownIn, PathStr, StrippedStr, WeightDtype, one_name
 from fastunlearn.schema.meta import MetaConfig, is_active
 from fastunlearn.schema.sections import (
     CheckpointConfig,
@@ -71,7 +71,14 @@ class FixedSections(ConfigModel):
     def _accept_plain_names(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return value
-        return [{"name": item} if isinstance(item, str) else item for item in value]
+        return [{"name": one_name("concepts", item)} if isinstance(item, str) else item for item in value]
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _one_name_each(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [one_name("keep", item) if isinstance(item, str) else item for item in value]
 
     @property
     def method_spec(self) -> Any:

@@ -43,6 +43,12 @@ def check_config(cfg: RunConfig) -> None:
         raise UserError("overwrite_output_dir: true contradicts resume_from_checkpoint, which keeps that run; drop one")
 
 
+def said_back(cfg: RunConfig) -> str:
+    """What is erased, as the run has understood it: "2 concepts: cat (anchor: dog); neon style"."""
+    names = [concept.name + (f" (anchor: {concept.anchor})" if concept.anchor else "") for concept in cfg.concepts]
+    return f"{len(names)} concept{'s' if len(names) != 1 else ''}: {'; '.join(names)}"
+
+
 def check_runtime(cfg: RunConfig, world_size: int, cpu_count: int | None, has_gpu: bool) -> None:
     """Refuse what this machine cannot do; see ``Config.validate_runtime``."""
     cores = cpu_count if cpu_count is not None else len(os.sched_getaffinity(0))

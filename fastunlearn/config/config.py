@@ -21,6 +21,7 @@ from fastunlearn.config.loader import emit_toml, merge, one_line, read_toml
 from fastunlearn.config.options import Option, Options, parse_overrides
 from fastunlearn.config.presets import preset_file
 from fastunlearn.errors import UserError
+from fastunlearn.schema.fields import quoted
 
 OF_ONE_MODEL = ("revision", "variant")
 LAUNCHED = """\
@@ -43,7 +44,8 @@ class Config(RunConfig):
 
     def to_toml(self) -> str:
         """This configuration as TOML; ``load_config`` reads the same one back. None is left out, being the default."""
-        return emit_toml(self.model_dump())
+        data = self.model_dump()
+        return emit_toml(data | {"keep": [quoted(name) for name in data["keep"]]})
 
     def resolved(self) -> Config:
         """The same run with the defaults that depend on method and concepts filled in."""

@@ -10,7 +10,7 @@ known by name, except for diffusers' names in ``ALIASES``.
 from __future__ import annotations
 
 import textwrap
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -110,7 +110,8 @@ class Options:
         return self.read(words)
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
-        """{name of a field or an own option: value} of all that is given; a later word wins over an earlier one.
+        """{name of a field or an own option: value} of all that is given; a later word wins over an earlier one, and
+        lists add up.
 
         A value that does not fit its field's type is left as text, so that validation reports it together with what is
         allowed.
@@ -165,6 +166,16 @@ class Options:
             add_field(group.add_argument, name, self.fields[name])
 
 
+class AddUp(Action):
+    """A list that is given more than once has all entries of all of them."""
+
+    def __call__(self, parser: object, namespace: Namespace, values: Any, option: str | None = None) -> None:
+        """After what was given before, if both are lists; text that is none is left for the validation."""
+        before = getattr(namespace, self.dest, None)
+        both = isinstance(before, list) and isinstance(values, list)
+        setattr(namespace, self.dest, [*before, *values] if both else values)  # type: ignore[misc]
+
+
 def add_option(parser: ArgumentParser, option: Option) -> None:
     """A command's own option."""
     how: dict[str, Any] = {"metavar": option.metavar}
@@ -179,6 +190,8 @@ def add_field(add_argument: Callable[..., object], name: str, info: FieldInfo) -
     meanings = [f"--{alias} for {SWITCHES[alias][True]}" if alias in SWITCHES else f"--{alias}" for alias in aliases]
     reader = partial(convert, annotation=info.annotation)
     how: dict[str, Any] = {"dest": name, "default": SUPPRESS}
+    if get_origin(plain_type(info.annotation)) is list:
+        how["action"] = AddUp
     if info.annotation is bool:
         how["nargs"] = "?"  # for the brackets in the help; ``joined`` has given it its value
     shown = {"metavar": option_type(info.annotation, info.metadata), "help": field_text(info, meanings)}

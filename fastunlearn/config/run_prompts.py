@@ -61,6 +61,27 @@ def folder_captions(cfg: RunConfig) -> list[tuple[Path, str]]:
     return pairs
 
 
+def set_captions(cfg: RunConfig) -> dict[str, list[tuple[Path, str]]]:
+    """(image, caption) of every set that is a folder.
+
+    Raises:
+        UserError: no folder, no caption, too few images, or one of what is kept that names what is to be erased.
+    """
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for name in SETS if cfg.has_meta else ():
+        folder, field = getattr(cfg.meta, f"{name}_folder"), f"meta.{name}_folder"
+        if folder is None:
+            continue
+        found[name] = read_captions(Path(folder), field)
+        least = max(cfg.meta.batch_size, cfg.meta.inner_batch_size) * (2 if name == "forbidden" else 1)
+        if len(found[name]) < least:
+            raise UserError(f"{field}: {folder} holds {len(found[name])} images; at least {least} are needed")
+        if name != "forbidden":
+            for image, caption in found[name]:
+                refuse_erased(cfg, f"{field}: {image.name}", [caption])
+    return found
+
+
 def meta_prompts(cfg: RunConfig) -> dict[str, list[str]]:
     """The prompts of each set of the meta term that has a weight and is not a folder, without repetitions.
 

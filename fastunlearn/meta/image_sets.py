@@ -12,18 +12,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastunlearn.config import Config
-from fastunlearn.config.run_prompts import forbidden_anchors, meta_prompts, refuse_erased
+from fastunlearn.config.run_prompts import forbidden_anchors, meta_prompts, set_captions
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.errors import UserError
 from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.loading import Pipeline
-from fastunlearn.prompts.captions import read_captions
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.image_pool import LatentPool, encode_images, generate_pool
@@ -136,27 +133,6 @@ def encode_sets(cfg: Config, pipeline: Pipeline, device: torch.device) -> dict[s
         name: encode_images(captions, cfg, pipeline, device, f"meta.{name}_folder")
         for name, captions in set_captions(cfg).items()
     }
-
-
-def set_captions(cfg: Config) -> dict[str, list[tuple[Path, str]]]:
-    """(image, caption) of every set that is a folder.
-
-    Raises:
-        UserError: no folder, no caption, too few images, or one of what is kept that names what is to be erased.
-    """
-    found: dict[str, list[tuple[Path, str]]] = {}
-    for name in SETS if cfg.has_meta else ():
-        folder, field = getattr(cfg.meta, f"{name}_folder"), f"meta.{name}_folder"
-        if folder is None:
-            continue
-        found[name] = read_captions(Path(folder), field)
-        least = max(cfg.meta.batch_size, cfg.meta.inner_batch_size) * (2 if name == "forbidden" else 1)
-        if len(found[name]) < least:
-            raise UserError(f"{field}: {folder} holds {len(found[name])} images; at least {least} are needed")
-        if name != "forbidden":
-            for image, caption in found[name]:
-                refuse_erased(cfg, f"{field}: {image.name}", [caption])
-    return found
 
 
 def _joined(batches: Sequence[RetainBatch]) -> RetainBatch:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fastunlearn.config import Config, resolved_scope
-from fastunlearn.config.run_prompts import folder_captions, meta_texts, preserve_prompts, retain_prompts
+from fastunlearn.config.run_prompts import folder_captions, meta_texts, preserve_prompts, retain_prompts, set_captions
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.optimizers.groups import parameter_groups
-from fastunlearn.meta.image_sets import set_captions
 from fastunlearn.meta.memory import attack_rows, pool_sizes
 from fastunlearn.methods.tables import build_method
 from fastunlearn.models.description import ModelDescription

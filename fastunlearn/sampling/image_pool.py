@@ -19,11 +19,11 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.config.run_prompts import folder_captions
 from fastunlearn.denoisers.predictors import Predictors
-from fastunlearn.errors import UserError
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.models.pipeline import image_side
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
+from fastunlearn.sampling.pictures import read_picture
 
 
 class NoisyLatents(NamedTuple):
@@ -120,10 +120,7 @@ def encode_images(
 
 
 def _square(path: Path, pixels: int, field: str) -> Image.Image:
-    try:
-        picture = Image.open(path).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{field}: {path.name} cannot be read as an image") from error
+    picture = read_picture(path, field)
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     box = (left, top, left + side, top + side)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -18,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from fastunlearn.errors import UserError
 from fastunlearn.registry import Registry
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "Scope",
     "StrippedStr",
     "WeightDtype",
+    "one_name",
+    "quoted",
 ]
 
 PathStr = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -75,6 +79,29 @@ class ConfigModel(BaseModel):
             name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()
         }
         return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+
+
+def one_name(field: str, text: str) -> str:
+    """The name of one concept. A list in one text is refused; in quotes, '"a, b"', it is a name after all.
+
+    Raises:
+        UserError: with the list as it is written.
+    """
+    text = text.strip()
+    if len(text) > 2 and text[0] == text[-1] == '"':
+        return text[1:-1]
+    parts = [part.strip() for part in re.split("[,;]", text) if part.strip()]
+    if len(parts) > 1:
+        raise UserError(
+            f'{field}: {text!r} is one name; for {len(parts)} write "{"; ".join(parts)}" on the command line or '
+            f"{parts} in a file, and for one with such a sign in it '\"{text}\"'"
+        )
+    return text
+
+
+def quoted(name: str) -> str:
+    """As ``one_name`` reads it back."""
+    return f'"{name}"' if re.search("[,;]", name) else name
 
 
 class KnownIn:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.config.run_prompts import folder_captions, set_captions
 from fastunlearn.errors import UserError, nearest
 from fastunlearn.models.checks import check_model
 from fastunlearn.models.formats.configurations import read_config
@@ -20,6 +21,7 @@ from fastunlearn.models.formats.headers import read_header
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.parameter_names import count_trained
 from fastunlearn.registry import FORMATS
+from fastunlearn.sampling.pictures import check_pictures
 from fastunlearn.schema.fields import KernelBackend
 from fastunlearn.training.output_folder import check_output_dir, existing_ancestor
 
@@ -53,9 +55,23 @@ def check_all(cfg: Config, output: bool = True) -> None:
         UserError: the first problem.
     """
     model = check_model(cfg)
+    check_users_pictures(cfg)
     if output:
         check_output_dir(cfg)
         check_disk_space(cfg, model)
+
+
+def check_users_pictures(cfg: Config) -> None:
+    """Read every picture that the user brings.
+
+    Raises:
+        UserError: names the first that cannot be read, or a caption that is missing.
+    """
+    if cfg.retains and cfg.retain_source == "folder":
+        check_pictures(folder_captions(cfg), "retain.folder")
+    if cfg.has_meta:
+        for field, pairs in set_captions(cfg).items():
+            check_pictures(pairs, field)
 
 
 def check_disk_space(cfg: Config, model: Path | None) -> None:

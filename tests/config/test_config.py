@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from fastunlearn.config import Config, load_config, resolved_keep, resolved_scope, resolved_steps
+from fastunlearn.config.concept_rules import said_back
 from fastunlearn.config.options import ALIASES, fields_of
 from fastunlearn.engines.zero.deepspeed_config import deepspeed_config
 from fastunlearn.errors import UserError
@@ -112,6 +114,11 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["--esd.start", "3"], ("--esd.start", "unknown option", "nearest: --kscu.start")),
     (["--learning_rte", "3"], ("--learning_rte", "unknown option", "--learning_rate")),
     (["--xqxqxqxq.sorc", "3"], ("--xqxqxqxq.sorc", "unknown option", "nearest: --retain.source")),
+    (
+        ["--concepts", "violence, nudity, harm"],
+        ("concepts: 'violence, nudity, harm'", "one name", "violence; nudity; "),
+    ),
+    (["--keep", "dog,horse"], ("keep: 'dog,horse' is one name", '"dog; horse"', "in a file")),
     (["--seed"], ("--seed", "value is missing")),
     (["--seed", "--method", "esd"], ("--seed", "value is missing")),
     (["stray"], ("'stray'", "unexpected argument")),
@@ -127,6 +134,8 @@ REFUSED_TOML = [
     ('concepts = ["cat"]\n[train]\nmax_train_steps = "500"\n', ("train.max_train_steps", "'500'", "whole number")),
     ('concepts = ["cat"]\nseed = true\n', ("seed", "True", "whole number")),
     ("concepts = [\n", ("not valid TOML", "run.toml")),
+    ('concepts = ["cat, dog"]\n', ("concepts: 'cat, dog' is one name", "['cat', 'dog'] in a file")),
+    ('concepts = ["cat; dog"]\n', ("concepts: 'cat; dog' is one name", "for 2 write")),
 ]
 
 # method, concepts, other arguments -> scope, updates, start of the first concept
@@ -157,7 +166,12 @@ KINDS = [
 
 
 def load(*arguments: str, concepts: str = "neon style") -> Config:
-    return load_config(None, ["--concepts", concepts, *arguments])
+    return load_config(None, with_concepts(arguments, concepts))
+
+
+def with_concepts(arguments: Sequence[str], concepts: str = "neon style") -> list[str]:
+    """Those of the arguments, or else these."""
+    return [*arguments] if "--concepts" in arguments else ["--concepts", concepts, *arguments]
 
 
 def refusal(arguments: list[str], path: str | None = None) -> str:
@@ -178,7 +192,7 @@ def test_override_sets_the_field(arguments: list[str], field: str, value: Any) -
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED)
 def test_refusal_names_field_value_and_remedy(arguments: list[str], words: tuple[str, ...]) -> None:
-    message = refusal(["--concepts", "neon style", *arguments])
+    message = refusal(with_concepts(arguments))
     assert not [word for word in words if word not in message], message
 
 
@@ -188,6 +202,33 @@ def test_refusal_of_a_toml_file(text: str, words: tuple[str, ...], tmp_path: Pat
     file.write_text(text)
     message = refusal([], str(file))
     assert not [word for word in words if word not in message], message
+
+
+XL = ("--pretrained_model_name_or_path", "org/model", "--train.scope", "attn2")
+
+
+def test_lists_that_are_given_more_than_once_add_up() -> None:
+    cfg = load_config(
+        None, ["--concepts", "violence", "--concepts=harm; blood", *XL, "--keep", "dog", "--keep", "fish"]
+    )
+    assert [concept.name for concept in cfg.concepts] == ["violence", "harm", "blood"] and cfg.keep == ["dog", "fish"]
+    assert said_back(cfg) == "3 concepts: violence; harm; blood"
+    prompts = ["--validation_prompt", "a cat, sleeping", "--validation_prompt", "one; two", "--retain.prompts", "a; b"]
+    cfg = load_config(None, ["--concepts", "harm", *XL, *prompts, "--retain.prompts", "c"])
+    assert cfg.report.validation_prompts == ["a cat, sleeping", "one; two"] and cfg.retain.prompts == ["a", "b", "c"]
+    assert load_config(None, ["--concepts", "harm", *XL, "--seed", "1", "--seed", "2"]).seed == 2
+    with pytest.raises(UserError, match="concepts"):
+        load_config(None, ["--concepts", "harm", "--concepts", "[broken", *XL])
+
+
+def test_one_name_with_a_comma_is_written_in_quotes(tmp_path: Path) -> None:
+    cfg = load_config(None, ["--concepts", '"violence, nudity"', *XL, "--keep", '"a, b"', "--keep", "c"])
+    assert [concept.name for concept in cfg.concepts] == ["violence, nudity"] and cfg.keep == ["a, b", "c"]
+    assert said_back(cfg) == "1 concept: violence, nudity"
+    (tmp_path / "run.toml").write_text(cfg.to_toml())
+    assert load_config(str(tmp_path / "run.toml"), []) == cfg
+    table = load_config(None, ["--concepts", '[{name = "violence, nudity", anchor = "a"}]', *XL])
+    assert said_back(table) == "1 concept: violence, nudity (anchor: a)"
 
 
 def test_a_missing_config_names_its_nearest_sibling(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from tiny import flat
 from tiny_run import update_all
 
 from fastunlearn.config import load_config
-from fastunlearn.config.run_prompts import meta_prompts
+from fastunlearn.config.run_prompts import meta_prompts, set_captions
 from fastunlearn.engines.fused.engine import FusedEngine
 from fastunlearn.errors import UserError
-from fastunlearn.meta.image_sets import QueryBatch, set_captions
+from fastunlearn.meta.image_sets import QueryBatch
 from fastunlearn.meta.inner_loop import all_trainable
 from fastunlearn.meta.memory import attack_rows, pool_sizes
 from fastunlearn.meta.second_order import attacked_prediction

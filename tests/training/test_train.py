@@ -259,7 +259,7 @@ def test_a_checkpoint_of_another_run_or_world_is_refused(finished: Path, tmp_pat
     [
         (["--train.lerning_rate", "1"], ["lerning_rate", "learning_rate"]),
         (["--train.max_train_steps", "many"], ["max_train_steps", "many"]),
-        (["--concepts", ""], ["concepts"]),
+        (["--concepts", "cat, fish"], ["concepts", "cat; fish"]),
         (["--keep", "neon"], ["neon"]),
         (["--model.pretrained_model_name_or_path", "./no/such/folder"], ["no/such/folder"]),
         (["--resume_from_checkpoint", "latest"], ["checkpoint"]),

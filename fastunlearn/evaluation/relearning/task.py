@@ -21,6 +21,7 @@ from fastunlearn.models.checks import check_model
 from fastunlearn.models.loading import resolve_model
 from fastunlearn.prompts.captions import read_captions
 from fastunlearn.registry import ATTACKS
+from fastunlearn.sampling.pictures import check_pictures
 from fastunlearn.utils.run_folder import CONFIG, check_results
 from fastunlearn.utils.text import without_style
 
@@ -72,6 +73,7 @@ def check(output_dir: str | Path, settings: Settings, baseline: str | Path | Non
     attacking = forbidden if settings.data == "forbidden" else other_prompts(settings.data, cfg, concepts)
     if settings.images is not None:
         captions = read_captions(Path(settings.images), "--images")
+        check_pictures(captions, "--images")
         attacking = [caption for _, caption in captions]
         check_size(len(captions), settings.batch_size)
     task = Task(cfg, settings, folders, like_minicanvas, concepts, not_evaluated, forbidden, attacking, captions)
