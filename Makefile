@@ -23,11 +23,9 @@ READY := $(VENV)/.ready
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
 PIP := $(INSTALL) -c constraints.txt
 
-# DeepSpeed's launcher and the small helper that it compiles look for python and ninja on PATH.
+# DeepSpeed's launcher and torch.compile look for python and ninja on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export CXX
-# Each clone builds that helper for itself: two that share the place would build it anew in turns, and wait for each other.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 # What DeepSpeed would find out by itself, with a warning in every process.
 export DS_ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
@@ -47,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || { \
 		echo "error: the headers of $(PYTHON) are missing; install its development package (Debian: python3-dev)" >&2; exit 2; }
 	@command -v $(firstword $(CXX)) >/dev/null || { \
-		echo "error: no C++ compiler ($(CXX)); DeepSpeed compiles a small helper with it (Debian: g++), or set CXX" >&2; exit 2; }
+		echo "error: no C++ compiler ($(CXX)); Triton and torch.compile compile with it (Debian: g++), or set CXX" >&2; exit 2; }
 	@test -x $(VENV)/bin/python || { echo "Setting up $(VENV) with $$($(PYTHON) -V) ..."; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing torch (the largest download) ..."
 	@$(PIP) --quiet setuptools wheel ninja

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_LENGTH = 1200
+
 
 class UserError(Exception):
     """A request that cannot be met. The message is one line: field, bad value, what is allowed, nearest name or remedy.
@@ -15,6 +17,11 @@ class UserError(Exception):
     The command line prints ``error: <message>`` and exits with status 2. It is deliberately not a ``ValueError``, so
     that pydantic passes it through instead of wrapping it in a validation error.
     """
+
+    def __str__(self) -> str:
+        """One line of bounded length that every terminal can show, whatever values the message quotes."""
+        text = "".join(sign if sign.isprintable() else f"\\x{ord(sign):02x}" for sign in super().__str__())
+        return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 2 :]}"
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ torch is loaded. The loop is in ``training/trainer.py``.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,14 +19,12 @@ if __name__ == "__main__":
 from fastunlearn.config import Config, config_from_arguments
 from fastunlearn.config.concept_rules import said_back
 from fastunlearn.errors import UserError
-from fastunlearn.training.output_folder import claim
+from fastunlearn.training.output_folder import claim, last_words
 from fastunlearn.training.preflight import check_all, check_kernels
 from fastunlearn.utils.environment import prepare_environment
-from fastunlearn.utils.folders.replacing import working_folder
 from fastunlearn.utils.foreign import readable
 from fastunlearn.utils.processes import stop
 from fastunlearn.utils.processes.ranks import check_port
-from fastunlearn.utils.run_folder import list_checkpoints
 
 if TYPE_CHECKING:
     from fastunlearn.export.results import Results
@@ -45,6 +42,8 @@ def main(argv: list[str]) -> int:
             check_kernels(gpu_present())
             check_port()
             check_all(cfg, output=is_main())
+            if is_main():
+                print(said_back(cfg))
             return run(cfg, world_size)
     except UserError as error:
         say(f"error: {error}")
@@ -63,17 +62,6 @@ def say(line: str) -> None:
     """To the user, once."""
     if is_main():
         print(line, file=sys.stderr)
-
-
-def last_words(stopped: stop.Stopped, cfg: Config | None) -> str:
-    """What ended the run, what it has saved, and how to go on where that is possible."""
-    ended = f"stopped by {signal.Signals(stopped.signum).name}"
-    if stopped.saved is not None:
-        return f"{ended}; {stopped.saved} is saved, continue with --resume_from_checkpoint latest"
-    known = [] if cfg is None else list_checkpoints(working_folder(cfg.output_dir, replaces=False, resumes=True))
-    if known:
-        return f"{ended}; {known[-1].name} is there, continue with --resume_from_checkpoint latest"
-    return f"{ended}; there is no checkpoint to continue from"
 
 
 def is_main() -> bool:
@@ -107,27 +95,16 @@ def run_in(cfg: Config, world_size: int) -> Results | None:
         from fastunlearn.training.memory_check import check_memory
 
         check_memory(cfg, world_size)
-    check_words(cfg)
+    from fastunlearn.models.prompt_lengths import check_words
     from fastunlearn.training.trainer import train
     from fastunlearn.utils.distributed import disconnect, init_distributed, single_process
 
+    if (cut := check_words(cfg)) is not None:
+        say(f"warning: {cut}")
     world = init_distributed() if cfg.trains else single_process()
     results = train(cfg, world, resume)
     disconnect()
     return results
-
-
-def check_words(cfg: Config) -> None:
-    """Say back what is erased, and refuse concepts that the text encoders would not read."""
-    from fastunlearn.models.prompt_lengths import check_prompts, cut_prompts, load_tokenizers, other_prompts
-
-    tokenizers = load_tokenizers(cfg.model)
-    check_prompts(cfg, tokenizers)
-    if is_main():
-        print(said_back(cfg))
-        cut = cut_prompts(other_prompts(cfg), tokenizers)
-        if cut is not None:
-            say(f"warning: {cut}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ as it is. The measurement itself is in ``evaluation/``.
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from fastunlearn.export.traces import note_later_files, results_held
 from fastunlearn.registry import METRICS
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.run_folder import CONFIG, EVALUATION
+from fastunlearn.utils.text import json_text
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
 
             result["relearn"] = relearn(args.model)
             write(result["relearn"], folder)
-        text = json.dumps(result, indent=2)
+        text = json_text(result)
         note_later_files(folder, EVALUATION)
         atomic_write_text(folder / EVALUATION, text + "\n")
     print(text if args.json else table(config, result))

@@ -6,7 +6,6 @@ leaves everything else as it is. The test itself is in ``evaluation/relearning/`
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fastunlearn.export.traces import note_later_files, results_held
 from fastunlearn.registry import ATTACKS
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.run_folder import CONFIG, RELEARNING, SAMPLES
+from fastunlearn.utils.text import json_text
 
 DEFAULTS = Settings()
 PICTURE = f"{SAMPLES}/relearn.png"
@@ -102,7 +102,7 @@ def run(args: Namespace) -> int:
 
         result = relearn(folder, settings, args.baseline)
         write(result, folder)
-    print(json.dumps(result, indent=2) if args.json else table(result, folder))
+    print(json_text(result) if args.json else table(result, folder))
     return 0
 
 
@@ -111,7 +111,7 @@ def write(result: dict, folder: Path) -> None:
     from fastunlearn.evaluation.relearning.plot import draw
 
     note_later_files(folder, RELEARNING, PICTURE)
-    atomic_write_text(folder / RELEARNING, json.dumps(result, indent=2) + "\n")
+    atomic_write_text(folder / RELEARNING, json_text(result) + "\n")
     draw(result, folder / PICTURE)
 
 

@@ -18,6 +18,7 @@ from fastunlearn.errors import UserError
 from fastunlearn.evaluation.classifiers.base import Label, LoadedClassifier
 from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.utils.files import atomic_write_text, cache_folder
+from fastunlearn.utils.foreign import parse_json, read_text
 
 
 def remembered(
@@ -53,11 +54,12 @@ def _file(base: str, unet_dir: Path | None, classifier: LoadedClassifier, grid: 
 def _read(file: Path, classifier: LoadedClassifier, count: int) -> list[Label] | None:
     """The labels kept in ``file``; None where there are none or they are damaged."""
     try:
-        pairs = json.loads(file.read_text(encoding="utf-8"))
+        pairs = parse_json(read_text(file))
         seen = [Label(name, style) for name, style in pairs]
+        known = len(seen) == count and all(map(classifier.knows, seen))
     except (OSError, ValueError, TypeError):
         return None
-    return seen if len(seen) == count and all(map(classifier.knows, seen)) else None
+    return seen if known else None
 
 
 def _write(file: Path, seen: Sequence[Label]) -> None:

@@ -16,6 +16,7 @@ from fastunlearn.evaluation.metrics.scores import clear_difference
 from fastunlearn.export.outcome import erased_names, finding, title
 from fastunlearn.models.formats.headers import is_hub_id
 from fastunlearn.models.formats.single_file import read_single_file
+from fastunlearn.models.public_name import public_hash, public_name
 from fastunlearn.registry import FORMATS, METRICS
 from fastunlearn.utils.files import atomic_write_text
 
@@ -37,7 +38,7 @@ def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None
     evaluation = metrics.get("evaluation") or {}
     sections = [
         _front_matter(cfg),
-        f"# {title(cfg.model.pretrained_model_name_or_path, cfg, metrics)}",
+        f"# {title(public_name(cfg.model), cfg, metrics)}",
         f"**{finding(cfg, metrics)}**",
         f"A U-Net {'trained' if cfg.trains else 'edited'} by fastunlearn with {cfg.method_spec.card_title}, to erase "
         f"*{erased_names(cfg)}*. Text encoders, VAE and scheduler are those of the base model.",
@@ -54,7 +55,7 @@ def write_card(cfg: Config, metrics: dict, path: str | os.PathLike[str]) -> None
 def usage(cfg: Config) -> str:
     """Python that loads the edited U-Net into the base pipeline and draws one picture, as the card shows it."""
     minicanvas = cfg.uses_minicanvas
-    base = "str(pipeline_path())" if minicanvas else repr(cfg.model.pretrained_model_name_or_path)
+    base = "str(pipeline_path())" if minicanvas else repr(public_name(cfg.model))
     options = {name: getattr(cfg.model, name) for name in ("revision", "variant") if getattr(cfg.model, name)}
     extra = "".join(f", {name}={value!r}" for name, value in options.items())
     prompt = cfg.concepts[0].name if cfg.concepts else ""
@@ -63,8 +64,9 @@ def usage(cfg: Config) -> str:
     lines = [f"from diffusers import {pipeline}, UNet2DConditionModel"]
     lines += ["from fastunlearn.minicanvas import pipeline_path", ""] if minicanvas else [""]
     lines += [
-        f"folder = {cfg.output_dir!r}  # where this file lies",
+        'folder = "."  # where this file lies',
         'unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")',
+        *([] if minicanvas or is_hub_id(public_name(cfg.model)) else ["# the base model, wherever you keep it:"]),
         f"pipe = {reader}({base}, unet=unet, torch_dtype=unet.dtype{extra})",
     ]
     settings = f"num_inference_steps={cfg.evaluation.num_inference_steps}, guidance_scale="
@@ -85,7 +87,7 @@ def _pipeline_class(cfg: Config) -> str:
 
 
 def _front_matter(cfg: Config) -> str:
-    base = cfg.model.pretrained_model_name_or_path
+    base = public_name(cfg.model)
     lines = ["---", "library_name: diffusers", "tags: [text-to-image, concept-erasure, unlearning]"]
     if is_hub_id(base):  # an embedded model, or a file on some disk, means nothing to the hub
         lines.append(f"base_model: {base}")
@@ -96,8 +98,9 @@ def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
     """What was done, with which settings and at which cost."""
     resolved = cfg.resolved()
     revision = f" (revision {cfg.model.revision})" if cfg.model.revision else ""
+    digest = f", SHA-256 of its files {found}..." if (found := public_hash(cfg.model)) else ""
     facts = [
-        ("base model", cfg.model.pretrained_model_name_or_path + revision),
+        ("base model", public_name(cfg.model) + revision + digest),
         ("erased", "; ".join(c.name + (f" (anchor: {c.anchor})" if c.anchor else "") for c in cfg.concepts)),
         ("asked to keep", "; ".join(cfg.keep) or "nothing in particular"),
         ("method", cfg.method_spec.card_title),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -47,7 +46,7 @@ from fastunlearn.utils.run_folder import (
     final_folder,
     list_checkpoints,
 )
-from fastunlearn.utils.text import first_line
+from fastunlearn.utils.text import first_line, json_text
 
 SCORES = "evaluation scores"
 
@@ -152,7 +151,7 @@ def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures, w
         draw_surgery_map(folder / SURGERY_LOG, folder / SAMPLES / "surgery.png")
     _measure(cfg, results)
     with results.attempt(METRICS_FILE):
-        atomic_write_text(folder / METRICS_FILE, json.dumps(results.metrics, indent=2) + "\n")
+        atomic_write_text(folder / METRICS_FILE, json_text(results.metrics) + "\n")
     with results.attempt(CARD):
         write_card(_of(final_folder(folder), cfg), results.metrics, folder / CARD)
     return results

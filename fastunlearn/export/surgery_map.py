@@ -23,7 +23,8 @@ def draw_surgery_map(log: Path, picture: Path) -> bool:
     from matplotlib.figure import Figure
 
     blocks = list(rows[0]["cosine"])
-    values = np.array([[row["cosine"][block] for block in blocks] for row in rows])
+    values = np.array([[row["cosine"][block] for block in blocks] for row in rows], dtype=float)  # null: not a number
+    values = np.nan_to_num(values)
     parts = np.array_split(values, min(COLUMNS, len(values)))
     grid = np.stack([part.mean(0) for part in parts], axis=1)
     limit = max(float(np.abs(grid).max()), 1e-6)

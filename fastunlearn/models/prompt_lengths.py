@@ -52,6 +52,17 @@ def load_tokenizers(model: ModelConfig) -> list[CLIPTokenizer]:
             ) from None
 
 
+def check_words(cfg: Config) -> str | None:
+    """Refuse concepts that the text encoders do not get to see; a sentence on other prompts that are cut, if any.
+
+    Raises:
+        UserError: as ``load_tokenizers`` and ``check_prompts``.
+    """
+    tokenizers = load_tokenizers(cfg.model)
+    check_prompts(cfg, tokenizers)
+    return cut_prompts(other_prompts(cfg), tokenizers)
+
+
 def check_prompts(cfg: Config, tokenizers: Sequence[CLIPTokenizer]) -> None:
     """Refuse concepts that the text encoders do not get to see, or that read like their anchors.
 

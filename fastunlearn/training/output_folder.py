@@ -7,6 +7,7 @@ and that two runs write the same folder.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from fastunlearn.schema.fields import PathStr
 from fastunlearn.utils.folders.lock import folder_lock
 from fastunlearn.utils.folders.marker import MARKER, read_marker
 from fastunlearn.utils.folders.replacing import put_in_place, working_folder
+from fastunlearn.utils.processes import stop
 from fastunlearn.utils.run_folder import LOCK, UNFINISHED, list_checkpoints
 
 MODEL = "model.pretrained_model_name_or_path"
@@ -164,3 +166,14 @@ def _check_writable(folder: Path, named: str) -> None:
             probe.write(b"\0")
     except OSError as error:
         raise UserError(f"output_dir: {named!r} cannot be written: {error.strerror or error}") from None
+
+
+def last_words(stopped: stop.Stopped, cfg: Config | None) -> str:
+    """What ended the run, what it has saved, and how to go on where that is possible."""
+    ended = f"stopped by {signal.Signals(stopped.signum).name}"
+    if stopped.saved is not None:
+        return f"{ended}; {stopped.saved} is saved, continue with --resume_from_checkpoint latest"
+    known = [] if cfg is None else list_checkpoints(working_folder(cfg.output_dir, replaces=False, resumes=True))
+    if known:
+        return f"{ended}; {known[-1].name} is there, continue with --resume_from_checkpoint latest"
+    return f"{ended}; there is no checkpoint to continue from"

@@ -5,7 +5,6 @@ The only place where training figures leave the device, once per ``logging_steps
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -15,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,10 @@ from fastunlearn.utils.folders.marker import files_below, record_files
 from fastunlearn.utils.foreign import Unreadable, parse_json
 from fastunlearn.utils.memory import peak_memory_bytes
 from fastunlearn.utils.run_folder import CURVES_FOLDER, SURGERY_LOG, TRAIN_LOG
+from fastunlearn.utils.text import first_line, json_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 CURVES = (
     "loss", "retain_loss", "discriminator_loss", "unlearn_grad_norm", "retain_grad_norm", "cosine", "projected_share",
@@ -75,12 +78,7 @@ class Recorder:
         _truncate_log(self._map_path, start)
         self._bar = tqdm(total=total, initial=start, desc=cfg.method, unit="update", dynamic_ncols=True)
         if cfg.report.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = Path(cfg.output_dir)
-            before = set(files_below(folder, CURVES_FOLDER))
-            self._writer = SummaryWriter(str(folder / CURVES_FOLDER), purge_step=start)
-            record_files(folder, set(files_below(folder, CURVES_FOLDER)) - before)
+            self._writer = _open_curves(Path(cfg.output_dir), start)
 
     def record(self, step: KeyStep, timestep: int, update: Update, grad_norm: Any, learning_rate: float) -> None:
         """Remember one update; nothing is read from the device yet."""
@@ -172,7 +170,7 @@ class Recorder:
 
     def _append(self, path: Path, entries: list[dict[str, Any]]) -> None:
         """Add lines to a log; what a full disk does not take waits for the next time."""
-        lines = self._held.pop(path, "") + "".join(json.dumps(entry) + "\n" for entry in entries)
+        lines = self._held.pop(path, "") + "".join(json_text(entry, None) + "\n" for entry in entries)
         size = path.stat().st_size if path.exists() else 0
         try:
             with path.open("a", encoding="utf-8") as log:
@@ -197,6 +195,20 @@ class Recorder:
         except OSError as error:
             self._writer = None
             tqdm.write(f"warning: no more TensorBoard curves ({error.strerror or error})", file=sys.stderr)
+
+
+def _open_curves(folder: Path, start: int) -> SummaryWriter | None:
+    """TensorBoard's writer; None and a line where it is not installed, or the folder cannot be written."""
+    before = set(files_below(folder, CURVES_FOLDER))
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / CURVES_FOLDER), purge_step=start)
+    except (ImportError, OSError) as error:
+        print(f"warning: no TensorBoard curves: {first_line(error)} (pip install tensorboard)", file=sys.stderr)
+        return None
+    record_files(folder, set(files_below(folder, CURVES_FOLDER)) - before)
+    return writer
 
 
 def _surgery_figures(figures: SurgeryStats | None) -> dict[str, Any]:

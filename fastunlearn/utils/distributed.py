@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +20,8 @@ from fastunlearn.errors import UserError
 from fastunlearn.utils.processes.relatives import identity
 
 T = TypeVar("T")
-BUILD_LOCK_SECONDS = 300  # the build takes well under a minute
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+"""DeepSpeed would compile it at the first start on a CPU (a minute, 1.6 GB, a compiler); gloo sums as well."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def init_distributed() -> World:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
-    _remove_stale_build_lock()
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     with library_chatter():
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -62,24 +61,10 @@ def single_process() -> World:
     return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), device)
 
 
-def _remove_stale_build_lock() -> None:
-    """A start-up that was killed while it built DeepSpeed's op leaves a lock on which all later ones would wait."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    with contextlib.suppress(OSError):
-        if time.time() - lock.stat().st_mtime > BUILD_LOCK_SECONDS:
-            lock.unlink()
-
-
 def disconnect() -> None:
-    """Leave the process group, and take along what DeepSpeed leaves in shared memory (64 MiB a rank)."""
+    """Leave the process group."""
     if torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()
-        name = f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ.get('MASTER_PORT', '-')}_{rank}"
-        for buffer in Path("/dev/shm").glob(name):
-            buffer.unlink(missing_ok=True)
 
 
 def barrier() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -27,6 +28,7 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "GLOG_minloglevel": "2",
 }
+CACHES = {"TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib"}
 NOISY_LOGGERS = ("DeepSpeed", "deepspeed", "bitsandbytes", "torch.distributed", "diffusers", "transformers", "kernels")
 
 
@@ -34,14 +36,17 @@ def prepare_environment(cpu_threads: int = 0) -> None:
     """Silence library start-up, choose the CPU threads of this rank, and make a lone process its own world.
 
     Two-thread convolution backward on a busy machine can be ten times slower than one thread, so a rank takes its share
-    of the cores, never all of them twice. ``cpu_threads`` overrides the choice.
+    of the cores, never all of them twice. OMP_NUM_THREADS overrides the choice, and ``cpu_threads`` that.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    # DeepSpeed builds a small op with ninja, which lies beside this interpreter even where no environment is activated.
+    _find_room_for_caches()
+    # What torch.compile builds with, such as ninja, lies beside this interpreter, activated or not.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    threads = cpu_threads or max(1, (os.cpu_count() or 1) // max(1, ranks_here))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    share = int(asked) if asked.isdigit() and int(asked) else (os.cpu_count() or 1) // max(1, ranks_here)
+    threads = cpu_threads or max(1, share)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["MKL_NUM_THREADS"] = str(threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -52,6 +57,15 @@ def prepare_environment(cpu_threads: int = 0) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if "RANK" not in os.environ:
         _single_process_world()
+
+
+def _find_room_for_caches() -> None:
+    """Where the home folder cannot be written, compiled kernels and fonts go to the system's temporary folder."""
+    if os.access(os.path.expanduser("~"), os.W_OK):
+        return
+    folder = Path(tempfile.gettempdir()) / f"fastunlearn-caches-{os.getuid()}"
+    for variable, name in CACHES.items():
+        os.environ.setdefault(variable, str(folder / name))
 
 
 def _single_process_world() -> None:

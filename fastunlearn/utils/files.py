@@ -56,7 +56,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            _flush(partial)
+            _finish(partial)
             os.replace(partial, target)
         except BaseException:
             remove(partial)
@@ -97,14 +97,14 @@ def save_tensors(state: Any, path: Path) -> None:
 
     with write_errors(path):
         torch.save(state, path)
-        _flush(path)
+        _finish(path)
         if not zipfile.is_zipfile(path):  # torch ignores what the system says when it closes the file
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def cache_folder() -> Path:
     """Where what can be made again at any time is kept: ``$XDG_CACHE_HOME/fastunlearn``, by default ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastunlearn"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastunlearn"
 
 
 def swap(partial: Path, target: Path) -> None:
@@ -146,16 +146,26 @@ def sibling(path: str | os.PathLike[str], suffix: str) -> Path:
 
 
 def flush_folder(folder: Path) -> None:
-    """Bring every file of a folder to the disk."""
+    """Bring every file of a folder to the disk, with the mode that new files have."""
     for file in folder.rglob("*"):
-        _flush(file)
+        _finish(file)
 
 
-def _flush(path: Path) -> None:
-    """Bring a file to the disk before its name changes, so that a power cut cannot leave an empty new file."""
+def _finish(path: Path) -> None:
+    """Bring a file to the disk before its name changes, so that a power cut cannot leave an empty new file; and give it
+    the mode that the umask asks for, since safetensors makes files that nobody else may read."""
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        with suppress(OSError):  # a file system without modes
+            path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """Of this process; the system tells it only when it is changed."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
 
 
 def remove(path: Path) -> None:

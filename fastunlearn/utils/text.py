@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from typing import Any
+
 GIB = 2**30
 STYLE = " style"
 """How the name of a style ends."""
@@ -28,3 +32,16 @@ def names_style(name: str) -> bool:
 def without_style(name: str) -> str:
     """ "neon style" -> "neon"; any other name as it is."""
     return name.removesuffix(STYLE)
+
+
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """Valid JSON: null where a number is not finite, which JSON cannot say."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -176,7 +176,7 @@ def test_the_attackers_own_pictures_may_name_the_concept(out: Path, tmp_path: Pa
     judged += [1.0, 0.0, 0.5]
     settings = Settings(steps=(0, 1), seeds=(0,), batch_size=2, num_images=2, images=str(tmp_path))
     result = relearn(out, settings, progress=False)
-    assert (result["data"], result["images"], result["pictures"], result["held_out"]) == ("images", str(tmp_path), 3, 2)
+    assert (result["data"], result["images"], result["pictures"], result["held_out"]) == ("images", tmp_path.name, 3, 2)
 
 
 def test_an_interruption_leaves_no_files(

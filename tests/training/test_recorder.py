@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +57,34 @@ def test_a_run_that_ends_without_a_finite_loss_is_an_error(tmp_path: Path, every
     with pytest.raises(UserError, match=r"^the loss is not finite at update 3: .*nothing was exported$"):
         run(tmp_path, [0.1, NAN, 0.1, NAN, NAN], every)
     assert len((tmp_path / "train_log.jsonl").read_text().splitlines()) == 5, "the log is written all the same"
+
+
+def test_the_log_is_valid_json_where_a_loss_is_not_finite(tmp_path: Path) -> None:
+    log = run(tmp_path, [0.1, NAN, math.inf, 0.1])
+    assert "NaN" not in (tmp_path / "train_log.jsonl").read_text() and "Infinity" not in str(log)
+    assert [entry["loss"] is None for entry in log] == [False, True, True, False]
+
+
+def test_a_disk_that_takes_no_lines_for_a_while_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened, full = Path.open, [False, True, True, False]
+
+    def open_or_not(path: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "a" and full.pop(0):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_not)
+    log = run(tmp_path, [0.1, 0.2, 0.3, 0.4], every=1)
+    assert [entry["update"] for entry in log] == [0, 1, 2, 3]
+    assert capsys.readouterr().err.count("cannot be written (No space left on device); the run goes on") == 1
+
+
+def test_without_tensorboard_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert recorder._open_curves(tmp_path, 0) is None
+    said = capsys.readouterr().err
+    assert said.startswith("warning: no TensorBoard curves: ") and said.count("\n") == 1

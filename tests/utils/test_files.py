@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastunlearn.errors import UserError
+from fastunlearn.export.formats.delta import write_delta
 from fastunlearn.utils import files
-from fastunlearn.utils.files import atomic_file, atomic_folder, atomic_write_text
+from fastunlearn.utils.files import atomic_file, atomic_folder, atomic_write_text, save_tensors
 
 
 def test_text_is_written_and_replaced_without_leftovers(tmp_path: Path) -> None:
@@ -145,3 +146,20 @@ def test_a_disk_that_takes_no_more_is_a_user_error(tmp_path: Path, writer: str) 
         signal.signal(signal.SIGXFSZ, old_action)
     assert target.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["big"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path: Path, umask: int, mode: int) -> None:
+    """Safetensors makes its own readable for nobody else."""
+    before = os.umask(umask)
+    try:
+        write_delta({"a": torch.zeros(2)}, tmp_path / "delta.safetensors", {})
+        with atomic_folder(tmp_path / "unet") as partial:
+            save_file({"a": torch.zeros(2)}, partial / "model.safetensors")
+            (partial / "config.json").write_text("{}")
+        save_tensors({"a": torch.zeros(2)}, tmp_path / "state.pt")
+        atomic_write_text(tmp_path / "a.json", "{}")
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 5 and {file.stat().st_mode & 0o777 for file in files} == {mode}

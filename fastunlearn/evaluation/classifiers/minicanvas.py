@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastunlearn import minicanvas
+from fastunlearn.errors import UserError
 from fastunlearn.evaluation.classifiers.base import Classifier, Label, LoadedClassifier
 from fastunlearn.evaluation.classifiers.minicanvas_grid import build_grid, known_concepts
 from fastunlearn.evaluation.pictures.grid import EvaluationGrid
 from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
+from fastunlearn.models.formats.configurations import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,9 +95,8 @@ def draws_minicanvas(path: str) -> bool:
     keys = ("sample_size", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
     try:
         theirs, ours = (
-            json.loads((Path(folder) / "unet" / "config.json").read_text(encoding="utf-8"))
-            for folder in (path, minicanvas.pipeline_path())
+            read_config(Path(folder) / "unet" / "config.json") for folder in (path, minicanvas.pipeline_path())
         )
         return all(theirs.get(key) == ours.get(key) for key in keys)
-    except (OSError, ValueError):
+    except UserError:
         return False

@@ -37,6 +37,7 @@ from fastunlearn.evaluation.relearning.recognition import CURVES, attack_grid, f
 from fastunlearn.evaluation.relearning.task import Task, check
 from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import Pipeline, load_pipeline, load_unet, resolve_model
+from fastunlearn.models.public_name import public_name
 from fastunlearn.prompts.variants import PromptTable
 from fastunlearn.registry import ATTACKS
 from fastunlearn.sampling.image_pool import LatentPool, encode_images
@@ -238,14 +239,14 @@ def _described(loaded: LoadedTask, pictures: int) -> dict:
     return {
         "attack": settings.attack,
         "data": settings.data if settings.images is None else "images",
-        "images": settings.images,
+        "images": None if settings.images is None else Path(settings.images).resolve().name,
         "pictures": pictures,
         "held_out": settings.num_images,
         "steps": list(settings.steps),
         "seeds": list(settings.seeds),
         **({"lora_rank": None} | ATTACKS[settings.attack].facts(settings)),
         "optimizer": {"name": "AdamW"} | options,
-        "base": cfg.model.pretrained_model_name_or_path,
+        "base": public_name(cfg.model),
         "concepts": [concept.name for concept in cfg.concepts],
         "why_not_judged": task.not_evaluated,
         "protocol": grid,

@@ -23,6 +23,7 @@ from fastunlearn.models.backbone import Backbone
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.image_pool import LatentPool, generate_pool
 from fastunlearn.utils.files import atomic_file, cache_folder
+from fastunlearn.utils.foreign import parse_json
 
 ATTACK_SEED, HELD_OUT_SEED = 1001, 2002  # of the drawings; the run's own seed makes the pictures it keeps
 
@@ -83,9 +84,12 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 def _read(file: Path, backbone: Backbone) -> LatentPool | None:
     try:
         with safe_open(file, framework="pt") as opened:
-            prompts = json.loads(opened.metadata()["prompts"])
+            prompts = parse_json(opened.metadata()["prompts"])
             latents = opened.get_tensor("latents")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+    texts = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+    if not texts or latents.shape != (len(prompts), *backbone.sample_shape) or not torch.isfinite(latents).all():
         return None
     return LatentPool(latents.to(backbone.embeds.hidden.device), prompts)
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastunlearn.errors import UserError
 from fastunlearn.export.formats.base import Export, ExportFormat
+from fastunlearn.models.public_name import public_hash, public_name
 from fastunlearn.utils.files import atomic_file
 from fastunlearn.utils.text import first_line
 
@@ -57,7 +58,8 @@ def write_delta(changed: Mapping[str, Tensor], path: str | os.PathLike[str], met
 def delta_metadata(cfg: Config) -> dict[str, str]:
     """The header of a run's delta file: what it belongs to and what it does."""
     return {
-        "base_model": cfg.model.pretrained_model_name_or_path,
+        "base_model": public_name(cfg.model),
+        "base_sha256": public_hash(cfg.model),
         "base_revision": cfg.model.revision or "",
         "concepts": "; ".join(concept.name for concept in cfg.concepts),
         "keep": "; ".join(cfg.keep),
@@ -69,7 +71,7 @@ def load_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     """Read a delta file: its tensors (CPU, dtype of the file) and its header.
 
     Raises:
-        UserError: no such file, a damaged one, or one that is not a delta of a known version.
+        UserError: no such file, a damaged one, one with numbers that are not finite, or no delta of a known version.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -80,7 +82,14 @@ def load_delta(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     version = header.get("format_version")
     if version != DELTA_VERSION:
         raise UserError(f"delta: {str(path)!r} has format_version {version!r}; this program reads {DELTA_VERSION!r}")
+    broken = next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+    if broken is not None:
+        raise UserError(f"delta: {str(path)!r} is damaged: {broken[:80]} is no tensor of finite numbers")
     return tensors, header
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
 
 
 def apply_delta(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str, str]:

@@ -51,6 +51,10 @@ def _open(folder: Path, field: str) -> int:
             file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # the folder has just been removed by a process that wrote nothing
             continue
+        except FileExistsError:  # so it has while mkdir looked whether it is one
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
