@@ -1,5 +1,6 @@
 # make demo    erase a style and an object from the embedded model, on this machine's CPU or GPU
 # make test    set-up, lint, tests (also what continuous integration runs); JOBS=N: so many side by side, 2 by default
+# make fuzz    foreign input of every kind, CASES=10000 for each test (a few in `make test`)
 # make lint    ruff and mypy only
 # make bench   timings of one update, by method, and of the kernels
 # make dist    wheel and source archive for a package index, in output/dist; REPOSITORY=https://host/owner/name
@@ -30,7 +31,7 @@ export CXX
 export DS_ACCELERATOR ?= $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels bench-step gpu-step chaos dist clean
+.PHONY: help setup demo demo-style demo-object test lint bench kernels-report triton-matrix gpu-kernels bench-step gpu-step chaos fuzz dist clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -89,6 +90,10 @@ test: lint
 
 chaos: $(READY)
 	FASTUNLEARN_CHAOS=1 $(VENV)/bin/python -m pytest -n $(JOBS) tests/chaos
+
+CASES ?= 10000
+fuzz: $(READY)
+	FASTUNLEARN_FUZZ=$(CASES) $(VENV)/bin/python -m pytest -n $(JOBS) tests/fuzz
 
 bench: $(READY)
 	@mkdir -p output

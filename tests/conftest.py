@@ -16,10 +16,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Fuzzers look at a few cases, the same in every test run; `make fuzz` lets them look at as many new ones as it is told.
+CASES = int(os.environ.get("FASTUNLEARN_FUZZ", "0"))
+settings.register_profile("few", max_examples=40, derandomize=True, deadline=None, database=None)
+settings.register_profile("many", max_examples=max(CASES, 1), deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("many" if CASES else "few")
 
 
 # A worker of pytest-xdist that begins a long file when the others are done lets them wait: the longest come first.

@@ -124,6 +124,7 @@ NONSENSE: dict[str, tuple[Change, str]] = {
     "tokens": (edit(TEXT, max_position_embeddings=10**9), "max_position_embeddings"),
     "heads": (edit(TEXT, num_attention_heads=7), "num_attention_heads"),
     "component": (edit(INDEX, vae=[{"a": 1}, 2]), "vae: a library and a class"),
+    "component of none": (edit(INDEX, text_encoder=-1), "text_encoder: a library and a class"),
     "component of one": (edit(INDEX, vae=["diffusers"]), "vae: a library and a class"),
     "no scheduler": (lambda folder: (folder / SCHEDULER).unlink(), "scheduler_config.json' is missing"),
     "no text config": (lambda folder: (folder / TEXT).unlink(), "text_encoder/config.json' is missing"),

@@ -30,6 +30,9 @@ Layers = Annotated[int, Field(ge=1, le=64)]
 LayersPerLevel = Layers | Annotated[list[Layers | list[Layers]], Field(min_length=1, max_length=16)]
 
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
 class Described(BaseModel):
     """A configuration file, as far as it is read."""
 
@@ -48,8 +51,8 @@ class ModelIndex(Described):
     @classmethod
     def _components(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
         for name, value in data.items():
-            known = isinstance(value, list) and (len(value) != 2 or any(not isinstance(v, str | None) for v in value))
-            if known:
+            pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str | None) for part in value)
+            if not pair and (name in PARTS or isinstance(value, list)):
                 raise ValueError(f"{name[:80]}: a library and a class are needed")
         return data
 
