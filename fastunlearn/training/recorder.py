@@ -230,15 +230,16 @@ def _diverged(update: int) -> UserError:
 
 
 def _truncate_log(path: Path, start: int) -> None:
-    """Drop entries that a killed run wrote after its last checkpoint: they will be written again."""
+    """Drop entries that a killed run wrote after its last checkpoint, which will be written again, and damaged ones."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = parse_json(line)
         except Unreadable:
             continue  # the line that the kill cut short
-        if isinstance(entry, dict) and entry.get("update", start) < start:
+        update = entry.get("update") if isinstance(entry, dict) else None
+        if isinstance(update, int) and update < start:
             kept.append(line + "\n")
     atomic_write_text(path, "".join(kept))

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from fastunlearn.utils.processes.ranks import free_port, place
@@ -60,10 +62,21 @@ def prepare_environment(cpu_threads: int = 0) -> None:
 
 
 def _find_room_for_caches() -> None:
-    """Where the home folder cannot be written, compiled kernels and fonts go to the system's temporary folder."""
+    """Where the home folder cannot be written, compiled kernels and fonts go to the system's temporary folder.
+
+    Code is loaded from there, so what somebody else has put under that name, or may write, is not used.
+    """
     if os.access(os.path.expanduser("~"), os.W_OK):
         return
-    folder = Path(tempfile.gettempdir()) / f"fastunlearn-caches-{os.getuid()}"
+    try:
+        folder = Path(tempfile.gettempdir()) / f"fastunlearn-caches-{os.getuid()}"
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    except OSError:  # no temporary folder either: the libraries do without
+        return
     for variable, name in CACHES.items():
         os.environ.setdefault(variable, str(folder / name))
 

@@ -6,6 +6,7 @@ Every failure is an ``Unreadable`` with a reason in a few words; the caller says
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,17 @@ from fastunlearn.errors import UserError
 
 MAX_JSON_BYTES, MAX_TOML_BYTES = 64 * 2**20, 2**18
 MAX_DOTS = 200
-"""On a line of TOML: a key of n parts takes n * n steps to read."""
+"""On a line of TOML, outside its strings: a key of n parts takes n * n steps to read."""
+QUOTED = re.compile(
+    r'"""(?:\\.|[^\\])*?(?:"{3,5}|\\?\Z)|'
+    r"'''.*?(?:'{3,5}|\Z)|"
+    r'"(?:\\.|[^"\\\n])*"?|'
+    r"'[^'\n]*'?|"
+    r"#[^\n]*",
+    re.DOTALL,
+)
+"""A string or a comment of TOML, whichever begins first. One that does not end takes the rest, which TOML does not
+read: so each sign is looked at once."""
 
 
 class Unreadable(ValueError):
@@ -78,7 +89,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     """
     if len(text) > MAX_TOML_BYTES:
         raise Unreadable(f"it is larger than {MAX_TOML_BYTES:,} bytes")
-    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+    if any(line.count(".") > MAX_DOTS for line in QUOTED.sub("", text).split("\n")):
         raise Unreadable(f"a line has more than {MAX_DOTS} dots")
     try:
         return tomllib.loads(text)

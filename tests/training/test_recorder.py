@@ -88,3 +88,11 @@ def test_without_tensorboard_a_run_goes_on(
     assert recorder._open_curves(tmp_path, 0) is None
     said = capsys.readouterr().err
     assert said.startswith("warning: no TensorBoard curves: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("damaged", [b"\xff\xfe", b'{"update": "x"}', b'{"update": null}', b"[1]", b"[" * 100_000])
+def test_a_damaged_line_of_the_log_is_dropped_on_resume(tmp_path: Path, damaged: bytes) -> None:
+    log = tmp_path / "train_log.jsonl"
+    log.write_bytes(b'{"update": 0}\n' + damaged + b'\n{"update": 1}\n{"update": 2}\n')
+    recorder._truncate_log(log, 2)
+    assert log.read_text() == '{"update": 0}\n{"update": 1}\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,11 @@ def test_json_that_is_none(text: str, reason: str) -> None:
         ("a = " + "[" * 10_000, "nested too deeply"),
         ("a = " + "9" * 5000, "thousands of digits"),
         (".".join("a" * 1000) + " = 1", "200 dots"),
+        (".".join(['"\u2028"'] * 1000) + " = 1", "200 dots"),
+        (".".join(["'a'"] * 1000) + " = 1", "200 dots"),
+        ('s = "" # "\n' + ".".join("a" * 1000) + ' = "1"', "200 dots"),
+        ('s = {x = """a"""", ' + ".".join("a" * 1000) + ' = "1"}', "200 dots"),
+        ("s = {x = '''a'''', " + ".".join("a" * 1000) + " = '1'}", "200 dots"),
         ("[" + ".".join("a" * 1000) + "]", "200 dots"),
         ("#" * 2**19, "larger than"),
         ("a = 1\na = 2", "Cannot overwrite"),
@@ -52,6 +58,27 @@ def test_toml_that_is_none_names_the_file(tmp_path: Path, text: str, reason: str
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(UserError, match=rf"--config: .*a.toml' is not valid TOML: .*{reason}"):
         load_config(str(tmp_path / "a.toml"), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (f"a = {['A cat.'] * 300}", ["A cat."] * 300),
+        ('a = "' + "." * 300 + '"', "." * 300),
+        ("a = 'it\"s" + "." * 300 + "'", 'it"s' + "." * 300),
+        ('a = """\nsay \\"' + "." * 300 + '"""', 'say "' + "." * 300),
+        ("a = 1 # " + "." * 300, 1),
+    ],
+)
+def test_dots_in_strings_and_comments_are_text(text: str, value: Any) -> None:
+    assert parse_toml(text) == {"a": value}
+
+
+@pytest.mark.parametrize("text", ['"""a\n\\', "'''a\n", '"\\', "'a\n", "\"'#"])
+def test_strings_that_do_not_end_take_no_time(text: str) -> None:
+    """Looking for the end of each anew would take minutes."""
+    with pytest.raises(Unreadable):
+        parse_toml("a = " + text * (2**18 // len(text) - 2))
 
 
 def test_other_encodings_and_large_files(tmp_path: Path) -> None:
