@@ -118,7 +118,7 @@ def _seen(tokenizer: Any, text: str) -> list[int]:
 def _is_cut(tokenizer: Any, prompt: str, concept: str) -> bool:
     """Whether the first mention of the concept is not read to its end."""
     for name in (concept, without_style(concept)):
-        start = prompt.find(name)
+        start = prompt.lower().find(name.lower())
         if start >= 0:
             return _length(tokenizer, prompt[: start + len(name)]) > limit(tokenizer)
     return False

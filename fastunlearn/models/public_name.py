@@ -7,6 +7,7 @@ hash of its files tells which model it was.
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 from fastunlearn.models.formats.headers import is_hub_id
@@ -18,7 +19,12 @@ HASH_DIGITS = 12
 
 def public_name(model: ModelConfig) -> str:
     """The hub id, "minicanvas", or the last part of the path."""
-    name = model.pretrained_model_name_or_path
+    return _public(model.pretrained_model_name_or_path)
+
+
+@cache
+def _public(name: str) -> str:
+    """Once in a process, as long as its files are there: without them a folder reads like a hub id."""
     if name == "minicanvas" or (is_hub_id(name) and not Path(name).exists()):
         return name
     last = Path(name).resolve().name

@@ -29,9 +29,9 @@ from fastunlearn.methods.base import Method
 from fastunlearn.methods.parts.concept_edit import put_in_place
 from fastunlearn.methods.tables import build_method, rank_table
 from fastunlearn.models.backbone import Backbone, build_backbone
-from fastunlearn.models.identity import model_digest
 from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.models.parameter_names import KEYS_AND_VALUES, set_trainable, trainable_names, trained_tensors
+from fastunlearn.models.public_name import public_hash, public_name
 from fastunlearn.prompts.variants import build_prompt_table
 from fastunlearn.sampling.base import BatchSampler
 from fastunlearn.sampling.batch import BatchLayout
@@ -88,7 +88,7 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     check_attention(cfg.model.attention, world.device, DTYPES[cfg.compute_dtype])
     method = build_method(cfg)
     if world.is_main:
-        model_digest(cfg.model)  # which model it is, as long as its files are there
+        public_name(cfg.model), public_hash(cfg.model)  # which model it is, as long as its files are there
     stored = stored_dtype(cfg.model) if cfg.bf16_weights else None  # loses nothing, and SDXL in fp32 takes 10 GB
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
     folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None

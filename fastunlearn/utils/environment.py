@@ -46,7 +46,7 @@ def prepare_environment(cpu_threads: int = 0) -> None:
     # What torch.compile builds with, such as ninja, lies beside this interpreter, activated or not.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": nested, the outer one
     share = int(asked) if asked.isdigit() and int(asked) else (os.cpu_count() or 1) // max(1, ranks_here)
     threads = cpu_threads or max(1, share)
     os.environ["OMP_NUM_THREADS"] = str(threads)
