@@ -103,8 +103,13 @@ def save_tensors(state: Any, path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again at any time is kept: ``$XDG_CACHE_HOME/fastunlearn``, by default ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastunlearn"
+    """Where what can be made again at any time is kept: ``$XDG_CACHE_HOME/fastunlearn``, by default ``~/.cache``.
+
+    For a user without a home folder a place below ``/dev/null``, where nothing can be read or written: no cache.
+    """
+    home = os.path.expanduser("~")  # stays as it is for a user that the system does not know
+    default = Path(home if os.path.isabs(home) else os.devnull) / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "fastunlearn"
 
 
 def swap(partial: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastunlearn.errors import MAX_LENGTH, UserError
-from fastunlearn.export.formats.delta import load_delta, write_delta
+from fastunlearn.export.formats.delta import apply_delta, load_delta, write_delta
 from fastunlearn.minicanvas import pipeline_path
 from fastunlearn.models.public_name import public_hash, public_name
 from fastunlearn.schema.sections import ModelConfig
@@ -72,6 +72,17 @@ def test_a_delta_of_anything_but_finite_numbers_is_refused(tmp_path: Path, tenso
     write_delta({"conv_in.bias": tensor}, tmp_path / "delta.safetensors", {})
     with pytest.raises(UserError, match=r"conv_in.bias is no tensor of finite numbers"):
         load_delta(tmp_path / "delta.safetensors")
+
+
+def test_a_delta_beyond_the_range_of_the_unet_changes_nothing(tmp_path: Path) -> None:
+    write_delta({"weight": torch.ones(1, 2), "bias": torch.tensor([1e6])}, tmp_path / "delta.safetensors", {})
+    unet = torch.nn.Linear(2, 1).half()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    with pytest.raises(UserError, match=r"float16 cannot hold \(bias\); load the U-Net in torch.float32"):
+        apply_delta(unet, tmp_path / "delta.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
+    apply_delta(unet.float(), tmp_path / "delta.safetensors")
+    assert unet.bias.item() == 1e6
 
 
 @pytest.mark.parametrize("value", ["x" * 10**6, "a\nb\r\x1b[31m", "\udcff", "\u202e", "\0"])

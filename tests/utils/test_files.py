@@ -163,3 +163,15 @@ def test_files_have_the_mode_that_the_umask_asks_for(tmp_path: Path, umask: int,
         os.umask(before)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) == 5 and {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
+def test_without_a_home_folder_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none in a folder called ~ of the place where the command was started."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system does not know
+    place = files.cache_folder() / "a.json"
+    assert place.is_absolute()
+    with pytest.raises(OSError, match="Not a directory"):
+        place.read_text()
+    with pytest.raises(UserError, match="cannot write"):
+        atomic_write_text(place, "{}")

@@ -96,7 +96,8 @@ def apply_delta(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str, str]
     """Overwrite the changed tensors of ``unet``, in its own dtype; returns the file's header.
 
     Raises:
-        UserError: the file cannot be read or belongs to another architecture. ``unet`` is then as it was.
+        UserError: the file cannot be read, belongs to another architecture, or has numbers beyond the range of the
+            U-Net's dtype. ``unet`` is then as it was.
     """
     import torch
 
@@ -106,6 +107,11 @@ def apply_delta(unet: nn.Module, path: str | os.PathLike[str]) -> dict[str, str]
         if name not in own or own[name].shape != tensor.shape:
             raise UserError(
                 f"delta: {str(path)!r} does not fit this U-Net ({name}); it was made for {header.get('base_model')!r}"
+            )
+        if not _is_finite(tensor.to(own[name].dtype)):
+            raise UserError(
+                f"delta: {str(path)!r} has numbers that {str(own[name].dtype).removeprefix('torch.')} cannot hold "
+                f"({name}); load the U-Net in torch.float32"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
