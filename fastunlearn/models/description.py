@@ -19,7 +19,7 @@ from fastunlearn.models.formats.configurations import read_config
 from fastunlearn.models.formats.folders import COMPONENTS, DENOISERS, check_kind, variant_of
 from fastunlearn.models.formats.headers import FIELD, check_safetensors, is_hub_id
 from fastunlearn.models.formats.single_file import read_single_file
-from fastunlearn.models.loading import hub_file, resolve_model, stored_dtype
+from fastunlearn.models.loading import hub_configs, resolve_model, stored_dtype
 from fastunlearn.utils.memory_rows import FP32
 
 
@@ -66,8 +66,7 @@ def describe_model(cfg: Config) -> ModelDescription:
     name = resolve_model(cfg.model.pretrained_model_name_or_path)
     place = Path(name)
     if not place.exists() and is_hub_id(name):
-        check_kind(hub_file(name, "model_index.json", cfg.model).parent, name)
-        return _described(_unet_config(hub_file(name, "unet/config.json", cfg.model)), {}, {}, 0)
+        return _described(_unet_config(hub_configs(name, cfg.model) / "unet" / "config.json"), {}, {}, 0)
     if place.is_file():
         found = read_single_file(place)
         known = found.public_model(cfg.model)

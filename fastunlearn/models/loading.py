@@ -118,19 +118,31 @@ def local_model(model: ModelConfig) -> Path:
     name = resolve_model(model.pretrained_model_name_or_path)
     if Path(name).exists() or not is_hub_id(name):
         return Path(name)
-    index = hub_file(name, "model_index.json", model)
-    hub_file(name, "unet/config.json", model)
-    check_kind(index.parent, name)
-    check_vae(model, read_config(index.parent / "vae" / "config.json"))
+    configs = hub_configs(name, model)
+    check_vae(model, read_config(configs / "vae" / "config.json"))
     known: dict[str, Any] = {
         "revision": model.revision, "cache_dir": model.cache_dir, "local_files_only": model.local_files_only,
     }  # fmt: skip
-    content = read_config(index)
+    content = read_config(configs / "model_index.json")
     kind, skipped = CLASSES[content["_class_name"]], _unused_parts(content)
     try:
         return Path(kind.download(name, variant=model.variant, use_safetensors=True, **known, **skipped))
     except Exception as error:  # whatever it is: there are many
         raise UserError(f"{FIELD}: cannot fetch {name!r}: {first_line(error)[:120]}") from None
+
+
+def hub_configs(name: str, model: ModelConfig) -> Path:
+    """The folder with a hub model's configurations, all that are needed to tell whether it can be edited.
+
+    Raises:
+        UserError: as ``hub_file``; or it is another kind of model, which ``model_index.json`` alone may tell.
+    """
+    folder = hub_file(name, "model_index.json", model).parent
+    check_kind(folder, name)  # another kind need not have the other files
+    for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        hub_file(name, part, model)
+    check_kind(folder, name)
+    return folder
 
 
 def hub_file(name: str, path: str, model: ModelConfig) -> Path:
@@ -189,7 +201,9 @@ def load_unet(folder: str | os.PathLike[str], dtype: torch.dtype) -> UNet2DCondi
     place = Path(folder)
     check_component(place, "unet", read_config(place / "config.json", "unet"), None)
     try:
-        return UNet2DConditionModel.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+        return UNet2DConditionModel.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     except Exception as error:
         raise UserError(f"unet: cannot load {str(folder)!r}: {first_line(error)}") from error
 
@@ -204,7 +218,7 @@ def load_vae(place: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderK
         if Path(place).is_dir():
             folder = vae_folder(Path(place))
             check_component(folder, "vae", read_config(folder / "config.json", "vae"), None)
-            return AutoencoderKL.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            return AutoencoderKL.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         with tempfile.TemporaryDirectory() as configs:  # a file has no configuration: that of the VAE it replaces
             own.save_config(configs)
             vae = AutoencoderKL.from_single_file(place, config=configs, dtype=dtype, local_files_only=True)

@@ -24,6 +24,7 @@ QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -31,7 +32,16 @@ QUIET = {
     "GLOG_minloglevel": "2",
 }
 CACHES = {"TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib"}
-NOISY_LOGGERS = ("DeepSpeed", "deepspeed", "bitsandbytes", "torch.distributed", "diffusers", "transformers", "kernels")
+NOISY_LOGGERS = (
+    "DeepSpeed",
+    "deepspeed",
+    "bitsandbytes",
+    "torch.distributed",
+    "diffusers",
+    "transformers",
+    "kernels",
+    "huggingface_hub",
+)
 
 
 def prepare_environment(cpu_threads: int = 0) -> None:

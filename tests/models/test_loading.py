@@ -361,6 +361,27 @@ def test_another_kind_from_the_hub_is_refused_before_its_weights(tmp_path: Path)
             refuse(model)
 
 
+@pytest.mark.parametrize("kind", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_another_process_from_the_hub_is_refused_before_its_weights(kind: str, models: Path, tmp_path: Path) -> None:
+    """By the scheduler's own file: it is fetched first, and nothing but configurations is."""
+    source = Path(shutil.copytree(models / "tiny-sd15", tmp_path / "source"))
+    config = source / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": kind}))
+    fetched: list[str] = []
+
+    def fetch(name: str, path: str, **_: object) -> str:
+        fetched.append(path)
+        target = tmp_path / "snapshot" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copyfile(source / path, target))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.hf_hub_download", fetch)
+        with pytest.raises(UserError, match=f"'someone/other' cannot be edited: its scheduler is a {kind}"):
+            load_pipeline("someone/other")
+    assert fetched and all(path.endswith(".json") for path in fetched)
+
+
 def test_another_vae_takes_the_place_of_the_models(models: Path, tmp_path: Path) -> None:
     write_folder(PUBLIC_MODELS["tiny-sdxl"], tmp_path / "other", torch.float32, seed=4)
     write_file(PUBLIC_MODELS["tiny-sdxl"], tmp_path / "other.safetensors", torch.float32, seed=4)

@@ -79,6 +79,10 @@ OTHER_KINDS: dict[str, tuple[Change, str]] = {
     "edm sampler": (edit(SCHEDULER, _class_name="EDMDPMSolverMultistepScheduler"), "EDM"),
     "flow": (edit(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler", shift=3.0), "flow matching"),
     "flow heun": (edit(SCHEDULER, _class_name="FlowMatchHeunDiscreteScheduler"), "flow matching"),
+    "edm in the index": (edit(INDEX, scheduler=["diffusers", "EDMEulerScheduler"]), "EDM"),
+    "flow in the index": (edit(INDEX, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]), "flow matching"),
+    "own scheduler": (edit(INDEX, scheduler=["my_noise", "PNDMScheduler"]), "my_noise.PNDMScheduler for a scheduler"),
+    "few betas": (edit(SCHEDULER, trained_betas=[0.1, 0.2]), "2 trained_betas for 1000 timesteps"),
     "flow sigmas": (edit(SCHEDULER, use_flow_sigmas=True), "use_flow_sigmas"),
     "cosine": (edit(SCHEDULER, _class_name="CosineDPMSolverMultistepScheduler"), "cosine"),
     "cosine betas": (edit(SCHEDULER, beta_schedule="squaredcos_cap_v2"), "a cosine schedule"),
@@ -155,7 +159,7 @@ def test_the_command_line_says_it_in_one_line(folder: Path, capsys: pytest.Captu
     [
         edit(SCHEDULER, _class_name="DPMSolverMultistepScheduler", use_karras_sigmas=True),
         edit(SCHEDULER, _class_name="EulerAncestralDiscreteScheduler", timestep_spacing="trailing"),
-        edit(SCHEDULER, beta_start=..., beta_schedule=..., trained_betas=[0.001 * i for i in range(1, 900)]),
+        edit(SCHEDULER, beta_start=..., beta_schedule=..., trained_betas=[0.0009 * i for i in range(1, 1001)]),
         edit(CONFIG, _diffusers_version="0.1", some_new_field={"a": [1]}),
         edit(INDEX, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"]),
         edit(INDEX, feature_extractor=["transformers", "CLIPImageProcessor"]),
@@ -388,7 +392,7 @@ def test_a_path_of_weights_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Monk
 # --- nothing is executed ---------------------------------------------------------------------------------------------
 
 
-def test_no_file_of_a_model_is_executed(originals: Path, tmp_path: Path) -> None:
+def test_no_file_of_a_model_is_executed(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A payload under every name that some library would unpickle or import; then in the place of each file."""
     folder, marker = Path(shutil.copytree(originals / "tiny-sdxl", tmp_path / "model")), tmp_path / "executed"
     payload = pickle.dumps(Payload(marker))
@@ -403,7 +407,10 @@ def test_no_file_of_a_model_is_executed(originals: Path, tmp_path: Path) -> None
         edit(config, auto_map=auto_map, trust_remote_code=True)(folder)
     load_pipeline(folder)
     assert not marker.exists()
-    own: dict[str, Any] = {"unet": ["unet", "MyUNet"], "_class_name": "pipeline"}
+    monkeypatch.syspath_prepend(folder)  # as ``python -m`` has it for who stands in the model's folder
+    own: dict[str, Any] = {
+        "unet": ["unet", "MyUNet"], "scheduler": ["modeling", "PNDMScheduler"], "_class_name": "pipeline",
+    }  # fmt: skip
     for name, value in own.items():
         index = (folder / "model_index.json").read_text()
         edit("model_index.json", **{name: value})(folder)

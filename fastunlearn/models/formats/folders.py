@@ -13,7 +13,12 @@ from typing import Any
 
 from fastunlearn.errors import UserError
 from fastunlearn.models.formats.configurations import read_config
-from fastunlearn.models.formats.foreign import scheduler_refusal, unet_refusal, vae_refusal
+from fastunlearn.models.formats.foreign import (
+    scheduler_class_refusal,
+    scheduler_refusal,
+    unet_refusal,
+    vae_refusal,
+)
 from fastunlearn.models.formats.headers import FIELD, read_header
 from fastunlearn.registry import ARCHITECTURES
 from fastunlearn.utils.foreign import Unreadable, json_object
@@ -115,8 +120,10 @@ def refusal(
     reason = architecture.folder_refusal(index, unet) or _foreign_class(index)
     if reason is not None:
         return reason
-    named = {"_class_name": (index.get("scheduler") or [None, None])[1]}
-    noise = scheduler_refusal(named | dict(scheduler)) if scheduler else None
+    sampler = index["scheduler"][1]  # is what is loaded, whatever its own file calls itself
+    noise = scheduler_class_refusal(sampler)
+    if noise is None and scheduler:
+        noise = scheduler_refusal({"_class_name": sampler} | dict(scheduler))
     found = unet_refusal(unet) or noise or vae_refusal(vae)
     return None if found is None else f"cannot be edited: {found}"
 
@@ -130,7 +137,8 @@ def _foreign_class(index: Mapping[str, Any]) -> str | None:
     missing = [name for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not _listed(index, name)]
     if missing:
         return f"has no {missing[0]}"
-    return None
+    library, kind = index["scheduler"]
+    return None if library == "diffusers" else f"has {library}.{kind} for a scheduler, instead of a class of diffusers"
 
 
 def _listed(index: Mapping[str, Any], component: str) -> bool:

@@ -60,16 +60,24 @@ ARCHITECTURES = ("stable-diffusion-xl-v1-base", "stable-diffusion-v1", "stable-d
 """How ``modelspec.architecture`` begins for what can be edited."""
 
 
+def scheduler_class_refusal(kind: str | None) -> str | None:
+    """Why a scheduler's class does not sample the noise process that is trained here; None: it does."""
+    if kind in SCHEDULERS:
+        return None
+    known = next((words for part, words in OTHER_PROCESSES.items() if kind and part in kind), None)
+    return f"its scheduler is a {kind}" + (f": {known}" if known else "")
+
+
 def scheduler_refusal(config: Mapping[str, Any]) -> str | None:
     """Why the noise process of a scheduler's configuration is not the one that is trained here; None: it is."""
     kind = config.get("_class_name")
-    if kind not in SCHEDULERS:
-        known = next((words for part, words in OTHER_PROCESSES.items() if kind and part in kind), None)
-        return f"its scheduler is a {kind}" + (f": {known}" if known else "")
+    if (found := scheduler_class_refusal(kind)) is not None:
+        return found
     if config.get("use_flow_sigmas"):
         return f"its scheduler ({kind}) has flow-matching noise levels (use_flow_sigmas)"
     if config.get("trained_betas") is not None:
-        return None
+        betas, steps = len(config["trained_betas"]), config.get("num_train_timesteps", 1000)
+        return None if betas == steps else f"its scheduler states {betas} trained_betas for {steps} timesteps"
     schedule = config.get("beta_schedule")
     if schedule not in BETA_SCHEDULES and schedule is not None:
         cosine = " (a cosine schedule)" if "cos" in schedule else ""
