@@ -101,6 +101,7 @@ OTHER_KINDS: dict[str, tuple[Change, str]] = {
     "class condition": (edit(CONFIG, class_embed_type="projection"), "class_embed_type"),
     "noise level": (edit(CONFIG, num_class_embeds=1000), "num_class_embeds"),
     "kolors": (edit(CONFIG, encoder_hid_dim_type="text_proj", encoder_hid_dim=4096), "encoder_hid_dim_type"),
+    "quantised": (edit(CONFIG, quantization_config={"load_in_4bit": True}), "quantised weights"),
     "other blocks": (edit(CONFIG, down_block_types=["KDownBlock2D", "KCrossAttnDownBlock2D"]), "KDownBlock2D"),
     "other text": (edit(INDEX, text_encoder=["transformers", "T5EncoderModel"]), "T5EncoderModel"),
     "own class": (edit(INDEX, unet=["my_unet", "MyUNet"]), "my_unet.MyUNet"),

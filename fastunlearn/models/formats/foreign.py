@@ -34,6 +34,7 @@ OTHER_INPUTS = {
     "time_cond_proj_dim": "is told the guidance scale (a latent consistency model)",
     "class_embed_type": "takes a class, a noise level or an image as added condition",
     "num_class_embeds": "takes a class or a noise level as added condition",
+    "quantization_config": "holds quantised weights",
     "encoder_hid_dim_type": "attends to something else than its text encoders' states",
 }
 """A field of the U-Net's configuration that must be empty -> what it means where it is not."""
