@@ -73,7 +73,9 @@ def test_a_signal_ends_with_its_status(number: int, program: str, said: str) -> 
     if program == DEFERRED:
         process.send_signal(signal.SIGTERM)  # that of the launcher, for the same reason
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (128 + number, said, "")
+    # A process that was not on the processor in between gets both at once, and may hear of the later one first.
+    statuses = {128 + number} | ({128 + signal.SIGTERM} if program == DEFERRED else set())
+    assert (out, err) == (said, "") and process.returncode in statuses
 
 
 def test_who_does_not_come_to_a_checkpoint_ends_all_the_same() -> None:
