@@ -6,6 +6,7 @@ Asks the tokenizers alone, so it comes before any weights are loaded.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -99,7 +100,8 @@ def cut_prompts(prompts: Iterable[str], tokenizers: Sequence[CLIPTokenizer]) -> 
     cut = [text for text in dict.fromkeys(prompts) if any(_length(t, text) > limit(t) for t in tokenizers)]
     if not cut:
         return None
-    return f"{len(cut)} prompts are longer than the text encoder reads, and cut: {cut[0][:NAMED]!r} ..."
+    count = "1 prompt is" if len(cut) == 1 else f"{len(cut)} prompts are"
+    return f"{count} longer than the text encoder reads, and cut: {cut[0][:NAMED]!r} ..."
 
 
 def limit(tokenizer: CLIPTokenizer) -> int:
@@ -118,7 +120,9 @@ def _seen(tokenizer: Any, text: str) -> list[int]:
 def _is_cut(tokenizer: Any, prompt: str, concept: str) -> bool:
     """Whether the first mention of the concept is not read to its end."""
     for name in (concept, without_style(concept)):
-        start = prompt.lower().find(name.lower())
-        if start >= 0:
-            return _length(tokenizer, prompt[: start + len(name)]) > limit(tokenizer)
+        word = re.escape(name)
+        # As a word of its own, or else within one: "cats", but not the one in "vacation".
+        found = re.search(rf"(?<!\w){word}(?!\w)", prompt, re.IGNORECASE) or re.search(word, prompt, re.IGNORECASE)
+        if found is not None:
+            return _length(tokenizer, prompt[: found.end()]) > limit(tokenizer)
     return False

@@ -27,6 +27,7 @@ def read_picture(path: Path, field: str) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of EXIF data that cannot be read
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 return _rgb(ImageOps.exif_transpose(opened))
@@ -50,7 +51,11 @@ def check_pictures(pairs: Iterable[tuple[Path, str]], field: str) -> None:
 
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode in DEEP:
-        return Image.fromarray(_eight_bits(np.asarray(picture), picture.mode)).convert("RGB")
+        values, clear = np.asarray(picture), picture.info.get("transparency")
+        grey = _eight_bits(values, picture.mode)
+        if isinstance(clear, int):  # the one value that stands for nothing
+            grey[values == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
     if picture.has_transparency_data:
         clear = picture.convert("RGBA")
         white = Image.new("RGBA", clear.size, "white")

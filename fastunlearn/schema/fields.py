@@ -81,6 +81,9 @@ class ConfigModel(BaseModel):
         return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
 
 
+SEPARATORS = "[,;\n，、；]"
+
+
 def one_name(field: str, text: str) -> str:
     """The name of one concept. A list in one text is refused; in quotes, '"a, b"', it is a name after all.
 
@@ -90,7 +93,7 @@ def one_name(field: str, text: str) -> str:
     text = text.strip()
     if len(text) > 2 and text[0] == text[-1] == '"':
         return text[1:-1]
-    parts = [part.strip() for part in re.split("[,;]", text) if part.strip()]
+    parts = [part.strip() for part in re.split(SEPARATORS, text) if part.strip()]
     if len(parts) > 1:
         raise UserError(
             f'{field}: {text!r} is one name; for {len(parts)} write "{"; ".join(parts)}" on the command line or '
@@ -101,7 +104,7 @@ def one_name(field: str, text: str) -> str:
 
 def quoted(name: str) -> str:
     """As ``one_name`` reads it back."""
-    return f'"{name}"' if re.search("[,;]", name) else name
+    return f'"{name}"' if re.search(SEPARATORS, name) else name
 
 
 class KnownIn:

@@ -118,6 +118,8 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
         ["--concepts", "violence, nudity, harm"],
         ("concepts: 'violence, nudity, harm'", "one name", "violence; nudity; "),
     ),
+    (["--keep", "dog\nhorse"], ("keep: 'dog", "is one name", '"dog; horse"')),
+    (["--keep", "dog，horse"], ("is one name", '"dog; horse"')),
     (["--keep", "dog,horse"], ("keep: 'dog,horse' is one name", '"dog; horse"', "in a file")),
     (["--seed"], ("--seed", "value is missing")),
     (["--seed", "--method", "esd"], ("--seed", "value is missing")),

@@ -34,6 +34,8 @@ def test_the_concept_has_to_be_read(tokenizers: list[CLIPTokenizer]) -> None:
     with pytest.raises(UserError, match=r"'cat' stands behind the \d+ tokens that the text encoder reads") as error:
         check_prompts(run(LONG + "{concept}"), tokenizers)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    with pytest.raises(UserError, match="'cat' stands behind"):
+        check_prompts(run("a vacation, " + LONG + "{concept}"), tokenizers)
     style = run(LONG + "{word}", concepts=["neon style"])
     with pytest.raises(UserError, match="'neon style' stands behind"):
         check_prompts(style, tokenizers)

@@ -70,6 +70,13 @@ def test_depths_are_scaled_not_cut(tmp_path: Path, values: np.ndarray, suffix: s
     assert corner(file) == (grey, grey, grey)
 
 
+def test_the_clear_value_of_a_deep_picture_is_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 257, np.uint16)).save(tmp_path / "a.png", transparency=257)
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.mode == "I;16" and opened.info["transparency"] == 257
+    assert corner(tmp_path / "a.png") == WHITE
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
 def test_every_mode_is_rgb(tmp_path: Path, mode: str) -> None:
     file = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
