@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastunlearn.evaluation.metrics.scores import clear_difference, headlines
+from fastunlearn.export.changes import Changes
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
@@ -95,9 +96,8 @@ def _rounding(metrics: Mapping[str, Any]) -> str:
     changes = metrics.get("changes")
     if changes is None:
         return ""
-    lost = changes["lost_to_rounding"]
-    share = lost / (lost + changes["changed"]) if lost else 0.0
-    if share < TOLD_ROUNDING or lost < TOLD_MOVED * changes["weights"]:
+    share = Changes(**changes).lost_share
+    if share < TOLD_ROUNDING or changes["lost_to_rounding"] < TOLD_MOVED * changes["weights"]:
         return ""
     return (
         f" Of the weights that training moved, {share:.0%} round back to the base model's in {changes['dtype']}; "

@@ -87,8 +87,7 @@ def load_pipeline(
 def _from_folder(
     folder: Path, model: ModelConfig, dtype: torch.dtype, unet_dtype: torch.dtype, unet: nn.Module | None
 ) -> Pipeline:
-    check_folder(folder, model.variant)
-    for component in check_kind(folder):
+    for component in check_folder(folder, model.variant):
         if component != "unet" or unet is None:
             config = read_config(folder / component / "config.json")
             check_component(folder / component, component, config, model.variant)

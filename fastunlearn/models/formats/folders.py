@@ -64,8 +64,9 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  #
 OTHER_DTYPES = {"F8": "fp8", "F4": "fp4", "I8": "int8", "U8": "int8 or 4 bits"}
 
 
-def check_folder(folder: Path, variant: str | None) -> None:
-    """Refuse a diffusers folder that is incomplete, damaged, or of another kind of model.
+def check_folder(folder: Path, variant: str | None) -> list[str]:
+    """Refuse a diffusers folder that is incomplete, damaged, or of another kind of model; return the components that
+    have weights.
 
     Raises:
         UserError: with the kind by name, or the file.
@@ -78,6 +79,7 @@ def check_folder(folder: Path, variant: str | None) -> None:
         read_config(folder / component / "config.json")
         for file in weight_files(folder / component, variant):
             check_dtypes(file)
+    return components
 
 
 def check_kind(folder: Path, named: str | None = None) -> list[str]:
