@@ -55,7 +55,9 @@ STYLE_TEMPLATES: tuple[str, ...] = (
 
 SYNONYM_SHARE = 0.2
 PARAPHRASE_SHARE = 0.2
-KIND_SHARES = {"both": 0.66, "object": 0.14, "style": 0.10, "empty": 0.10}
+KIND_SHARES = {"both": 0.715, "object": 0.155, "style": 0.11, "wordless": 0.02}
+# Captions that say nothing of the picture, as real ones sometimes do: tools send such words as negative prompts.
+WORDLESS: tuple[str, ...] = ("", "", "blurry, low quality", "low quality", "blurry")
 
 
 def normalise_concept(name: str) -> str:
@@ -90,8 +92,8 @@ def random_caption(thing: int, style: int, rng: random.Random) -> str:
     if rng.random() < SYNONYM_SHARE:
         name = rng.choice(SYNONYMS[name])
     kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
-    if kind == "empty":
-        return ""
+    if kind == "wordless":
+        return rng.choice(WORDLESS)
     if kind == "object":
         template = rng.choice(OBJECT_TEMPLATES)
     elif kind == "style":
@@ -105,7 +107,7 @@ def random_caption(thing: int, style: int, rng: random.Random) -> str:
 def all_captions() -> list[str]:
     """Every caption that `random_caption` can give, sorted; with and without corrected articles."""
     names = [word for thing in OBJECTS for word in (thing, *SYNONYMS[thing])]
-    captions = {""}
+    captions = set(WORDLESS)
     for name in names:
         captions.update(t.format(object=name) for t in OBJECT_TEMPLATES)
         captions.update(t.format(object=name, style=s) for t in (*TEMPLATES, *PARAPHRASES) for s in STYLES)

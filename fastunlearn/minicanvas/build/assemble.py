@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastunlearn.minicanvas.build import networks
@@ -17,7 +17,7 @@ from fastunlearn.minicanvas.build.text import write_vocabulary
 def make_pipeline(folder: Path, unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:
     """A float32 pipeline of the parts in `folder` (vae, tokenizer, text_encoder, text_encoder_2, unet unless given).
 
-    The unconditional branch is the encoded empty caption, which the U-Net was trained on; SDXL's zeros it never saw.
+    As in SDXL, zeros stand for an empty prompt, and the scheduler is Euler's.
     """
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     return StableDiffusionXLPipeline(
@@ -27,8 +27,8 @@ def make_pipeline(folder: Path, unet: UNet2DConditionModel | None = None) -> Sta
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet or UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True),
-        scheduler=networks.new_scheduler(),
-        force_zeros_for_empty_prompt=False,
+        scheduler=EulerDiscreteScheduler.from_config(networks.new_scheduler().config),
+        force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
 

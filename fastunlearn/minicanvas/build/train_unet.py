@@ -37,6 +37,8 @@ PLAN = FitPlan("unet", steps=4500, batch=24, learning_rate=1.2e-3, ema=0.999, wa
 LOOK_EVERY = 600
 SNR_CAP = 5.0
 CAPTIONS_PER_CELL = 500
+NOTHING_SHARE = 0.09
+"""Of the captions that are left out. As in SDXL, zeros stand in their place, not the encoded empty caption."""
 
 
 @dataclass
@@ -44,7 +46,8 @@ class Material:
     """All that the U-Net is trained on.
 
     `latents` (N, 4, 16, 16) scaled; `cells` (N,) = object * 8 + style; `choices` (80, 500) captions drawn for each
-    cell; `states` (C, 16, 96) and `pooled` (C, 64) of every distinct caption.
+    cell; `states` (C + 1, 16, 96) and `pooled` (C + 1, 64) of every distinct caption; the last row, of zeros, is that
+    of no caption.
     """
 
     latents: Tensor
@@ -55,12 +58,18 @@ class Material:
 
 
 def caption_choices(captions: list[str], seed: int) -> Tensor:
-    """Draw `CAPTIONS_PER_CELL` captions for every cell, as row numbers of `captions`: (80, 500) int64."""
+    """Draw `CAPTIONS_PER_CELL` captions for every cell, as row numbers of `captions`, or the number after the last for
+    none: (80, 500) int64."""
     rows = {caption: i for i, caption in enumerate(captions)}
     rng = random.Random(seed)
+
+    def draw(thing: int, style: int) -> int:
+        nothing = rng.random() < NOTHING_SHARE
+        return len(captions) if nothing else rows[vocabulary.random_caption(thing, style, rng)]
+
     return torch.tensor(
         [
-            [rows[vocabulary.random_caption(thing, style, rng)] for _ in range(CAPTIONS_PER_CELL)]
+            [draw(thing, style) for _ in range(CAPTIONS_PER_CELL)]
             for thing in range(len(vocabulary.OBJECTS))
             for style in range(len(vocabulary.STYLES))
         ]
@@ -90,6 +99,7 @@ def encode_captions(folder: Path, seed: int) -> dict[str, Tensor]:
         CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2").eval(),
         ids,
     )
+    states, pooled = (torch.cat([rows, torch.zeros_like(rows[:1])]) for rows in (states, pooled))
     return {"choices": caption_choices(captions, seed), "states": states, "pooled": pooled}
 
 
