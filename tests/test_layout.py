@@ -38,6 +38,7 @@ LAYERS = (
     ("fastunlearn.export",),
     ("fastunlearn.evaluation",),
     ("fastunlearn.planning",),
+    ("fastunlearn.progress",),
     ("fastunlearn.methods",),
     ("fastunlearn.meta",),
     ("fastunlearn.sampling",),

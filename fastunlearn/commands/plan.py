@@ -152,7 +152,12 @@ def _evaluations(plan: Plan) -> list[str]:
     count = plan.evaluations
     return [
         f"U-Net evaluations, all ranks: {count.total:,}: trajectories {count.rollout:,}, teacher {count.teacher:,}, "
-        f"student forward {count.student_forward:,}, backward {count.student_backward:,}",
+        f"student forward {count.student_forward:,}, backward {count.student_backward:,}, probes {count.probe:,}",
+        *(
+            ["(at most: the run ends earlier where its probes say that the concepts are gone)"]
+            if plan.cfg.stops_when_erased
+            else []
+        ),
         "(single samples; the pictures and scores before and after a run are not among them)",
     ]
 

@@ -21,6 +21,7 @@ from fastunlearn.schema.sections import (
     ExportConfig,
     ModelConfig,
     OptimizerConfig,
+    ProgressConfig,
     PromptsConfig,
     ReportConfig,
     RetainConfig,
@@ -62,6 +63,7 @@ class FixedSections(ConfigModel):
     meta: MetaConfig = MetaConfig()
     teacher: TeacherConfig = TeacherConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    progress: ProgressConfig = ProgressConfig()
     report: ReportConfig = ReportConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
@@ -154,6 +156,13 @@ class FixedSections(ConfigModel):
     def retain_timesteps(self) -> str:
         """``retain.timesteps`` with auto filled in."""
         return self.method_spec.retain_timesteps if self.retain.timesteps == "auto" else self.retain.timesteps
+
+    @property
+    def stops_when_erased(self) -> bool:
+        """Whether the run ends once its probes say that the concepts are gone."""
+        progress = self.progress
+        wanted = not self.has_meta if progress.stop == "auto" else bool(progress.stop)
+        return progress.enabled and self.trains and wanted
 
     @property
     def zero_stage(self) -> int:

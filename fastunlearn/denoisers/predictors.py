@@ -28,10 +28,12 @@ class Evaluations:
     rollout: int = 0
     student_forward: int = 0
     student_backward: int = 0
+    probe: int = 0
+    """Of the probes' pictures: the original's, and those of what would be kept if the run ended now."""
 
     @property
     def total(self) -> int:
-        """All four kinds together."""
+        """All kinds together."""
         return sum(asdict(self).values())
 
 
@@ -103,6 +105,12 @@ class Predictors:
     def rollout(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
         """The student without a gradient, or the average of its weights, for the sampler."""
         self.evaluations.rollout += len(conditions) * len(latents_BCHW)
+        return self._call(self.sampler, latents_BCHW, timesteps, conditions, self.own_keys)
+
+    @torch.no_grad()
+    def probed(self, latents_BCHW: Tensor, timesteps: Tensor, *conditions: PromptEmbeds) -> tuple[Tensor, ...]:
+        """What would be exported if the run ended now: the student, or the average of its weights."""
+        self.evaluations.probe += len(conditions) * len(latents_BCHW)
         return self._call(self.sampler, latents_BCHW, timesteps, conditions, self.own_keys)
 
     @torch.no_grad()

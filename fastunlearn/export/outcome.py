@@ -13,6 +13,7 @@ from fastunlearn.export.changes import Changes
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
+    from fastunlearn.progress.stopping import Progress
 
 ERASED_AT_MOST = 0.1
 """Share of the pictures in which a concept that counts as erased may still be recognised."""
@@ -55,6 +56,60 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     return "erased" if after <= ERASED_AT_MOST else "partly erased"
 
 
+def progress_outcome(cfg: Config, progress: Progress, updates: int) -> dict[str, Any]:
+    """What ``metrics.json`` says of the probes: whether what was asked for held with the weights that remain, and why
+    no more updates followed.
+
+    ``ended``: "erased", "drift" (more than ``progress.max_drift``), "updates" (there were no more), or "edited" (there
+    are none).
+    """
+    last = progress.readings[-1]
+    kept = (progress.best or last) if progress.stops else last
+    return {
+        "erased": progress.all_hold(kept),
+        "ended": progress.ended or ("updates" if cfg.trains else "edited"),
+        "updates": updates,
+        "at_most": cfg.max_train_steps if cfg.trains else 0,
+        "update": kept.update,
+        "concepts": {
+            concept.name: {"pairs": len(kept.moved[i]), "share": kept.share(i), "low": kept.low(i)}
+            for i, concept in enumerate(cfg.concepts)
+        },
+        "drift": kept.drift,
+        "probes": [reading.as_json() for reading in progress.readings],
+    }
+
+
+def erased_by_probes(metrics: Mapping[str, Any]) -> bool | None:
+    """Whether what was asked of the probes holds; None: nobody probed."""
+    progress = metrics.get("progress")
+    return None if progress is None else progress["erased"]
+
+
+def why_it_ended(cfg: Config, progress: Mapping[str, Any]) -> str:
+    """ "Erased: 100 % of 8 probes; 46 of at most 500 updates.", or that it is not."""
+    found = progress["concepts"]
+    several = len(found) > 1
+    shares = ", ".join(
+        f"{name + ' ' if several else ''}{one['share']:.0%} of {one['pairs']} probes" if one["pairs"]
+        else f"{name} was never drawn, so that there is nothing to see" for name, one in found.items()
+    )  # fmt: skip
+    asked = "" if progress["erased"] else f" (asked for: {cfg.progress.share:.0%}, the lowest tenth moved by "
+    if asked:
+        lows = ", ".join(f"{one['low']:.2f}" for one in found.values())
+        asked += f"{cfg.progress.quantile:g}; it moved by {lows})"
+    if progress["ended"] == "edited":
+        cost = f"drift of what is kept {progress['drift']:.2f}"
+    else:
+        cost = f"{progress['updates']} of at most {progress['at_most']} updates"
+        if progress["update"] != progress["updates"]:
+            cost += f", the weights after {progress['update']} remain"
+        cost += f"; drift of what is kept {progress['drift']:.2f}"
+        if progress["ended"] == "drift":
+            cost += f", so it ended at progress.max_drift {cfg.progress.max_drift:g}"
+    return f"{'Erased' if progress['erased'] else 'Not erased'}: {shares}{asked}; {cost}."
+
+
 def title(base: str, cfg: Config, metrics: Mapping[str, Any]) -> str:
     """Of the card. ``base``: what the base model is called."""
     names = erased_names(cfg)
@@ -64,6 +119,12 @@ def title(base: str, cfg: Config, metrics: Mapping[str, Any]) -> str:
 
 def finding(cfg: Config, metrics: Mapping[str, Any]) -> str:
     """What became of it."""
+    progress = metrics.get("progress")
+    said = "" if progress is None or is_unchanged(metrics) else why_it_ended(cfg, progress) + " "
+    return said + _measured(cfg, metrics)
+
+
+def _measured(cfg: Config, metrics: Mapping[str, Any]) -> str:
     names, found = erased_names(cfg), verdict(metrics)
     if found == "unchanged":
         return f"Nothing was erased: no weight differs from the base model's.{_rounding(metrics)}"
@@ -71,11 +132,14 @@ def finding(cfg: Config, metrics: Mapping[str, Any]) -> str:
         reason = metrics.get("not_evaluated") or (
             "it was switched off" if cfg.evaluation.mode == "off" else "no classifier looked at pictures"
         )
-        return f"Whether {names} is gone was not measured: {reason}.{_size(metrics)}{_rounding(metrics)}"
+        what = "Whether" if metrics.get("progress") is None else "Beyond these probes, whether"
+        return f"{what} {names} is gone was not measured: {reason}.{_size(metrics)}{_rounding(metrics)}"
     name, before, after = recognised(metrics) or ("", 0.0, 0.0)
     evaluation = metrics["evaluation"]["after"]
     low, high = (1.0 - bound for bound in reversed(evaluation["intervals"][name]))
     words = {"not erased": "Not erased", "partly erased": "Partly erased", "erased": "Erased"}[found]
+    if metrics.get("progress") is not None:
+        words = "By the classifier"
     return (
         f"{words}: {names} is recognised in {after:.0%} of {evaluation['counts'][name]} pictures that ask for it "
         f"(95 % interval {low:.0%} to {high:.0%}; before: {before:.0%}).{_size(metrics)}{_rounding(metrics)}"

@@ -23,12 +23,14 @@ from fastunlearn.export.changes import compare
 from fastunlearn.export.formats.base import Export
 from fastunlearn.export.formats.delta import FORMAT as DELTA
 from fastunlearn.export.formats.delta import delta_metadata, write_delta
-from fastunlearn.export.outcome import finding
+from fastunlearn.export.outcome import erased_by_probes, finding, progress_outcome
+from fastunlearn.export.progress_curve import draw_progress
 from fastunlearn.export.samples import before_after, choose_validation_rows
 from fastunlearn.export.surgery_map import draw_surgery_map
 from fastunlearn.export.traces import file_names
 from fastunlearn.models.backbone import compute_in
 from fastunlearn.models.loading import Pipeline, load_pipeline, stored_dtype
+from fastunlearn.progress.stopping import Progress
 from fastunlearn.registry import FORMATS
 from fastunlearn.utils.dtypes import DTYPES
 from fastunlearn.utils.files import atomic_write_text, remove, write_errors
@@ -60,6 +62,8 @@ class RunFigures:
     unet_evaluations: dict[str, int]
     world_size: int
     device: torch.device
+    progress: Progress | None = None
+    """What the probes saw."""
 
 
 @dataclass
@@ -147,6 +151,8 @@ def write_results(cfg: Config, exported: ExportedWeights, figures: RunFigures, w
         with results.attempt(pictures):
             _draw(cfg, base, figures.device, folder / pictures)
     del base
+    with results.attempt(f"{SAMPLES}/progress.png"):
+        draw_progress(results.metrics["progress"], folder / SAMPLES / "progress.png")
     with results.attempt(f"{SAMPLES}/surgery.png"):
         draw_surgery_map(folder / SURGERY_LOG, folder / SAMPLES / "surgery.png")
     _measure(cfg, results)
@@ -237,7 +243,7 @@ def settle(cfg: Config, results: Results) -> int:
             mark_complete(folder)
             put_in_place(folder)
         print(_summary(cfg, folder, results.metrics))
-        return 0
+        return 0 if erased_by_probes(results.metrics) in (None, True) else 3
     lines = [f"error: not all results are there; missing: {', '.join(results.missing)}"]
     if results.weights is not None:
         lines.append(f"the trained weights are in {results.weights}")
@@ -267,6 +273,7 @@ def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:
         "updates": figures.updates,
         "seconds": {name: round(value, 3) for name, value in figures.seconds.items()},
         "unet_evaluations": figures.unet_evaluations | {"total": sum(figures.unet_evaluations.values())},
+        "progress": None if figures.progress is None else progress_outcome(cfg, figures.progress, figures.updates),
         "peak_memory_bytes": peak_memory_bytes(figures.device),
         "world_size": figures.world_size,
         "engine": cfg.engine if cfg.trains else None,

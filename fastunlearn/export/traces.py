@@ -21,6 +21,7 @@ from fastunlearn.utils.run_folder import (
     EVALUATION,
     LOCK,
     METRICS_FILE,
+    PROGRESS_LOG,
     RELEARNING,
     SAMPLES,
     SURGERY_LOG,
@@ -39,14 +40,14 @@ LATER_FILES = (EVALUATION, RELEARNING)
 def run_files() -> list[str]:
     """What a run writes, files and folders."""
     weights = [known.path for known in FORMATS.values()]
-    return [CONFIG, *weights, METRICS_FILE, TRAIN_LOG, SURGERY_LOG, SAMPLES, CURVES_FOLDER, CARD]
+    return [CONFIG, *weights, METRICS_FILE, TRAIN_LOG, PROGRESS_LOG, SURGERY_LOG, SAMPLES, CURVES_FOLDER, CARD]
 
 
 def file_names(cfg: Config) -> list[str]:
     """The files of a run whose names are known before they are written."""
     weights = [name for chosen in cfg.export.formats for name in FORMATS[chosen].files]
-    pictures = [f"{SAMPLES}/{name}.png" for name in ("before_after", "surgery")]
-    return [CONFIG, *weights, DELTA.path, METRICS_FILE, TRAIN_LOG, SURGERY_LOG, *pictures, CARD]
+    pictures = [f"{SAMPLES}/{name}.png" for name in ("before_after", "progress", "surgery")]
+    return [CONFIG, *weights, DELTA.path, METRICS_FILE, TRAIN_LOG, PROGRESS_LOG, SURGERY_LOG, *pictures, CARD]
 
 
 def run_traces(folder: Path) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from fastunlearn.models.parameter_names import is_small, layer_of, text_projecti
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.unet_calls import count_evaluations, pools
+from fastunlearn.progress.prompts import kept_pictures, probe_pairs, probe_texts
 from fastunlearn.prompts.variants import build_prompt_table
 from fastunlearn.schema.attention_rules import UNFUSED
 from fastunlearn.schema.meta import meta_weights, set_weights
@@ -117,10 +118,11 @@ def _latents_and_text(cfg: Config, model: ModelDescription) -> list[Row]:
         retained = retain_prompts(cfg)
     captions = [caption for pairs in set_captions(cfg).values() for _, caption in pairs]
     pictures += pools(cfg) * cfg.retain.num_images + pool_sizes(cfg)[0] + len(captions)
-    others = [*meta_texts(cfg), *captions]
+    others = [*meta_texts(cfg), *captions, *(probe_texts(cfg) if cfg.progress.enabled else [])]
     texts = len(build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others).texts)
     width = DTYPES[cfg.weight_dtype].itemsize
     embeddings = texts * model.tokens * model.text_width * width
+    pictures += 2 * (len(probe_pairs(cfg)) + len(kept_pictures(cfg))) if cfg.progress.enabled else 0
     latents = pictures * math.prod(latent) * 4
     rows = [Row("prompt embeddings and latents", embeddings + latents)]
     if cfg.model.cache_prompt_keys:
@@ -131,6 +133,10 @@ def _latents_and_text(cfg: Config, model: ModelDescription) -> list[Row]:
         indices = len({(step.concept, step.index) for step in build_method(cfg).table()})
         stored = 4 * indices * cfg.teacher.trajectories * math.prod(latent) * 4
         rows.append(Row("targets of the original model", host=stored))
+    if cfg.stops_when_erased:
+        rows.append(
+            Row("weights of the best probe (fp32)", host=sum(unet_sizes(model, resolved_scope(cfg)).trained) * 4)
+        )
     own = cfg.method_spec.memory_rows(cfg, channels, side)
     rows += [Row(name, size) for name, size in own]
     return rows
@@ -175,6 +181,8 @@ def _windows(cfg: Config, model: ModelDescription, scope: str, gradients: int) -
         weights = meta_weights(cfg.meta)
         again = bool(weights.before_related or weights.before_unrelated)  # on top of the gradients after the attack
         windows["meta"] = run(queries).backward + gradients if again else recorded(queries, 0)
+    if cfg.progress.enabled:
+        windows["probes"] = run(2 * cfg.progress.batch_size).forward
     if cfg.method_spec.samples == "anchors" or (cfg.retains and cfg.retain_source != "folder"):
         windows["pictures"] = run(2 * retained).forward
     return windows

@@ -6,25 +6,39 @@ The same four counters as ``predictors.Evaluations``, added up per update from t
 
 from __future__ import annotations
 
-from fastunlearn.config import Config, first_student_update
+from fastunlearn.config import Config, resolved_steps
+from fastunlearn.config.base import first_student_update
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.meta.memory import add_meta, pool_sizes
 from fastunlearn.methods.base import Method, UNetCalls
 from fastunlearn.methods.tables import build_method, rank_table
+from fastunlearn.progress.prompts import kept_pictures, probe_pairs
+from fastunlearn.progress.stopping import probes_of
 from fastunlearn.sampling.key_steps import KeyStep
 
 
 def count_evaluations(cfg: Config, world: int) -> Evaluations:
     """Single-sample evaluations of the whole run, all ranks together."""
+    count = Evaluations(probe=_probes(cfg))
     if not cfg.trains:
-        return Evaluations()
-    count = Evaluations(teacher=_pool(cfg) * world)
+        return count
+    count.teacher += _pool(cfg) * world
     if cfg.train.spread_concepts:
         for rank in range(world):
             _add_table(cfg, count, rank_table(cfg, rank, world), 1)
     else:
         _add_table(cfg, count, rank_table(cfg, 0, world), world)
     return count
+
+
+def _probes(cfg: Config) -> int:
+    """All probes that there can be, and the pictures that they are compared with. Ranks share the pictures."""
+    if not cfg.progress.enabled:
+        return 0
+    pictures = len(probe_pairs(cfg)) + len(kept_pictures(cfg))
+    updates = resolved_steps(cfg) - first_student_update(cfg) if cfg.trains else 1
+    looks = len(list(probes_of(updates, cfg.progress.every)))
+    return (4 + 2 * looks) * pictures * cfg.progress.num_inference_steps
 
 
 def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int) -> None:

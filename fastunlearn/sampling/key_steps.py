@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 REFERENCE_STEPS = 50  # the paper states its start indices for a 50-step sampler
@@ -73,6 +74,45 @@ def uniform_table(num_concepts: int, num_inference_steps: int, updates: int, see
         KeyStep(update, update % num_concepts, draw.randrange(num_inference_steps), restart=True, continues=False)
         for update in range(updates)
     ]
+
+
+class KeySteps:
+    """The updates that a run makes of its table: all of them in their order, but for concepts that are done.
+
+    What it gives is numbered by the updates that are made, and linked anew where a step was left out.
+    """
+
+    def __init__(self, table: Sequence[KeyStep]) -> None:
+        self._table = list(table)
+        self._next, self._last = 0, -1
+
+    def __len__(self) -> int:
+        """How many updates there are at most."""
+        return len(self._table)
+
+    def take(self, update: int, done: frozenset[int] = frozenset()) -> KeyStep | None:
+        """The key step of the run's update number ``update``, the next one of a concept that is not ``done``; None:
+        there is none left."""
+        while self._next < len(self._table) and self._table[self._next].concept in done:
+            self._next += 1
+        if self._next == len(self._table):
+            return None
+        step = self._table[self._next]
+        restart = step.restart or self._last != self._next - 1
+        self._last, self._next = self._next, self._next + 1
+        return replace(step, update=update, restart=restart)
+
+    def ends(self, done: frozenset[int]) -> bool:
+        """Whether no update is left of a concept that is not ``done``."""
+        return all(step.concept in done for step in self._table[self._next :])
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the table has been walked."""
+        return {"next": self._next, "last": self._last}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self._next, self._last = state["next"], state["last"]
 
 
 def _link(visits: list[tuple[int, int]]) -> list[KeyStep]:

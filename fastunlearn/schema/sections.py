@@ -236,6 +236,36 @@ class CheckpointConfig(ConfigModel):
     """How many checkpoints are kept; the oldest goes first."""
 
 
+class ProgressConfig(ConfigModel):
+    """Probes: a few held-out pictures that are drawn now and then, as latents, to see how far the erasure is."""
+
+    enabled: bool = True
+    """Probe the run at all. Methods in closed form are probed before and after."""
+    stop: Literal["auto", True, False] = "auto"
+    """End once the concepts are gone, and keep the best probe's weights; auto: unless a meta term goes on, whose work
+    begins where the erasure ends."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Gone means: so much of a concept's pictures is nearer to what the prompt without it gives ..."""
+    quantile: float = 0.5
+    """... and all but a tenth have gone at least so far towards it (1: all the way) ..."""
+    in_a_row: PositiveInt = 2
+    """... in so many probes in a row."""
+    max_drift: PositiveFloat | None = None
+    """End, and say so, where pictures of what is kept change by more; 1: as far as two pictures are apart."""
+    every: Literal["auto"] | PositiveInt = "auto"
+    """Updates between probes; auto: after 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, ..."""
+    pairs: Annotated[int, Field(ge=2, le=1000)] = 8
+    """Pictures of each concept; half as many of what is kept."""
+    num_inference_steps: SamplerSteps = 6
+    """Sampler steps of each."""
+    guidance_scale: NonNegativeFloat = 4.0
+    """Classifier-free guidance of each."""
+    batch_size: PositiveInt = 4
+    """Pictures that are drawn at a time; guided, each takes the U-Net two samples."""
+    classifier: Annotated[str, AfterValidator(KnownIn(CLASSIFIERS, "none"))] = "none"
+    """Who looks at the concepts' pictures, too, and must no longer see them; it needs enough steps for a picture."""
+
+
 class ReportConfig(ConfigModel):
     """Curves and pictures of the run."""
 

@@ -24,13 +24,14 @@ from fastunlearn.config import Config
 from fastunlearn.engines.base import Applied
 from fastunlearn.errors import UserError
 from fastunlearn.gradients.stats import BlockCosines, SurgeryStats
+from fastunlearn.progress.reading import Reading
 from fastunlearn.sampling.key_steps import KeyStep
 from fastunlearn.utils.distributed import World, mean_over_ranks
 from fastunlearn.utils.files import atomic_write_text
 from fastunlearn.utils.folders.marker import files_below, record_files
 from fastunlearn.utils.foreign import Unreadable, parse_json
 from fastunlearn.utils.memory import peak_memory_bytes
-from fastunlearn.utils.run_folder import CURVES_FOLDER, SURGERY_LOG, TRAIN_LOG
+from fastunlearn.utils.run_folder import CURVES_FOLDER, PROGRESS_LOG, SURGERY_LOG, TRAIN_LOG
 from fastunlearn.utils.text import first_line, json_text
 
 if TYPE_CHECKING:
@@ -71,11 +72,15 @@ class Recorder:
         self._held: dict[Path, str] = {}
         """Lines that the disk did not take yet."""
         self._warned = False
+        self._shown: dict[str, str] = {}
+        self._probed: dict[str, str] = {}
+        self._probe_path = Path(cfg.output_dir) / PROGRESS_LOG
         self._writer = None
         if not world.is_main:
             return
         _truncate_log(self._path, start)
         _truncate_log(self._map_path, start)
+        _truncate_log(self._probe_path, start + 1)  # the probe after the last update is among what was saved
         self._bar = tqdm(total=total, initial=start, desc=cfg.method, unit="update", dynamic_ncols=True)
         if cfg.report.report_to == "tensorboard":
             self._writer = _open_curves(Path(cfg.output_dir), start)
@@ -98,6 +103,17 @@ class Recorder:
             self._bar.update()
         if len(self._pending) >= self._every:
             self.flush()
+
+    def show_probe(self, reading: Reading) -> None:
+        """Tell what a probe saw: on the bar, in its log, as curves."""
+        if not self._world.is_main:
+            return
+        erased, drift = reading.worst_share, reading.drift
+        self._probed = {"erased": f"{erased:.0%}", "drift": f"{drift:.2f}"}
+        self._bar.set_postfix(self._shown | self._probed)
+        self._append(self._probe_path, [reading.as_json()])
+        figures = {"share": erased, "low": reading.worst_low, "drift": drift}
+        self._draw([(f"probe/{name}", value, reading.update) for name, value in figures.items()])
 
     def flush(self) -> None:
         """Write what is pending. Collective: the losses are averaged over the ranks.
@@ -184,14 +200,18 @@ class Recorder:
             self._warned = True
 
     def _show(self, entries: list[dict[str, Any]]) -> None:
-        self._bar.set_postfix(loss=f"{entries[-1]['loss']:.4g}")
+        self._shown = {"loss": f"{entries[-1]['loss']:.4g}"}
+        self._bar.set_postfix(self._shown | self._probed)
+        points = [(f"train/{name}", entry.get(name), entry["update"]) for entry in entries for name in CURVES]
+        self._draw([point for point in points if point[1] is not None])
+
+    def _draw(self, points: Sequence[tuple[str, Any, int]]) -> None:
+        """(curve, value, update) for TensorBoard."""
         if self._writer is None:
             return
         try:
-            for entry in entries:
-                for name in CURVES:
-                    if entry.get(name) is not None:
-                        self._writer.add_scalar(f"train/{name}", entry[name], entry["update"])
+            for point in points:
+                self._writer.add_scalar(*point)
         except OSError as error:
             self._writer = None
             tqdm.write(f"warning: no more TensorBoard curves ({error.strerror or error})", file=sys.stderr)

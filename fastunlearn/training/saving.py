@@ -38,7 +38,7 @@ class Saver:
         Raises:
             Stopped: a rank was told to stop; what has been trained is saved, where the disk takes it.
         """
-        asked = bool(self._every) and run.position.update % self._every == 0 and run.position.update < len(run.table)
+        asked = bool(self._every) and run.position.update % self._every == 0 and run.position.update < len(run.steps)
         late = not self._every and time.monotonic() - self._last > INTERVAL_SECONDS
         signal, due = max_over_ranks([requested(), asked or late])
         if signal:

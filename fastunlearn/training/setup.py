@@ -5,6 +5,7 @@ The order in which the parts come to be, and in which what is no longer needed g
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from fastunlearn.acceleration.compilation import apply_channels_last, compile_bl
 from fastunlearn.acceleration.cuda_graphs import GraphedSampler
 from fastunlearn.acceleration.text_kv_cache import PromptKeys
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.config.base import first_student_update
 from fastunlearn.config.run_prompts import meta_texts, retain_prompts
 from fastunlearn.denoisers.ema import Ema
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
@@ -32,13 +34,18 @@ from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.models.parameter_names import KEYS_AND_VALUES, set_trainable, trainable_names, trained_tensors
 from fastunlearn.models.public_name import public_hash, public_name
-from fastunlearn.prompts.variants import build_prompt_table
+from fastunlearn.progress.probe import Probe
+from fastunlearn.progress.prompts import probe_texts
+from fastunlearn.progress.reading import Reading
+from fastunlearn.progress.stopping import Progress
+from fastunlearn.progress.watch import Watch, as_it_is
+from fastunlearn.prompts.variants import PromptTable, build_prompt_table
 from fastunlearn.sampling.base import BatchSampler
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.cached_sampler import sample_targets
 from fastunlearn.sampling.factory import build_sampler
 from fastunlearn.sampling.image_pool import encode_folder, generate_pool
-from fastunlearn.sampling.key_steps import KeyStep
+from fastunlearn.sampling.key_steps import KeyStep, KeySteps
 from fastunlearn.sampling.retain import RetainSource, anchor_prompts, build_source
 from fastunlearn.training.checkpoint import Position, Stateful, load_checkpoint
 from fastunlearn.utils.distributed import World
@@ -54,15 +61,22 @@ class Run:
     world: World
     method: Method
     table: list[KeyStep]
+    """All updates that there can be."""
     models: Predictors
     rollout: BatchSampler
     engine: Engine
     retain: RetainSource | None = None
     meta: MetaObjective | None = None
     ema: Ema | None = None
+    watch: Watch | None = None
     edited: Mapping[str, Tensor] = field(default_factory=dict)
     """What a closed-form method changed before the first update, in fp32 on the host."""
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
+    steps: KeySteps = field(init=False)
+    """Those of the table that are made."""
+
+    def __post_init__(self) -> None:
+        self.steps = KeySteps(self.table)
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -70,12 +84,38 @@ class Run:
         found: dict[str, Stateful | None] = {
             "models": self.models, "rollout": self.rollout, "method": self.method,
             "surgery": self.engine, "retain": self.retain, "ema": self.ema, "guard": self.engine.guard,
-            "attack": None if self.meta is None else self.meta.attack,
+            "attack": None if self.meta is None else self.meta.attack, "steps": self.steps, "watch": self.watch,
         }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
 
+    def next_step(self) -> KeyStep | None:
+        """The key step of the next update; None: there is none left, or the concepts are gone."""
+        if self.watch is not None and self.watch.progress.ended:
+            return None
+        return self.steps.take(self.position.update, self._left_out)
+
+    @property
+    def _left_out(self) -> frozenset[int]:
+        """Concepts that are done; none where each rank has its own, since all have to make equally many updates."""
+        if self.watch is None or self.cfg.train.spread_concepts:
+            return frozenset()
+        return self.watch.progress.done
+
+    def look_is_due(self, update: int) -> bool:
+        """Whether a probe belongs after so many updates: it is its turn, or they were the last."""
+        return self.watch is not None and (self.watch.is_due(update) or self.steps.ends(self._left_out))
+
+    def look(self, update: int) -> Reading:
+        """Probe what the run has made of the model so far. Collective."""
+        assert self.watch is not None
+        return self.watch.look(update, self.models, self.export_weights)
+
+    def final_weights(self) -> ExportedWeights:
+        """What remains of the run. Collective."""
+        return self.export_weights() if self.watch is None else self.watch.weights(self.export_weights, self.edited)
+
     def export_weights(self) -> ExportedWeights:
-        """What the run has changed. Collective: every rank must call it."""
+        """What the run has changed so far. Collective: every rank must call it."""
         if self.ema is not None:
             trained = ExportedWeights(self.ema.export(), rounded=self.cfg.bf16_weights)
         else:
@@ -95,6 +135,7 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
     meta_folders = encode_sets(cfg, pipeline, world.device)
     others = [*meta_texts(cfg), *(prompt for pool in meta_folders.values() for prompt in pool.prompts)]
+    others += probe_texts(cfg) if cfg.progress.enabled else []
     prompt_table = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
     edited = method.edit(pipeline, world.device) if cfg.closed_form else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
@@ -108,7 +149,9 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
         autocast=cfg.autocast,
     )
     del pipeline  # with it go the text encoders and the VAE
+    watch = start_watch(cfg, backbone, prompt_table, world)
     models, engine, ema = shard(cfg, backbone, originals, world, edited)
+    models.evaluations.probe += 0 if watch is None else watch.probe.evaluations
     del originals
     if cfg.teacher.in_8_bits:
         accepted = check_teacher(cfg.teacher, target_errors(models, prompt_table, cfg.seed))
@@ -124,7 +167,7 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     if cfg.teacher.storage == "cached":
         targets = sample_targets(cfg, models, prompt_table, table, world.is_main)
     rollout = build_sampler(cfg, models, prompt_table, layout, pool, targets)
-    run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, edited=edited)
+    run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, watch=watch, edited=edited)
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
         run.retain = build_source(cfg, models, prompt_table, world, pictures)
@@ -138,15 +181,59 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     return run
 
 
-def edit(cfg: Config, world: World) -> tuple[dict[str, Tensor], float]:
-    """A closed-form method without any updates: what it changed, and the seconds that the edit took."""
+def start_watch(cfg: Config, backbone: Backbone, prompt_table: PromptTable, world: World) -> Watch | None:
+    """The probe with the original's pictures, while the U-Net still is the original; None where none is wanted."""
+    if not cfg.progress.enabled:
+        return None
+    probe = Probe(cfg, backbone, prompt_table, world)
+    probe.originals(as_it_is(backbone))
+    if world.is_main:
+        for concept in (c for number, c in enumerate(cfg.concepts) if not probe.shows(number)):
+            print(
+                f"warning: the model draws the same with {concept.name!r} and without it, so nothing can say whether "
+                "it is erased; is that what the model calls it?",
+                file=sys.stderr,
+            )
+    return Watch(probe, Progress(cfg.progress, cfg.stops_when_erased, start=first_student_update(cfg)))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a closed-form method without any updates has done, and what it took."""
+
+    tensors: dict[str, Tensor]
+    seconds: float
+    probe_seconds: float = 0.0
+    progress: Progress | None = None
+    evaluations: int = 0
+    """Of the probe."""
+
+
+def edit(cfg: Config, world: World) -> Edit:
+    """A closed-form method without any updates, for one rank; probed before and after."""
     method = build_method(cfg)
     pipeline = load_pipeline(
         cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored_dtype(cfg.model)
     )
     started = time.perf_counter()
-    edited = method.edit(pipeline, world.device)
-    return edited, time.perf_counter() - started
+    tensors = method.edit(pipeline, world.device)
+    done = Edit(tensors, time.perf_counter() - started)
+    if not cfg.progress.enabled:
+        return done
+    started = time.perf_counter()
+    table = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, others=probe_texts(cfg))
+    compute = DTYPES[cfg.compute_dtype]
+    backbone = build_backbone(pipeline, table.texts, cfg.train.resolution, world.device, compute)
+    watch = start_watch(cfg, backbone, table, replace(world, world_size=1))
+    assert watch is not None
+    put_in_place(backbone.unet, tensors)
+    watch.progress.add(watch.probe.look(0, as_it_is(backbone)))
+    return replace(
+        done,
+        probe_seconds=time.perf_counter() - started,
+        progress=watch.progress,
+        evaluations=watch.probe.evaluations,
+    )
 
 
 def shard(

@@ -55,36 +55,39 @@ def train_weights(cfg: Config, world: World, resume: Path | None) -> tuple[Expor
     saver = Saver(run)
     with stop.between_updates():
         update_loop(run, saver)
-        weights, done = run.export_weights(), run.position
+        weights, done = run.final_weights(), run.position
         kept = keep_weights(cfg, weights) if world.is_main else None
         saver.save_last(run)
     evaluations = all_reduce_counts(asdict(run.models.evaluations), world)
+    probe_seconds, progress = (0.0, None) if run.watch is None else (run.watch.seconds, run.watch.progress)
     del run
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
-    seconds = {"total": done.seconds, "rollout": done.rollout_seconds, "train": done.seconds - done.rollout_seconds}
-    return weights, RunFigures(done.update, seconds, evaluations, world.world_size, world.device), kept
+    seconds = {"total": done.seconds, "rollout": done.rollout_seconds, "probe": probe_seconds}
+    seconds["train"] = seconds["total"] - seconds["rollout"] - seconds["probe"]
+    return weights, RunFigures(done.update, seconds, evaluations, world.world_size, world.device, progress), kept
 
 
 def edit_only(cfg: Config, world: World) -> Results | None:
     """A closed-form method: no engine, no optimizer, no updates. The first rank does it; it takes seconds."""
     if not world.is_main:
         return None
-    edited, seconds = edit(cfg, world)
+    done = edit(cfg, world)
     start_output(cfg, resumed=False)
-    print(f"{cfg.method}: {len(edited)} tensors edited in closed form in {seconds:.1f} s")
-    figures = RunFigures(
-        0, {"total": seconds, "rollout": 0.0, "train": seconds}, asdict(Evaluations()), world.world_size, world.device
-    )
-    weights = ExportedWeights({}, edited)
+    print(f"{cfg.method}: {len(done.tensors)} tensors edited in closed form in {done.seconds:.1f} s")
+    seconds = {"total": done.seconds + done.probe_seconds, "rollout": 0.0, "probe": done.probe_seconds}
+    seconds["train"] = done.seconds
+    evaluations = asdict(Evaluations(probe=done.evaluations))
+    figures = RunFigures(0, seconds, evaluations, world.world_size, world.device, done.progress)
+    weights = ExportedWeights({}, done.tensors)
     return write_results(cfg, weights, figures, keep_weights(cfg, weights))
 
 
 def update_loop(run: Run, saver: Saver) -> None:
-    """All updates that are left. ``run.position`` says in the end what they took."""
-    recorder = Recorder(run.cfg, run.world, len(run.table), run.position.update, run.engine.projected_segments)
+    """Updates until the concepts are gone, or none is left. ``run.position`` says in the end what they took."""
+    recorder = Recorder(run.cfg, run.world, len(run.steps), run.position.update, run.engine.projected_segments)
     started, before = time.perf_counter(), run.position
     rollout_seconds = before.rollout_seconds
-    for step in run.table[before.update :]:
+    while (step := run.next_step()) is not None:
         if step.restart:
             restarted = time.perf_counter()
             run.rollout.restart(step)
@@ -92,6 +95,8 @@ def update_loop(run: Run, saver: Saver) -> None:
         learning_rate = run.engine.learning_rate
         update = one_update(run, step)
         recorder.record(step, run.rollout.timesteps[step.index], update, run.engine.grad_norm, learning_rate)
+        if run.look_is_due(step.update + 1):
+            recorder.show_probe(run.look(step.update + 1))
         seconds = before.seconds + time.perf_counter() - started
         run.position = Position(step.update + 1, seconds, rollout_seconds, asdict(run.models.evaluations))
         saver.after_update(run, recorder)

@@ -11,6 +11,7 @@ CONFIG, METRICS_FILE, CARD = "config.toml", "metrics.json", "README.md"
 EVALUATION, RELEARNING, SAMPLES = "evaluation.json", "relearn.json", "samples"
 TRAIN_LOG = "train_log.jsonl"
 SURGERY_LOG = "surgery_log.jsonl"
+PROGRESS_LOG = "progress.jsonl"  # one line for each probe
 CURVES_FOLDER = "logs"  # of TensorBoard
 UNET = "unet"  # the edited U-Net, a folder
 UNFINISHED = "unfinished"  # where a run works that replaces the results of another

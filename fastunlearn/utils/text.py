@@ -9,6 +9,7 @@ from typing import Any
 GIB = 2**30
 STYLE = " style"
 """How the name of a style ends."""
+ARTICLES = frozenset("a an the one two three some several my your his her their".split())  # noqa: SIM905
 
 
 def size(count: int) -> str:
@@ -32,6 +33,14 @@ def names_style(name: str) -> bool:
 def without_style(name: str) -> str:
     """ "neon style" -> "neon"; any other name as it is."""
     return name.removesuffix(STYLE)
+
+
+def with_article(name: str) -> str:
+    """ "apple" -> "an apple"; a proper name, and what has an article or a number already, stays as it is."""
+    first = name.split(" ")[0]
+    if not name or first in ARTICLES or not first[0].islower():
+        return name
+    return f"{'an' if first[0] in 'aeiou' else 'a'} {name}"
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:
