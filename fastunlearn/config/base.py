@@ -30,6 +30,7 @@ from fastunlearn.schema.sections import (
     TeacherConfig,
     TrainConfig,
 )
+from fastunlearn.utils.text import without_style
 
 META_STEPS = 100  # of the meta term alone, after an edit in closed form (arXiv 2410.12777)
 
@@ -145,7 +146,14 @@ class FixedSections(ConfigModel):
     @property
     def attack_learning_rate(self) -> float:
         """Of the meta term's simulated attack: ``meta.inner_learning_rate``, or else that of the training."""
-        return self.meta.inner_learning_rate or self.train.learning_rate
+        return self.meta.inner_learning_rate or self.learning_rate
+
+    @property
+    def learning_rate(self) -> float:
+        """``train.learning_rate``, once it is known: before the weights have been read it may be left open."""
+        if self.train.learning_rate is None:
+            raise ValueError("train.learning_rate follows from the weights that are trained; see with_learning_rate")
+        return self.train.learning_rate
 
     @property
     def retain_source(self) -> str:
@@ -239,6 +247,27 @@ def resolved_scope(cfg: RunConfig) -> str:
     if cfg.closed_form and cfg.has_meta:
         return "full"
     return cfg.method_spec.default_scope(cfg)
+
+
+def named_concepts(cfg: RunConfig) -> list[Concept]:
+    """The concepts with kind and contexts filled in."""
+    return [_named(cfg, concept) for concept in cfg.concepts]
+
+
+def _named(cfg: RunConfig, concept: Concept) -> Concept:
+    kind = cfg.kind_of(concept)
+    contexts = concept.contexts or cfg.prompts.contexts or _kept_contexts(cfg, kind)
+    return concept.model_copy(update={"kind": kind, "contexts": contexts})
+
+
+def _kept_contexts(cfg: RunConfig, kind: str) -> list[str]:
+    """What is kept of the other kind: things for a style, styles' words for an object."""
+    if kind not in ("style", "object"):
+        return []
+    styles = [name for name in resolved_keep(cfg) if cfg.vocabulary.kind_of(name) == "style"]
+    if kind == "object":
+        return [without_style(name) for name in styles]
+    return [name for name in resolved_keep(cfg) if name not in styles]
 
 
 def resolved_keep(cfg: RunConfig) -> list[str]:

@@ -119,8 +119,10 @@ def _placeholders(field: str, template: str) -> set[str]:
 
 
 def _check_prompts(prompts: PromptsConfig) -> None:
-    if not prompts.templates:
-        raise UserError("prompts.templates: the list is empty; at least one template with {concept} is needed")
+    if prompts.anchor_templates and not prompts.templates:
+        raise UserError(
+            "prompts.anchor_templates: given, but no prompts.templates that they could belong to; give both"
+        )
     if prompts.anchor_templates and len(prompts.anchor_templates) != len(prompts.templates):
         raise UserError(
             f"prompts.anchor_templates: {len(prompts.anchor_templates)} entries, but prompts.templates has "

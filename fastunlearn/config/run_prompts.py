@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastunlearn.config.base import RunConfig, resolved_keep
+from fastunlearn.config.base import RunConfig, named_concepts, resolved_keep
 from fastunlearn.errors import UserError
 from fastunlearn.prompts import retained
 from fastunlearn.prompts.captions import read_captions
@@ -123,7 +123,7 @@ def forbidden_anchors(cfg: RunConfig) -> dict[str, str]:
 
 
 def _concept_pairs(cfg: RunConfig) -> list[PromptPair]:
-    return [pair for concept in cfg.concepts for pair in concept_variants(concept, cfg.prompts)]
+    return [pair for concept in named_concepts(cfg) for pair in concept_variants(concept, cfg.prompts)]
 
 
 def _default_meta_prompts(cfg: RunConfig, name: str) -> list[str]:

@@ -17,6 +17,7 @@ from fastunlearn.export.outcome import erased_names, finding, title
 from fastunlearn.models.formats.headers import is_hub_id
 from fastunlearn.models.formats.single_file import read_single_file
 from fastunlearn.models.public_name import public_hash, public_name
+from fastunlearn.prompts.wordings import TRAINED
 from fastunlearn.registry import FORMATS, METRICS
 from fastunlearn.utils.files import atomic_write_text
 
@@ -104,7 +105,7 @@ def _facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
         ("erased", "; ".join(c.name + (f" (anchor: {c.anchor})" if c.anchor else "") for c in cfg.concepts)),
         ("asked to keep", "; ".join(cfg.keep) or "nothing in particular"),
         ("method", cfg.method_spec.card_title),
-        ("prompts", "; ".join(f"`{template}`" for template in cfg.prompts.templates)),
+        ("prompts", "; ".join(f"`{template}`" for template in _templates(cfg))),
         *cfg.method_spec.facts(resolved),
         *(_training_facts(resolved, metrics) if cfg.trains else []),
     ]
@@ -129,15 +130,29 @@ def _training_facts(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
     return [
         ("updates", str(metrics.get("updates", cfg.train.max_train_steps))),
         ("trained part of the U-Net", cfg.train.scope),
-        ("learning rate", f"{cfg.train.learning_rate:g} ({cfg.train.lr_scheduler}), {cfg.optimizer.name}"),
+        ("learning rate", _learning_rate(cfg, metrics)),
         ("sampler in training", f"{SAMPLER_TITLES[cfg.sampler.name]}, {cfg.sampler.num_inference_steps} steps, "
                                 f"guidance {cfg.sampler.guidance_scale:g}"),
-        *_additions(cfg),
+        *_additions(cfg, metrics),
         ("seed", str(cfg.seed)),
     ]  # fmt: skip
 
 
-def _additions(cfg: Config) -> list[tuple[str, str]]:
+def _templates(cfg: Config) -> list[str]:
+    kinds = dict.fromkeys(cfg.kind_of(concept) for concept in cfg.concepts)
+    return cfg.prompts.templates or [wording.prompt for kind in kinds for wording in TRAINED[kind]]
+
+
+def _learning_rate(cfg: Config, metrics: dict) -> str:
+    rate = cfg.train.learning_rate or metrics.get("learning_rate")
+    from_weights = f"{cfg.train.relative_step:g} of the trained weights' rms"
+    given = f"{rate:.3g}" if rate else from_weights
+    if rate and cfg.train.learning_rate is None:
+        given += f" ({from_weights})"
+    return f"{given}, {cfg.train.lr_scheduler}, {cfg.optimizer.name}"
+
+
+def _additions(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
     """What goes with any method: the retain gradient, and the meta term."""
     surgery, retain, meta = cfg.surgery, cfg.retain, cfg.meta
     facts = []
@@ -146,7 +161,8 @@ def _additions(cfg: Config) -> list[tuple[str, str]]:
         samples = f"{retain.batch_size} samples per rank and micro-batch ({cfg.retain_source}, target: {retain.target})"
         facts.append(("retain gradient", f"{projection}, per {surgery.granularity}; rho {surgery.rho:g}; {samples}"))
     if cfg.has_meta:
-        rate, goal = cfg.attack_learning_rate, "ascent" if meta.ascends else "erased"
+        rate = cfg.meta.inner_learning_rate or cfg.train.learning_rate or metrics.get("learning_rate") or 0.0
+        goal = "ascent" if meta.ascends else "erased"
         attack = f"{meta.inner_steps} steps of {meta.inner_optimizer} at {rate:g} (scope: {meta.inner_scope})"
         again = f"starting again every {meta.steps_per_attack} terms; goal: {goal}"
         every = "every update" if meta.every == 1 else f"every {meta.every} updates"

@@ -64,6 +64,8 @@ class RunFigures:
     device: torch.device
     progress: Progress | None = None
     """What the probes saw."""
+    learning_rate: float | None = None
+    """The peak one; None: nothing was trained."""
 
 
 @dataclass
@@ -270,6 +272,7 @@ def collect_metrics(cfg: Config, figures: RunFigures) -> dict[str, Any]:
     return {
         "method": cfg.method,
         "concepts": [concept.name for concept in cfg.concepts],
+        "learning_rate": figures.learning_rate,
         "updates": figures.updates,
         "seconds": {name: round(value, 3) for name, value in figures.seconds.items()},
         "unet_evaluations": figures.unet_evaluations | {"total": sum(figures.unet_evaluations.values())},

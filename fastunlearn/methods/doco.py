@@ -102,7 +102,9 @@ class DocoSpec(MethodSpec):
 
     def refuse(self, cfg: Config) -> None:
         """A concept without an anchor, and settings that contradict each other."""
-        for concept in cfg.concepts:
+        from fastunlearn.config.base import named_concepts  # which reads the settings of this file
+
+        for concept in named_concepts(cfg):
             if not any(pair.anchor for pair in concept_variants(concept, cfg.prompts)):
                 raise UserError(
                     f"concepts: {concept.name!r} has no anchor; method 'doco' draws pictures of what is to take its "

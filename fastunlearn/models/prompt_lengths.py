@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastunlearn.config import Config
+from fastunlearn.config.base import named_concepts
 from fastunlearn.config.run_prompts import folder_captions, meta_texts, retain_prompts
 from fastunlearn.errors import UserError
 from fastunlearn.models.architectures.base import END
@@ -70,7 +71,7 @@ def check_prompts(cfg: Config, tokenizers: Sequence[CLIPTokenizer]) -> None:
     Raises:
         UserError: names the concept and the prompt.
     """
-    for concept in cfg.concepts:
+    for concept in named_concepts(cfg):
         for pair in concept_variants(concept, cfg.prompts):
             shown = repr(pair.prompt if len(pair.prompt) <= NAMED else pair.prompt[:NAMED] + "...")
             for tokenizer in tokenizers:

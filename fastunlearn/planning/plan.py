@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fastunlearn.config import Config, resolved_scope
+from fastunlearn.config.base import named_concepts
 from fastunlearn.config.run_prompts import folder_captions, meta_texts, preserve_prompts, retain_prompts, set_captions
 from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.engines.optimizers.groups import parameter_groups
@@ -72,7 +73,7 @@ def make_plan(cfg: Config, world: int, model: ModelDescription, changes: tuple[s
     scope = resolved_scope(cfg)
     sizes = unet_sizes(model, scope)
     if not cfg.trains:
-        prompts = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
+        prompts = build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
         rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.text_width)
         return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
     gradients = cfg.engine_spec.gradients_of_one_pass(cfg, sizes, world)
@@ -119,7 +120,7 @@ def _latents_and_text(cfg: Config, model: ModelDescription) -> list[Row]:
     captions = [caption for pairs in set_captions(cfg).values() for _, caption in pairs]
     pictures += pools(cfg) * cfg.retain.num_images + pool_sizes(cfg)[0] + len(captions)
     others = [*meta_texts(cfg), *captions, *(probe_texts(cfg) if cfg.progress.enabled else [])]
-    texts = len(build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others).texts)
+    texts = len(build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, retained, others).texts)
     width = DTYPES[cfg.weight_dtype].itemsize
     embeddings = texts * model.tokens * model.text_width * width
     pictures += 2 * (len(probe_pairs(cfg)) + len(kept_pictures(cfg))) if cfg.progress.enabled else 0

@@ -105,13 +105,19 @@ class Progress:
     @property
     def best(self) -> Reading | None:
         """The probe whose weights remain: erased first, then with the least drift; before any is erased, the one that
-        is nearest to it among those that have not drifted too far."""
-        return max(self.readings, key=self._rank, default=None)
+        is nearest to it among those that have not drifted too far. One probe alone may be luck: only the last of as
+        many in a row as were asked for counts as erased."""
+        if not self.readings:
+            return None
+        return self.readings[max(range(len(self.readings)), key=self._rank)]
 
-    def _rank(self, reading: Reading) -> tuple[Any, ...]:
+    def _rank(self, number: int) -> tuple[Any, ...]:
+        reading = self.readings[number]
+        row = self.readings[max(0, number + 1 - self.settings.in_a_row) : number + 1]
+        confirmed = len(row) == self.settings.in_a_row and all(self.all_hold(one) for one in row)
         limit, drift = self.settings.max_drift, 0.0 if math.isnan(reading.drift) else reading.drift
         within = limit is None or drift <= limit
-        if self.all_hold(reading):
+        if confirmed:
             return within, True, -drift, 0.0, -reading.update
         return within, False, _or_zero(reading.worst_share), _or_zero(reading.worst_low), -drift
 

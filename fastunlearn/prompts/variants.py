@@ -10,8 +10,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fastunlearn.prompts.wordings import PLAIN, TRAINED, Wording
 from fastunlearn.schema.sections import Concept, PromptsConfig
-from fastunlearn.utils.text import without_style
+from fastunlearn.utils.text import names_style, with_article, without_style
 
 UNCONDITIONAL = ""
 AUGMENT_WORDS = (
@@ -83,30 +84,50 @@ def build_prompt_table(
 
 
 def concept_variants(concept: Concept, config: PromptsConfig) -> list[PromptPair]:
-    """Fill the templates with a concept, once per context where a template asks for one.
+    """Fill the templates, or where none are given the wordings of its kind, with a concept, once per context where a
+    template asks for one.
 
     A template with a context would, measured against the unconditional prompt, also erase the context. So its anchor
     is the same template with the concept replaced by ``concept.anchor``, or ``anchor_templates`` where nothing
     replaces it.
     """
-    variants = []
-    anchors = config.anchor_templates or [UNCONDITIONAL] * len(config.templates)
-    for template, removed in zip(config.templates, anchors, strict=True):
-        contexts = config.contexts if "{context}" in template else [""]
-        for context in contexts:
-            prompt = _fill(template, concept.name, context)
-            if concept.anchor:
-                anchor = _fill(template, concept.anchor, context)
-            elif config.contextual_anchor:
-                anchor = removed.format(context=context)
-            else:
-                anchor = UNCONDITIONAL
-            variants.append(PromptPair(prompt, anchor))
-    return variants
+    kind = kind_of(concept)
+    if config.templates:
+        anchors = config.anchor_templates or [UNCONDITIONAL] * len(config.templates)
+        wordings = [Wording(*texts) for texts in zip(config.templates, anchors, strict=True)]
+    else:
+        wordings = list(TRAINED[kind])
+    contexts = concept.contexts or config.contexts or PLAIN[kind]
+    return [
+        worded(concept, wording, context, config.contextual_anchor)
+        for wording in wordings
+        for context in (contexts if "context}" in wording.prompt else [""])
+    ]
 
 
-def _fill(template: str, name: str, context: str) -> str:
-    return template.format(concept=name, word=without_style(name), context=context)
+def kind_of(concept: Concept) -> str:
+    """As given, or as its name alone suggests."""
+    if concept.kind != "auto":
+        return concept.kind
+    return "style" if names_style(concept.name) else "object"
+
+
+def worded(concept: Concept, wording: Wording, context: str, contextual_anchor: bool = True) -> PromptPair:
+    """One prompt with a concept, and the same with the anchor in its place, or without it."""
+    prompt = _fill(wording.prompt, concept, concept.name, context)
+    if concept.anchor:
+        return PromptPair(prompt, _fill(wording.prompt, concept, concept.anchor, context))
+    if not contextual_anchor:
+        return PromptPair(prompt, UNCONDITIONAL)
+    return PromptPair(prompt, _fill(wording.anchor, concept, "", context))
+
+
+def _fill(template: str, concept: Concept, name: str, context: str) -> str:
+    proper = concept.kind == "instance"
+    return template.format(
+        concept=name, word=without_style(name), a_concept=name if proper else with_article(name), context=context,
+        a_context=with_article(context),
+    )  # fmt: skip
 
 
 def augment(concept: str, prompt: str, operation: int, draw: random.Random) -> str:

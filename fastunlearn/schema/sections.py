@@ -42,7 +42,10 @@ class Concept(ConfigModel):
     anchor: StrippedStr = ""
     """What to draw instead; empty: nothing, the model falls back to what it draws without a prompt."""
     kind: Literal["auto", ConceptKind] = "auto"
-    """Decides the defaults of method, start and scope; auto: from the name."""
+    """Decides the defaults of prompts, method and scope; auto: from the name."""
+    contexts: list[StrippedStr] = []
+    """What it is shown with where prompts.templates are left open; none: prompts.contexts, those of ``keep`` of the
+    other kind, or a few plain ones."""
 
 
 class ModelConfig(ConfigModel):
@@ -84,10 +87,12 @@ class ModelConfig(ConfigModel):
 class PromptsConfig(ConfigModel):
     """Which prompts the training trajectories follow."""
 
-    templates: list[str] = ["{concept}"]
-    """Prompts of the trajectories; each holds {concept} or {word} (it without " style"), and may hold {context}."""
+    templates: list[str] = []
+    """Prompts of the trajectories; each holds {concept} or {word} (it without " style"), and may hold {context}. None
+    given: some that suit the kind of each concept (docs/methods.md)."""
     contexts: list[str] = []
-    """Filled into {context}: kept styles for an object concept, kept objects for a style concept."""
+    """Filled into {context}: kept styles for an object concept, kept objects for a style concept. None given, and no
+    templates either: those of ``keep``, or a few plain ones."""
     contextual_anchor: bool = True
     """Measure a template with {context} against the same template without the concept, not against the empty prompt."""
     anchor_templates: list[str] = []
@@ -111,8 +116,11 @@ class TrainConfig(ConfigModel):
     """Give each rank concepts of its own instead of all ranks the same one in turn; not at ZeRO stage 3."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are averaged into one update."""
-    learning_rate: PositiveFloat = 1e-5
-    """Peak learning rate."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate; none: ``relative_step`` times the rms of the weights that are trained, whatever their
+    scale."""
+    relative_step: PositiveFloat = 5e-3
+    """By how much of its rms an update moves a weight, about, where no learning rate is given."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
     lr_warmup_steps: NonNegativeInt = 0
@@ -153,8 +161,8 @@ class SamplerConfig(ConfigModel):
     """DDIM with eta 0, or Euler, SDXL's usual one: also of the generated pictures. The same steps but for the last,
     which Euler takes to no noise at all. Evaluation pictures are drawn with DDIM."""
 
-    num_inference_steps: SamplerSteps = 50
-    """Steps from noise to image."""
+    num_inference_steps: SamplerSteps = 20
+    """Steps from noise to image, of which every one is trained: fewer bring more trajectories into as many updates."""
     guidance_scale: NonNegativeFloat = 3.0
     """Classifier-free guidance along the trajectory."""
 

@@ -70,7 +70,7 @@ class Saver:
             with suppress(UserError):  # a full disk: then there will be no checkpoint either
                 record_files(self._folder, extra)
         limit = self._limit + (1 if self._every and not asked else 0)
-        return save_checkpoint(run.cfg, run.world, run.engine, run.parts, run.position, limit=limit)
+        return save_checkpoint(run.asked or run.cfg, run.world, run.engine, run.parts, run.position, limit=limit)
 
 
 def drop_unasked(folder: Path) -> None:

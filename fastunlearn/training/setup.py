@@ -18,7 +18,7 @@ from fastunlearn.acceleration.compilation import apply_channels_last, compile_bl
 from fastunlearn.acceleration.cuda_graphs import GraphedSampler
 from fastunlearn.acceleration.text_kv_cache import PromptKeys
 from fastunlearn.config import Config, resolved_scope
-from fastunlearn.config.base import first_student_update
+from fastunlearn.config.base import first_student_update, named_concepts
 from fastunlearn.config.run_prompts import meta_texts, retain_prompts
 from fastunlearn.denoisers.ema import Ema
 from fastunlearn.denoisers.predictors import Evaluations, Predictors
@@ -69,6 +69,8 @@ class Run:
     meta: MetaObjective | None = None
     ema: Ema | None = None
     watch: Watch | None = None
+    asked: Config | None = None
+    """The configuration as it was given, for checkpoints: what follows from the model is found again from it."""
     edited: Mapping[str, Tensor] = field(default_factory=dict)
     """What a closed-form method changed before the first update, in fp32 on the host."""
     position: Position = field(default_factory=lambda: Position(0, 0.0, 0.0, asdict(Evaluations())))
@@ -136,10 +138,11 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     meta_folders = encode_sets(cfg, pipeline, world.device)
     others = [*meta_texts(cfg), *(prompt for pool in meta_folders.values() for prompt in pool.prompts)]
     others += probe_texts(cfg) if cfg.progress.enabled else []
-    prompt_table = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, retained, others)
+    prompt_table = build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, retained, others)
     edited = method.edit(pipeline, world.device) if cfg.closed_form else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet) | edited
+    asked, cfg = cfg, with_learning_rate(cfg, originals)
     backbone = build_backbone(
         pipeline,
         prompt_table.texts,
@@ -167,7 +170,7 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     if cfg.teacher.storage == "cached":
         targets = sample_targets(cfg, models, prompt_table, table, world.is_main)
     rollout = build_sampler(cfg, models, prompt_table, layout, pool, targets)
-    run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, watch=watch, edited=edited)
+    run = Run(cfg, world, method, table, models, rollout, engine, ema=ema, watch=watch, asked=asked, edited=edited)
     if cfg.retains:
         pictures = pool if cfg.retain_source == "anchors" else folder
         run.retain = build_source(cfg, models, prompt_table, world, pictures)
@@ -209,6 +212,19 @@ class Edit:
     """Of the probe."""
 
 
+def with_learning_rate(cfg: Config, originals: Mapping[str, Tensor]) -> Config:
+    """The learning rate that was left open, from the rms of the matrices and kernels that are trained: Adam moves each
+    weight by about the rate, so that models of another scale move alike."""
+    if cfg.train.learning_rate is not None:
+        return cfg
+    large = [weight for weight in originals.values() if weight.ndim > 1] or list(originals.values())
+    squares = sum(weight.double().square().sum().item() for weight in large)
+    rms = (squares / sum(weight.numel() for weight in large)) ** 0.5
+    return cfg.model_copy(
+        update={"train": cfg.train.model_copy(update={"learning_rate": cfg.train.relative_step * rms})}
+    )
+
+
 def edit(cfg: Config, world: World) -> Edit:
     """A closed-form method without any updates, for one rank; probed before and after."""
     method = build_method(cfg)
@@ -221,7 +237,7 @@ def edit(cfg: Config, world: World) -> Edit:
     if not cfg.progress.enabled:
         return done
     started = time.perf_counter()
-    table = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, others=probe_texts(cfg))
+    table = build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, others=probe_texts(cfg))
     compute = DTYPES[cfg.compute_dtype]
     backbone = build_backbone(pipeline, table.texts, cfg.train.resolution, world.device, compute)
     watch = start_watch(cfg, backbone, table, replace(world, world_size=1))
@@ -267,7 +283,8 @@ def shard(
     if world.is_main:
         count = sum(originals[name].numel() for name in engine.named)
         how = f"{attention}; kernels: {describe(world.device)}; {cfg.engine_spec.title(cfg)}"
-        print(f"{cfg.method}: {len(engine.named)} tensors, {count:,} parameters trained; {how}")
+        rate = f"learning rate {cfg.learning_rate:.3g}"
+        print(f"{cfg.method}: {len(engine.named)} tensors, {count:,} parameters trained, {rate}; {how}")
     weights = GraphedSampler(engine.sampler) if cfg.model.cuda_graphs else engine.sampler
     ema = exponential_average(cfg, engine)
     own_keys = keys if originals.keys().isdisjoint(trainable_names(unet, KEYS_AND_VALUES)) else None

@@ -60,11 +60,13 @@ def train_weights(cfg: Config, world: World, resume: Path | None) -> tuple[Expor
         saver.save_last(run)
     evaluations = all_reduce_counts(asdict(run.models.evaluations), world)
     probe_seconds, progress = (0.0, None) if run.watch is None else (run.watch.seconds, run.watch.progress)
+    rate = run.cfg.learning_rate
     del run
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
     seconds = {"total": done.seconds, "rollout": done.rollout_seconds, "probe": probe_seconds}
     seconds["train"] = seconds["total"] - seconds["rollout"] - seconds["probe"]
-    return weights, RunFigures(done.update, seconds, evaluations, world.world_size, world.device, progress), kept
+    figures = RunFigures(done.update, seconds, evaluations, world.world_size, world.device, progress, rate)
+    return weights, figures, kept
 
 
 def edit_only(cfg: Config, world: World) -> Results | None:

@@ -74,6 +74,7 @@ def run(program: list[str], way: str, model: Path, out: Path, *more: str) -> lis
         "--train.max_train_steps", "6", "--sampler.num_inference_steps", "4", "--learning_rate", "1e-3",
         "--train.cpu_threads", "1", "--train.logging_steps", "1", "--report.report_to", "none",
         "--report.num_validation_seeds", "1", "--evaluation.num_inference_steps", "2", "--evaluation.mode", "off",
+        "--progress.enabled", "false",
         "--checkpointing_steps", "2", "--checkpoints_total_limit", "1", *arguments, *more,
     ]  # fmt: skip
     port = free_port()

@@ -50,7 +50,7 @@ OVERRIDES: list[tuple[list[str], str, Any]] = [
     (["--kscu.uncond_gradient", "auto"], "kscu.uncond_gradient", "auto"),
     (["--resume_from_checkpoint", "5"], "resume_from_checkpoint", "5"),
     ([*SDXL, "--keep", "1984"], "keep", ["1984"]),
-    (["--prompts.anchor_templates", "-"], "prompts.anchor_templates", ["-"]),
+    (["--prompts.templates", "{concept}", "--prompts.anchor_templates", "-"], "prompts.anchor_templates", ["-"]),
     (["--output-dir", "-out"], "output_dir", "-out"),
     (["--output_dir", "a=b"], "output_dir", "a=b"),
     (["--use_8bit_adam", "--optimizer.name", "adamw"], "optimizer.name", "adamw"),
@@ -94,14 +94,20 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["--kscu.start", "45"], ("kscu.start", "45", "less than 45")),
     (["--kscu.start", "-1"], ("kscu.start", "-1", "at least 0")),
     (["--prompts.templates", "a picture"], ("prompts.templates", "'a picture'", "lacks {concept}")),
-    (["--prompts.templates", "[]"], ("prompts.templates", "empty")),
+    (["--prompts.anchor_templates", "a"], ("prompts.anchor_templates", "no prompts.templates")),
     (["--prompts.templates", "{concept"], ("prompts.templates", "unbalanced braces")),
     (["--prompts.templates", "{}"], ("prompts.templates", "'{}'", "allowed here")),
     (["--prompts.templates", "{concept} in {contexts}"], ("prompts.templates", "{contexts}", "nearest: context")),
     (["--prompts.templates", "{concept} in {context}"], ("prompts.contexts", "empty")),
     (["--prompts.contexts", "tree; neon"], ("prompts.contexts", "'neon'", "also to be erased")),
-    (["--prompts.anchor_templates", "a; b"], ("prompts.anchor_templates", "2 entries", "1;")),
-    (["--prompts.anchor_templates", "in {context}"], ("prompts.anchor_templates", "{context}", "no placeholder")),
+    (
+        ["--prompts.templates", "{concept}", "--prompts.anchor_templates", "a; b"],
+        ("prompts.anchor_templates", "2 entries", "1;"),
+    ),
+    (
+        ["--prompts.templates", "{concept}", "--prompts.anchor_templates", "in {context}"],
+        ("prompts.anchor_templates", "{context}", "no placeholder"),
+    ),
     (["--zero.offload_optimizer", "cpu", "--zero_stage", "0"], ("zero.offload_optimizer", "zero.stage")),
     (["--zero.offload_optimizer", "cpu", "--use_8bit_adam"], ("zero.offload_optimizer", "'adamw'")),
     (["--zero.offload_optimizer", "cpu", "--optimizer.name", "paged_adamw8bit"], ("zero.offload_optimizer", "paged")),
@@ -127,6 +133,7 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
 ]
 
 # TOML text -> words that the one line must hold
+ONE_TEMPLATE = ("--prompts.templates", "{concept}")
 REFUSED_TOML = [
     ('concepts = ["cat"]\n[train]\nmax_steps = 3\n', ("train.max_steps", "unknown field", "train.max_train_steps")),
     ('concepts = ["cat"]\n[trian]\n', ("trian", "unknown field", "nearest: train")),
@@ -280,7 +287,8 @@ def test_toml_round_trip(arguments: tuple[str, ...], tmp_path: Path) -> None:
 def test_defaults_follow_method_and_kind(
     method: str, concepts: str, arguments: list[str], scope: str, steps: int, start: int
 ) -> None:
-    cfg = load("--method", method, *arguments, concepts=concepts)
+    published = ("--kscu.start", "published", "--sampler.num_inference_steps", "50")
+    cfg = load("--method", method, *published, *arguments, concepts=concepts)
     assert resolved_scope(cfg) == scope
     assert resolved_steps(cfg) == steps
     assert first_key_step(cfg, cfg.kind_of(cfg.concepts[0])) == start

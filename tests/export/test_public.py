@@ -30,6 +30,7 @@ def test_no_file_that_leaves_tells_where_it_was_made(tmp_path: Path) -> None:
         str(ROOT / "fastunlearn" / "train.py"), "--concepts", "cat", "--keep", "fish", "--max_train_steps", "2",
         "--pretrained_model_name_or_path", str(base), "--sampler.num_inference_steps", "4", "--train.cpu_threads", "1",
         "--evaluation.mode", "off", "--evaluation.num_inference_steps", "2", "--report.num_validation_seeds", "1",
+        "--progress.enabled", "false",
         "--output_dir", str(out),
     ]  # fmt: skip
     done = forked.run(words, tmp_path / "printed", cwd=tmp_path)

@@ -277,6 +277,7 @@ def test_a_run_edits_several_concepts_and_leaves_the_files(method: str, ranks: i
         str(ROOT / "fastunlearn" / "train.py"), "--method", method,
         "--concepts", "neon style; cat", "--output_dir", str(out), "--train.cpu_threads", "1",
         "--evaluation.mode", "off", "--evaluation.num_inference_steps", "2", "--num_validation_images", "1",
+        "--progress.enabled", "false",
     ]  # fmt: skip
     if ranks == 1:
         done = forked.run(words, tmp_path, cwd=tmp_path)

@@ -141,6 +141,9 @@ def test_the_teacher_never_moves_and_the_student_is_left_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in models.backbone.unet.state_dict().items())
 
 
+PUBLISHED: dict[str, dict] = {"sampler": {"num_inference_steps": 50}, "kscu": {"start": "published"}}
+
+
 def count_run(cfg: Config, batch: int = 1) -> dict[str, int]:
     """Walk a whole table with a U-Net that costs nothing; the counts are those of a real run."""
     prompt_table = tiny_prompts([concept.name for concept in cfg.concepts])
@@ -165,22 +168,23 @@ def count_run(cfg: Config, batch: int = 1) -> dict[str, int]:
 
 
 def test_a_style_run_of_500_updates_stays_within_its_budget() -> None:
-    counts = count_run(a_config())
+    counts = count_run(a_config(**PUBLISHED))
     assert counts["total"] <= 3600
     assert counts == {
         "teacher": 1000,  # one batched pair per update
         "rollout": 2 * 496 + 480 + 23,  # restarts; the unconditional half of each advance; the tail's clean prompts
         "student_forward": 500,
         "student_backward": 500,
+        "probe": 0,
         "total": counts["total"],
     }
 
 
 def test_the_counts_scale_with_the_batch_and_the_switch_costs_what_it_says() -> None:
-    short = {"train": {"max_train_steps": 60}, "prompts": {"augment_fraction": 0.0}}
+    short = PUBLISHED | {"train": {"max_train_steps": 60}, "prompts": {"augment_fraction": 0.0}}
     one, four = count_run(a_config(**short)), count_run(a_config(**short), batch=4)
     assert four == {name: 4 * value for name, value in one.items()}
-    both = count_run(a_config(**short, kscu={"uncond_gradient": True}))
+    both = count_run(a_config(**short | {"kscu": PUBLISHED["kscu"] | {"uncond_gradient": True}}))
     assert both["student_backward"] == 120 and both["teacher"] == 180
     assert both["rollout"] == one["rollout"] - 57  # the advances are free altogether: 60 updates, 3 traversals
 

@@ -177,7 +177,7 @@ def test_the_plan_counts_the_mean_instead_of_a_teacher() -> None:
 
 SHORT = [
     "--method", "sdd", "--concepts", "neon style", "--max_train_steps", "6", "--sampler.num_inference_steps", "4",
-    "--learning_rate", "1e-3", "--train.cpu_threads", "1", "--evaluation.mode", "off",
+    "--learning_rate", "1e-3", "--train.cpu_threads", "1", "--evaluation.mode", "off", "--progress.enabled", "false",
     "--evaluation.num_inference_steps", "2", "--num_validation_images", "1", "--sdd.ema_decay", "0.9",
 ]  # fmt: skip
 

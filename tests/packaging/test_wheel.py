@@ -21,6 +21,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 # So that README's first command takes seconds here.
 SHORTER = (
     "--max_train_steps", "2", "--evaluation.mode", "off", "--evaluation.num_inference_steps", "2",
+    "--progress.enabled", "false",
     "--report.num_validation_seeds", "1", "--report.report_to", "none",
 )  # fmt: skip
 

@@ -15,7 +15,8 @@ CONTEXTUAL = PromptsConfig(
 
 
 def test_the_bare_name_is_measured_against_nothing() -> None:
-    assert concept_variants(Concept(name="cat"), PromptsConfig()) == [PromptPair("cat", "")]
+    assert concept_variants(Concept(name="cat"), PromptsConfig())[0] == PromptPair("cat", "")
+    assert concept_variants(Concept(name="cat"), PromptsConfig(templates=["{concept}"])) == [PromptPair("cat", "")]
 
 
 def test_a_context_stays_in_the_anchor() -> None:

@@ -25,7 +25,8 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 def config(**changes: Any) -> Config:
     data: dict[str, Any] = {
-        "concepts": ["neon style"], "engine": "fused", "sampler": {"num_inference_steps": 10},
+        "concepts": ["neon style"], "engine": "fused", "progress": {"enabled": False},
+        "sampler": {"num_inference_steps": 10},
         "teacher": {"storage": "cached", "trajectories": 3}, "kscu": {"start": 20},
         "prompts": {"augment_fraction": 0.3},
         "train": {"max_train_steps": 8, "train_batch_size": 2, "learning_rate": 1e-3},

@@ -215,7 +215,7 @@ def attack(
     cfg: Config, models: Predictors, unet: torch.nn.Module, batches: list[RetainBatch], attacker: dict[str, Any]
 ) -> None:
     """SGD, or AdamW's formulas written out, from where the attacker was."""
-    rate = cfg.meta.inner_learning_rate or cfg.train.learning_rate
+    rate = cfg.attack_learning_rate
     named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     zeros = {name: torch.zeros_like(p) for name, p in named.items()}
     gone, first, second = (attacker.get(key, dict(zeros)) for key in ("gone", "first", "second"))

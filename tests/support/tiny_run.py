@@ -19,7 +19,7 @@ from fastunlearn.sampling.base import BatchSampler, EmptySampler
 from fastunlearn.sampling.batch import BatchLayout
 from fastunlearn.sampling.image_pool import LatentPool
 from fastunlearn.sampling.retain import PoolSource
-from fastunlearn.training.setup import Run, shard
+from fastunlearn.training.setup import Run, shard, with_learning_rate
 from fastunlearn.training.trainer import one_update
 from fastunlearn.utils.distributed import World
 from fastunlearn.utils.dtypes import DTYPES
@@ -39,6 +39,7 @@ def tiny_run(
     originals = trained_tensors(backbone.unet)
     backbone.unet.to(DTYPES[cfg.weight_dtype])
     backbone.embeds = backbone.embeds.to(torch.device("cpu"), DTYPES[cfg.weight_dtype])
+    cfg = with_learning_rate(cfg, originals)
     models, engine, ema = shard(cfg, backbone, originals, world)
     layout = BatchLayout(
         world.rank, world.world_size, cfg.train.train_batch_size, cfg.train.gradient_accumulation_steps

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
 }
 
 
+AS_RECORDED = ("--sampler.num_inference_steps", "50", "--progress.enabled", "false")
 # The interpreter takes minutes for what the reference does in seconds: there, the first updates of each case.
 INTERPRETED_SHARE = 4
 
@@ -40,7 +41,7 @@ def losses_of(case: str, world: World, folder: Path) -> list[float]:
     if os.environ.get("FASTUNLEARN_KERNELS") == "triton":
         updates = max(1, updates // INTERPRETED_SHARE)
     config = ROOT / "configs" / f"minicanvas_{kind}.toml"
-    run = prepare(load_config(str(config), ["--output_dir", str(folder), *options]), world)
+    run = prepare(load_config(str(config), ["--output_dir", str(folder), *AS_RECORDED, *options]), world)
     losses = []
     for step in run.table[:updates]:
         if step.restart:

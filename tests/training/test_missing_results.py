@@ -32,7 +32,7 @@ def run(what: str, model: Path, *more: str) -> subprocess.CompletedProcess[str]:
         "--concepts", "cat", "--pretrained_model_name_or_path", str(model), "--output_dir", str(folder / "out"),
         "--train.max_train_steps", "3", "--sampler.num_inference_steps", "4", "--learning_rate", "1e-3",
         "--train.cpu_threads", "1", "--report.report_to", "none", "--report.num_validation_seeds", "1",
-        "--evaluation.num_inference_steps", "2", *more,
+        "--evaluation.num_inference_steps", "2", "--progress.enabled", "false", *more,
     ]  # fmt: skip
     (folder / "temporary").mkdir(exist_ok=True)
     program = [str(WORKER), what] if what else [str(TRAIN)]

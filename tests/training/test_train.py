@@ -33,6 +33,7 @@ TRAIN = ROOT / "fastunlearn" / "train.py"
 SHORT = [
     "--concepts", "neon style", "--train.max_train_steps", "8", "--sampler.num_inference_steps", "10",
     "--train.learning_rate", "1e-3", "--train.cpu_threads", "1", "--evaluation.mode", "off",
+    "--progress.enabled", "false",
     "--evaluation.num_inference_steps", "2", "--report.num_validation_seeds", "1",
 ]  # fmt: skip
 
@@ -77,7 +78,7 @@ def test_a_run_leaves_everything_that_the_design_lists(finished: Path) -> None:
     assert counts["total"] == sum(
         counts[name] for name in ("teacher", "rollout", "student_forward", "student_backward")
     )
-    assert set(metrics["seconds"]) == {"total", "rollout", "train"}
+    assert set(metrics["seconds"]) == {"total", "rollout", "probe", "train"}
     assert metrics["zero_stage"] == 1 and metrics["world_size"] == 1 and metrics["evaluation"] is None
     log = [json.loads(line) for line in (finished / "train_log.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in log] == list(range(8))

@@ -100,9 +100,10 @@ COUNT_CASES: dict[str, dict[str, Any]] = {
 def state_config(name: str) -> Config:
     fields = {
         "concepts": ["neon style"],
+        "progress": {"enabled": False},
         "kscu": {"start": 0},
         "sampler": {"num_inference_steps": 4},
-        "train": {"max_train_steps": 1, "scope": SCOPE},
+        "train": {"max_train_steps": 1, "scope": SCOPE, "learning_rate": 1e-5},
         "surgery": {"enabled": True},
         "retain": {"batch_size": 1, "target": "noise"},
         "zero": {"reduce_bucket_size": 20_000},
@@ -113,10 +114,11 @@ def state_config(name: str) -> Config:
 def count_config(name: str) -> Config:
     fields = {
         "concepts": ["neon style"],
+        "progress": {"enabled": False},
         "kscu": {"start": 20, "loop": 1},
         "prompts": {"augment_fraction": 0.4},
         "sampler": {"num_inference_steps": 4},
-        "train": {"max_train_steps": 4},
+        "train": {"max_train_steps": 4, "learning_rate": 1e-5},
         "retain": {"batch_size": 2, "num_images": 3, "num_inference_steps": 2},
     }
     return Config.model_validate(_merged(fields, COUNT_CASES[name]))

@@ -50,7 +50,7 @@ class Layer:
         self.rows = torch.tensor(rows, device=parameters[0].device)
         """Where its tensors stand in the run's table."""
         bits, seed = cfg.optimizer_spec.fused_bits, cfg.seed + (number << 32)
-        self.optimizer = fused_optimizer(parameters, cfg.optimizer, bits, cfg.train.learning_rate, seed)
+        self.optimizer = fused_optimizer(parameters, cfg.optimizer, bits, cfg.learning_rate, seed)
         self.moments = HostMoments(self.optimizer) if cfg.fused.offload_optimizer == "cpu" else None
         surgery = cfg.surgery
         self.kept = GradientBuffer(retain_dtype(cfg), surgery.retain_device, surgery.retain_ema, number, watched=True)
@@ -109,7 +109,7 @@ class FusedEngine(Engine):
         self._norm: Tensor | None = None
         """Of the last update that was applied, for clipping."""
         self._skipped = False
-        anchor = torch.optim.SGD([torch.zeros(1)], lr=cfg.train.learning_rate)  # whose rate the schedule moves
+        anchor = torch.optim.SGD([torch.zeros(1)], lr=cfg.learning_rate)  # whose rate the schedule moves
         self._schedule = get_scheduler(
             cfg.train.lr_scheduler, optimizer=anchor, num_warmup_steps=cfg.train.lr_warmup_steps,
             num_training_steps=student_updates(cfg),

@@ -45,7 +45,7 @@ class ZeroEngine(Engine):
         groups = grouping.parameter_groups(self.named.items())
         if world.is_main and (note := grouping.split_note(groups)):
             print(note)
-        optimizer = cfg.optimizer_spec.build(groups, cfg.optimizer, cfg.train.learning_rate)
+        optimizer = cfg.optimizer_spec.build(groups, cfg.optimizer, cfg.learning_rate)
         schedule = get_scheduler(
             cfg.train.lr_scheduler,
             optimizer=optimizer,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.config import Config
+from fastunlearn.config.base import named_concepts
 from fastunlearn.config.run_prompts import preserve_prompts
 from fastunlearn.methods.parts.closed_form import Tokens, edit_weights
 from fastunlearn.models.loading import Pipeline
@@ -56,7 +57,7 @@ def edit_pipeline(cfg: Config, method: ClosedForm, pipeline: Pipeline, device: t
 
     The text encoders are on ``device`` only for the time that they are needed.
     """
-    prompt_table = build_prompt_table(cfg.concepts, cfg.prompts, cfg.seed, preserve_prompts(cfg))
+    prompt_table = build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, preserve_prompts(cfg))
     names = [concept.name for concept in cfg.concepts]
     tokens = collect_tokens(encode(pipeline, prompt_table.texts, device), prompt_table, cfg.uce.tokens, names)
     return edited_weights(pipeline.unet, method, tokens)
