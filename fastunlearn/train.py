@@ -96,9 +96,11 @@ def run_in(cfg: Config, world_size: int) -> Results | None:
 
         check_memory(cfg, world_size)
     from fastunlearn.models.prompt_lengths import check_words
+    from fastunlearn.progress.seen import check_classifier
     from fastunlearn.training.trainer import train
     from fastunlearn.utils.distributed import disconnect, init_distributed, single_process
 
+    check_classifier(cfg)
     if (cut := check_words(cfg)) is not None:
         say(f"warning: {cut}")
     world = init_distributed() if cfg.trains else single_process()

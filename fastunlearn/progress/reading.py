@@ -50,6 +50,12 @@ class Reading:
         """As ``worst_share``."""
         return min(self.low(concept) for concept in range(len(self.moved)))
 
+    @property
+    def least_moved(self) -> float:
+        """The mean of how far a concept's pictures have moved, of the concept that has moved least."""
+        means = [sum(moved) / len(moved) if moved else math.nan for moved in self.moved]
+        return min(means)
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Reading:
         """Of what ``as_json`` gave."""

@@ -119,7 +119,7 @@ class Progress:
         within = limit is None or drift <= limit
         if confirmed:
             return within, True, -drift, 0.0, -reading.update
-        return within, False, _or_zero(reading.worst_share), _or_zero(reading.worst_low), -drift
+        return within, False, _or_zero(reading.worst_share), _or_zero(reading.least_moved), -drift
 
     def state_dict(self) -> dict[str, Any]:
         """The probes so far."""

@@ -37,6 +37,7 @@ from fastunlearn.models.public_name import public_hash, public_name
 from fastunlearn.progress.probe import Probe
 from fastunlearn.progress.prompts import probe_texts
 from fastunlearn.progress.reading import Reading
+from fastunlearn.progress.seen import Eyes, open_eyes
 from fastunlearn.progress.stopping import Progress
 from fastunlearn.progress.watch import Watch, as_it_is
 from fastunlearn.prompts.variants import PromptTable, build_prompt_table
@@ -151,8 +152,9 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
         DTYPES[cfg.weight_dtype],
         autocast=cfg.autocast,
     )
-    del pipeline  # with it go the text encoders and the VAE
-    watch = start_watch(cfg, backbone, prompt_table, world)
+    eyes = open_eyes(cfg, pipeline.vae, world.device)
+    del pipeline  # with it go the text encoders and, unless somebody looks at probes, the VAE
+    watch = start_watch(cfg, backbone, prompt_table, world, eyes)
     models, engine, ema = shard(cfg, backbone, originals, world, edited)
     models.evaluations.probe += 0 if watch is None else watch.probe.evaluations
     del originals
@@ -184,11 +186,13 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     return run
 
 
-def start_watch(cfg: Config, backbone: Backbone, prompt_table: PromptTable, world: World) -> Watch | None:
+def start_watch(
+    cfg: Config, backbone: Backbone, prompt_table: PromptTable, world: World, eyes: Eyes | None
+) -> Watch | None:
     """The probe with the original's pictures, while the U-Net still is the original; None where none is wanted."""
     if not cfg.progress.enabled:
         return None
-    probe = Probe(cfg, backbone, prompt_table, world)
+    probe = Probe(cfg, backbone, prompt_table, world, eyes)
     probe.originals(as_it_is(backbone))
     if world.is_main:
         for concept in (c for number, c in enumerate(cfg.concepts) if not probe.shows(number)):
@@ -240,7 +244,8 @@ def edit(cfg: Config, world: World) -> Edit:
     table = build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, others=probe_texts(cfg))
     compute = DTYPES[cfg.compute_dtype]
     backbone = build_backbone(pipeline, table.texts, cfg.train.resolution, world.device, compute)
-    watch = start_watch(cfg, backbone, table, replace(world, world_size=1))
+    eyes = open_eyes(cfg, pipeline.vae, world.device)
+    watch = start_watch(cfg, backbone, table, replace(world, world_size=1), eyes)
     assert watch is not None
     put_in_place(backbone.unet, tensors)
     watch.progress.add(watch.probe.look(0, as_it_is(backbone)))
