@@ -26,6 +26,7 @@ from tqdm import tqdm
 from fastunlearn.evaluation.relearning.plot import step_axis
 from fastunlearn.minicanvas.data.dataset import render
 from fastunlearn.minicanvas.data.pictures import GENERATOR_SETS, load_objects
+from fastunlearn.minicanvas.data.styles import STYLE_FUNCTIONS
 from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES, normalise_concept
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -79,7 +80,7 @@ def rendered(concept: str, folder: Path, count: int = 48, seed: int = 987) -> Pa
         drawings = load_objects(rng.choice(GENERATOR_SETS))
         thing = word if word in OBJECTS else OBJECTS[number % len(OBJECTS)]
         style = word if word in STYLES else STYLES[number % len(STYLES)]
-        picture = render(drawings[OBJECTS.index(thing)], style, rng)
+        picture = render(drawings[OBJECTS.index(thing)], STYLE_FUNCTIONS[style], rng)
         Image.fromarray(picture).save(folder / f"{number:03}.png")
         caption = CAPTIONS[number % len(CAPTIONS)].format(thing=thing, style=style)
         lines.append(json.dumps({"file_name": f"{number:03}.png", "text": caption}))

@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--output", type=Path, default=Path("minicanvas.png"), help="PNG file to write")
     build = actions.add_parser("rebuild", help="make judge and model again from the drawings, and measure them")
     build.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to fill, or to go on with")
+    build.add_argument(
+        "--recipe", choices=["canvas", "v"], default="canvas",
+        help="canvas: MiniCanvas (default); v: the model of benchmarks/second_model, in a checkout only",
+    )  # fmt: skip
     build.add_argument("--processes", type=int, default=None, help="CPU processes (default: one per core)")
     build.add_argument("--quick", action="store_true", help="smoke test of every stage, a minute or two; draws noise")
 
@@ -51,13 +55,14 @@ def _sample(args: argparse.Namespace) -> int:
         raise UserError(f"--output: {args.output}: its folder does not exist; create it first")
     from fastunlearn.evaluation.pictures.drawing import generate
     from fastunlearn.minicanvas.build import drawing
+    from fastunlearn.minicanvas.build.editions import CANVAS
     from fastunlearn.models.loading import load_pipeline
 
     pipe = load_pipeline(pipeline_path())
     prompts, columns, titles = args.prompt, max(1, min(8, len(args.prompt))), list(args.prompt)
     if not prompts:
         cells = drawing.grid_cells()
-        prompts = [drawing.EVALUATION_TEMPLATE.format(object=OBJECTS[o], style=STYLES[s]) for o, s in cells]
+        prompts = [CANVAS.prompt(*cell) for cell in cells]
         columns, titles = len(OBJECTS), [f"{OBJECTS[o]}, {STYLES[s]}" for o, s in cells]
     seeds = [args.seed + i for i in range(len(prompts))]
     images = generate(pipe, prompts, seeds, args.steps, args.guidance_scale, progress="drawing")
@@ -75,6 +80,13 @@ def _rebuild(args: argparse.Namespace) -> int:
         raise UserError(f"--processes: {processes} is not allowed; 1 or more are")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output: {args.output} cannot be written: it is a file; give a folder")
+    from fastunlearn.minicanvas.build.editions import EDITIONS
+
+    edition = EDITIONS[args.recipe]
+    if not edition.collection.pictures.is_dir():
+        raise UserError(
+            f"--recipe: the drawings of {args.recipe!r} are in a checkout of the repository, not in a wheel"
+        )
     with folder_lock(args.output, "--output"):
         foreign = sorted(path.name for path in args.output.iterdir() if path.name != LOCK)
         if foreign and read_marker(args.output, BUILD) is None:
@@ -82,11 +94,12 @@ def _rebuild(args: argparse.Namespace) -> int:
                 f"--output: {str(args.output)!r} is not empty ({foreign[0]!r}), and no build began there; give another"
             )
         record_files(args.output, [], BUILD)
-        from fastunlearn.minicanvas.build import rebuild
+        from fastunlearn.minicanvas.build import drawing, rebuild
 
-        build = rebuild.Build(args.output, processes, args.quick)
+        build = rebuild.Build(args.output, processes, args.quick, edition)
         report = rebuild.rebuild(build, say=lambda line: print(line, flush=True))
-    print(f"object {report['object']:.3f}, style {report['style']:.3f} of {report['images']} pictures read right")
+    shares = ", ".join(f"{kind} {report[kind]:.3f}" for kind in drawing.KINDS if kind in report)
+    print(f"{shares} of {report['images']} pictures read right")
     print(f"autoencoder {report['psnr_db']['mean']:.1f} dB; all figures: {args.output / 'check.json'}")
     print(args.output / "model")
     return 0

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastunlearn.evaluation.classifiers.minicanvas_grid import known_concepts
 from fastunlearn.evaluation.pictures.drawing import generate
 from fastunlearn.evaluation.pictures.grid import Erased
-from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES, article
+from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES
+from fastunlearn.minicanvas.words import article
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.utils.files import atomic_file
 

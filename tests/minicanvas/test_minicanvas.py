@@ -70,9 +70,9 @@ def test_concept_names(name, kind, normal):
 def test_captions_are_known_and_short():
     from transformers import CLIPTokenizer
 
-    captions = set(vocabulary.all_captions())
+    captions = set(vocabulary.WORDS.all_captions())
     rng = random.Random(3)
-    drawn = {vocabulary.random_caption(rng.randrange(10), rng.randrange(8), rng) for _ in range(3000)}
+    drawn = {vocabulary.WORDS.random_caption(rng.randrange(10), rng.randrange(8), rng) for _ in range(3000)}
     assert drawn <= captions
     for needed in (
         "an image in neon style",
@@ -107,7 +107,7 @@ def test_the_files_for_older_transformers_give_the_same_ids(part, tmp_path):
         str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=end, bos_token="<|startoftext|>",
         eos_token=end, pad_token=end, model_max_length=shipped.model_max_length,
     )  # fmt: skip
-    texts = [*vocabulary.all_captions(), "a painting by Van Gogh", "Kitty's 12 fish, neon!", "naïve café"]
+    texts = [*vocabulary.WORDS.all_captions(), "a painting by Van Gogh", "Kitty's 12 fish, neon!", "naïve café"]
     assert older(texts, padding="max_length", truncation=True).input_ids == (
         shipped(texts, padding="max_length", truncation=True).input_ids
     )
@@ -138,18 +138,18 @@ def test_attribution_covers_every_set():
 
 
 def test_held_out_drawings_stay_out(monkeypatch):
-    from fastunlearn.minicanvas.build import rebuild
+    from fastunlearn.minicanvas.build.editions import CANVAS
 
     opened: set[str] = set()
 
-    def note(picture_set: str, *_: str) -> tuple[np.ndarray, ...]:
+    def note(picture_set: str, *_: object) -> tuple[np.ndarray, ...]:
         opened.add(picture_set)
         return (np.ones((128, 128, 4), np.float32),) * len(minicanvas.OBJECTS)
 
     monkeypatch.setattr(pictures, "load_objects", note)
     monkeypatch.setattr(pictures, "load_others", note)
     read_by = {}
-    for name, recipe in rebuild.RECIPES.items():
+    for name, recipe in CANVAS.recipes.items():
         opened.clear()
         for i in range(40):
             dataset.render_sample(recipe, i)
@@ -164,7 +164,7 @@ def test_dataset_is_deterministic():
     recipe = Recipe(dataset.CHUNK + 20, seed=5, others=0.2)
     whole = dataset.render_all(recipe, processes=2)
     again = [dataset.render_sample(recipe, i) for i in (0, 7, dataset.CHUNK + 19)]
-    for i, (image, thing, style) in zip((0, 7, dataset.CHUNK + 19), again, strict=True):
+    for i, (image, thing, style, _) in zip((0, 7, dataset.CHUNK + 19), again, strict=True):
         assert np.array_equal(whole.images[i], image)
         assert (whole.objects[i], whole.styles[i]) == (thing, style)
     assert (whole.objects == dataset.OTHER).mean() == pytest.approx(0.2, abs=0.06)
@@ -174,14 +174,14 @@ def test_judge_reads_held_out_drawings(judge):
     from fastunlearn.minicanvas.build.train_judge import accuracy
 
     rendered = dataset.render_all(HELD_OUT)
-    objects, styles = accuracy(judge, rendered.images, rendered.objects, rendered.styles)
+    objects, styles = accuracy(judge, rendered)
     assert objects >= 0.65 and styles >= 0.97
     # A drawing that it is not sure of is "other", hardly ever another object.
     pictures_in = torch.from_numpy(rendered.images).permute(0, 3, 1, 2).float() / 255
     read = judge.classify(pictures_in)[0].argmax(1).numpy()
     assert ((read != rendered.objects) & (read != dataset.OTHER)).mean() <= 0.05
     others = dataset.render_all(Recipe(100, seed=502, sets=pictures.HELD_OUT_SETS, others=1.0))
-    assert accuracy(judge, others.images, others.objects, others.styles)[0] >= 0.85
+    assert accuracy(judge, others)[0] >= 0.85
 
 
 def test_judge_calls_ruined_pictures_other(judge):

@@ -20,8 +20,8 @@ from fastunlearn.minicanvas.vocabulary import (
     OBJECTS,
     STYLES,
     TEMPLATES,
-    article,
 )
+from fastunlearn.minicanvas.words import article
 from fastunlearn.utils.text import names_style
 
 if TYPE_CHECKING:

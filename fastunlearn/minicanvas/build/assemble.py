@@ -11,10 +11,13 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fastunlearn.minicanvas.build import networks
+from fastunlearn.minicanvas.build.editions import CANVAS, Edition
 from fastunlearn.minicanvas.build.text import write_vocabulary
 
 
-def make_pipeline(folder: Path, unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:
+def make_pipeline(
+    folder: Path, unet: UNet2DConditionModel | None = None, edition: Edition = CANVAS
+) -> StableDiffusionXLPipeline:
     """A float32 pipeline of the parts in `folder` (vae, tokenizer, text_encoder, text_encoder_2, unet unless given).
 
     As in SDXL, zeros stand for an empty prompt, and the scheduler is Euler's.
@@ -27,7 +30,7 @@ def make_pipeline(folder: Path, unet: UNet2DConditionModel | None = None) -> Sta
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet or UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True),
-        scheduler=EulerDiscreteScheduler.from_config(networks.new_scheduler().config),
+        scheduler=EulerDiscreteScheduler.from_config(networks.new_scheduler(edition).config),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )

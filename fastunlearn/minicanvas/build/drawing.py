@@ -14,28 +14,32 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastunlearn.evaluation.pictures.drawing import generate
+from fastunlearn.minicanvas.build.editions import CANVAS, Edition
 from fastunlearn.minicanvas.judge import Judge
-from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYLES
+from fastunlearn.minicanvas.words import article
 from fastunlearn.models.loading import Pipeline
 
 STEPS, GUIDANCE = 25, 4.0  # of the check
+KINDS = ("object", "style", "attribute")  # what a judge reads, the last one only where there is one
 
 
 @dataclass
 class Reading:
-    """How often the judge read the intended object and style, with the wanted and read labels behind it."""
+    """How often the judge read what was intended, with the wanted and read labels behind it."""
 
-    wanted: Tensor  # (N, 2) int64: object, style
-    read: Tensor  # (N, 2) int64
+    wanted: Tensor  # (N, 2) int64: object, style; (N, 3) with whether the attribute is worn
+    read: Tensor  # the same
+    edition: Edition = CANVAS
 
     def share(self, kind: int) -> float:
-        """Right answers among all pictures; kind 0 is the object, 1 the style."""
+        """Right answers among all pictures; kind 0 is the object, 1 the style, 2 the attribute."""
         return (self.wanted[:, kind] == self.read[:, kind]).float().mean().item()
 
     def per_class(self, kind: int) -> dict[str, float]:
-        """Right answers for each object (0) or style (1)."""
+        """Right answers for each object (0), style (1), or without and with the attribute (2)."""
         right = (self.wanted[:, kind] == self.read[:, kind]).float()
-        names = (OBJECTS, STYLES)[kind]
+        words = self.edition.collection.words
+        names = (words.objects, words.styles, ("plain", "worn"))[kind]
         return {
             name: round(right[self.wanted[:, kind] == i].mean().item(), 4)
             for i, name in enumerate(names)
@@ -44,8 +48,8 @@ class Reading:
 
 
 def grid_cells() -> list[tuple[int, int]]:
-    """All (object, style) pairs, style by style."""
-    return [(thing, style) for style in range(len(STYLES)) for thing in range(len(OBJECTS))]
+    """All (object, style) pairs of MiniCanvas, style by style."""
+    return CANVAS.cells
 
 
 def read_grid(
@@ -55,15 +59,36 @@ def read_grid(
     seeds: list[int],
     steps: int = STEPS,
     progress: str = "",
+    edition: Edition = CANVAS,
 ) -> tuple[Reading, Tensor]:
     """Draw every cell once with each seed and let the judge read the pictures (N, 3, 64, 64)."""
     jobs = [(cell, seed) for seed in seeds for cell in cells]
-    prompts = [EVALUATION_TEMPLATE.format(object=OBJECTS[o], style=STYLES[s]) for (o, s), _ in jobs]
+    prompts = [edition.prompt(*cell) for cell, _ in jobs]
     pipe.set_progress_bar_config(disable=True)
     images = generate(pipe, prompts, [seed for _, seed in jobs], steps, GUIDANCE, progress=progress)
-    object_logits, style_logits = judge.classify(images)
-    read = torch.stack([object_logits.argmax(1), style_logits.argmax(1)], dim=1)
-    return Reading(torch.tensor([cell for cell, _ in jobs]), read), images
+    read = torch.stack([logits.argmax(1) for logits in judge.classify(images)], dim=1)
+    return Reading(torch.tensor([edition.wanted(*cell) for cell, _ in jobs]), read, edition), images
+
+
+def read_wordings(
+    pipe: Pipeline, judge: Judge, edition: Edition, seed: int, steps: int = STEPS
+) -> dict[str, dict[str, float]]:
+    """How often the attribute is read in pictures of each of its wordings and of the plain names, in every style; {}
+    for an edition without one."""
+    words = edition.collection.words
+    if words.attribute is None:
+        return {}
+    attribute, shares = words.attribute, {}
+    wordings = (*attribute.explicit, *attribute.implied, *attribute.related, "{object}")
+    for wording in wordings:
+        prompts = [
+            article(words.filled(words.templates[0], wording.format(object=name), style))
+            for name in attribute.wearers
+            for style in words.styles
+        ]
+        images = generate(pipe, prompts, [seed + i for i in range(len(prompts))], steps, GUIDANCE)
+        shares[wording] = round(judge.classify(images)[2].argmax(1).float().mean().item(), 4)
+    return {"worn_by_wording": shares}
 
 
 def save_grid(images: Tensor, path: Path, columns: int, titles: list[str] | None = None, scale: int = 2) -> None:

@@ -26,27 +26,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastunlearn.minicanvas.build.editions import FitPlan
 from fastunlearn.utils.environment import NOISY_LOGGERS, QUIET
 
 # Without these the C library hands large buffers back to the kernel after every operation (measured: 10 to 20 %).
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "2000000000")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "20000000000")
 os.environ.setdefault("MALLOC_TOP_PAD_", "200000000")
-
-
-@dataclass(frozen=True)
-class FitPlan:
-    """One stage of training: `batch` is per process, `ema` the decay of the averaged weights that are kept."""
-
-    name: str
-    steps: int
-    batch: int
-    learning_rate: float
-    ema: float
-    weight_decay: float = 0.01
-    warmup: int = 100
-    seed: int = 0
-    save_seconds: float = 150.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tokenizer of MiniCanvas: a `CLIPTokenizer` whose few hundred entries are the words of its captions.
+"""The tokenizer of the embedded model: a `CLIPTokenizer` whose few hundred entries are the words of its captions.
 
 Like CLIP's it is a byte-pair encoding, so that any text can be written with it: letters are the fallback, and every
 known word is one entry.
@@ -15,15 +15,16 @@ from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
 from fastunlearn.minicanvas.build.networks import TEXT_LENGTH
-from fastunlearn.minicanvas.vocabulary import all_captions
+from fastunlearn.minicanvas.vocabulary import WORDS
+from fastunlearn.minicanvas.words import Words
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'!?-&+:;()/\"#%*@_"
 
 
-def write_tokenizer(folder: Path) -> CLIPTokenizer:
+def write_tokenizer(folder: Path, words: Words = WORDS) -> CLIPTokenizer:
     """Build the tokenizer from the captions' words, write it to `folder` and give it back."""
-    words = sorted({word.strip(",") for caption in all_captions() for word in caption.split()} - {""})
+    entries_wanted = sorted({word.strip(",") for caption in words.all_captions() for word in caption.split()} - {""})
     start = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     model = Tokenizer(BPE())
     # Asked for more entries than there can be, the trainer goes on until every known word is one entry.
@@ -34,7 +35,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    model.train_from_iterator(words, trainer)
+    model.train_from_iterator(entries_wanted, trainer)
     learned = json.loads(model.to_str())["model"]["merges"]
     entries = [*start, *(left + right for left, right in learned), START, END]
     vocabulary = {entry: i for i, entry in enumerate(dict.fromkeys(entries))}

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from fastunlearn.minicanvas.build.fitting import Fit, FitPlan, Worker, autocast
+from fastunlearn.minicanvas.build.editions import Edition, FitPlan
+from fastunlearn.minicanvas.build.fitting import Fit, Worker, autocast
+from fastunlearn.minicanvas.data.dataset import Pictures
 from fastunlearn.minicanvas.judge import Judge
-
-PLAN = FitPlan("judge", steps=2400, batch=32, learning_rate=2e-3, ema=0.998, weight_decay=0.02, seed=11)
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -35,13 +35,14 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
     return images.roll((dy, dx), (2, 3)).clamp(0, 1)
 
 
-def train(worker: Worker, plan: FitPlan, data: Path, output: Path) -> None:
+def train(worker: Worker, plan: FitPlan, edition: Edition, data: Path, output: Path) -> None:
     """Train on `data`.npy and `data`_labels.npz and write the weights to `output` (safetensors, float16)."""
     torch.manual_seed(plan.seed)
     images = np.load(data.with_suffix(".npy"), mmap_mode="r")
     labels = np.load(f"{data}_labels.npz")
-    objects, styles = (torch.from_numpy(labels[key]) for key in ("objects", "styles"))
-    judge = Judge()
+    wanted = [torch.from_numpy(labels[key]).long() for key in ("objects", "styles", "worn")]
+    words = edition.collection.words
+    judge = Judge(len(words.objects), len(words.styles), has_attribute=words.attribute is not None)
     fit = Fit(judge, plan, worker, output.with_suffix(".checkpoint"))
 
     def loss(step: int) -> Tensor:
@@ -50,10 +51,12 @@ def train(worker: Worker, plan: FitPlan, data: Path, output: Path) -> None:
         pictures = torch.from_numpy(images[rows.numpy()]).permute(0, 3, 1, 2).float() / 255
         pictures = disturb(pictures, generator).to(worker.device)
         with autocast(worker.device):
-            object_logits, style_logits = judge(pictures)
-        return functional.cross_entropy(
-            object_logits.float(), objects[rows].to(worker.device), label_smoothing=0.03
-        ) + functional.cross_entropy(style_logits.float(), styles[rows].to(worker.device), label_smoothing=0.03)
+            answers = judge(pictures)
+        losses = [
+            functional.cross_entropy(logits.float(), right[rows].to(worker.device), label_smoothing=0.03)
+            for logits, right in zip(answers, wanted)  # the attribute's labels are over where it has none
+        ]
+        return torch.stack(losses).sum()
 
     fit.run(loss)
     if worker.rank == 0:
@@ -61,9 +64,9 @@ def train(worker: Worker, plan: FitPlan, data: Path, output: Path) -> None:
             save_file({name: tensor.half().cpu() for name, tensor in judge.state_dict().items()}, output)
 
 
-def accuracy(judge: Judge, images: np.ndarray, objects: np.ndarray, styles: np.ndarray) -> tuple[float, float]:
-    """Share of objects and of styles that the judge reads right in pictures (N, 64, 64, 3) uint8."""
-    pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    object_logits, style_logits = judge.classify(pictures)
-    read = (object_logits.argmax(1).cpu().numpy(), style_logits.argmax(1).cpu().numpy())
-    return float((read[0] == objects).mean()), float((read[1] == styles).mean())
+def accuracy(judge: Judge, rendered: Pictures) -> tuple[float, ...]:
+    """Share of objects, of styles and, where the judge reads it, of the attribute that it reads right."""
+    pictures = torch.from_numpy(rendered.images).permute(0, 3, 1, 2).float() / 255
+    labels = (rendered.objects, rendered.styles, rendered.worn)
+    read = [logits.argmax(1).cpu().numpy() for logits in judge.classify(pictures)]
+    return tuple(float((answer == right).mean()) for answer, right in zip(read, labels))

@@ -1,7 +1,8 @@
 """Stage "text": pre-train the two text encoders, so that the U-Net can be trained on precomputed caption states.
 
 As SDXL's encoders come pre-trained, these do: from the pooled state and from the token states that go to the U-Net a
-linear layer has to tell which object and which style the caption names (or that it names none). Synonyms of an object
+linear layer has to tell which object and which style the caption names (or that it names none), and whether it asks for
+the attribute, in whatever words. Synonyms of an object
 therefore end close together. It takes a minute; afterwards the encoders stay as they are.
 """
 
@@ -15,33 +16,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastunlearn.minicanvas import vocabulary
 from fastunlearn.minicanvas.build import networks
-from fastunlearn.minicanvas.build.fitting import Fit, FitPlan, Worker
+from fastunlearn.minicanvas.build.editions import Edition, FitPlan
+from fastunlearn.minicanvas.build.fitting import Fit, Worker
 from fastunlearn.minicanvas.build.text import write_tokenizer
+from fastunlearn.minicanvas.data.collection import Collection
 
-PLAN = FitPlan("text", steps=1500, batch=64, learning_rate=2e-3, ema=0.995, seed=31)
 LABELLED = 40_000
 
 
 class CaptionReader(nn.Module):
     """Both encoders with the linear layers that are only needed to train them."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, edition: Edition) -> None:
         super().__init__()
-        self.first, self.second = networks.new_text_encoders(tokenizer)
-        answers = len(vocabulary.OBJECTS) + len(vocabulary.STYLES) + 2
-        self.from_states = nn.Linear(96, answers)
-        self.from_pooled = nn.Linear(networks.POOLED, answers)
+        self.first, self.second = networks.new_text_encoders(tokenizer, edition)
+        words = edition.collection.words
+        self.answers = [len(words.objects) + 1, len(words.styles) + 1]
+        if words.attribute is not None:
+            self.answers.append(2)
+        self.from_states = nn.Linear(edition.text_width, sum(self.answers))
+        self.from_pooled = nn.Linear(edition.pooled, sum(self.answers))
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, 16) -> answers (B, 20) from the last token state and from the pooled state."""
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        """Token ids (B, 16) -> logits for each question, from the last token state and then from the pooled state."""
         states, pooled = encode(self.first, self.second, ids)
-        return self.from_states(states[:, -1]), self.from_pooled(pooled)
+        both = self.from_states(states[:, -1]), self.from_pooled(pooled)
+        return [logits for answers in both for logits in answers.split(self.answers, dim=1)]
 
 
 def encode(first: CLIPTextModel, second: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids (B, 16) -> token states (B, 16, 96) and pooled state (B, 64), as the SDXL pipeline takes them."""
+    """Token ids (B, 16) -> token states (B, 16, W1 + W2) and pooled state (B, W2), as the SDXL pipeline takes them."""
     one = first(ids, output_hidden_states=True)
     two = second(ids, output_hidden_states=True)
     return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds
@@ -52,39 +57,38 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def labelled_captions(count: int, seed: int) -> tuple[list[str], Tensor]:
-    """Random captions with what they name: (N, 2) int64, object and style, the last label of each meaning "none"."""
+def labelled_captions(collection: Collection, count: int, seed: int) -> tuple[list[str], Tensor]:
+    """Random captions with what they name, (N, 3) int64: see `Words.labels`."""
     rng = random.Random(seed)
-    names = {word: i for i, thing in enumerate(vocabulary.OBJECTS) for word in (thing, *vocabulary.SYNONYMS[thing])}
+    words, looks = collection.words, collection.looks
     captions, labels = [], []
     for _ in range(count):
-        thing, style = rng.randrange(len(vocabulary.OBJECTS)), rng.randrange(len(vocabulary.STYLES))
-        caption = vocabulary.random_caption(thing, style, rng)
-        named = any(name in caption for name, i in names.items() if i == thing)
-        styled = vocabulary.STYLES[style] in caption.replace(",", "").split()
+        look, style = rng.randrange(len(looks)), rng.randrange(len(words.styles))
+        caption = words.random_caption(looks[look][0], style, rng, looks[look][1])
         captions.append(caption)
-        labels.append((thing if named else len(vocabulary.OBJECTS), style if styled else len(vocabulary.STYLES)))
+        labels.append(words.labels(caption, looks[look][0], style))
     return captions, torch.tensor(labels)
 
 
-def train(worker: Worker, plan: FitPlan, folder: Path) -> None:
+def train(worker: Worker, plan: FitPlan, edition: Edition, folder: Path) -> None:
     """Train and write `tokenizer`, `text_encoder` and `text_encoder_2` into `folder`."""
     torch.manual_seed(plan.seed)
-    tokenizer = write_tokenizer(folder / "tokenizer")
-    captions, labels = labelled_captions(LABELLED if plan.steps > 100 else 500, plan.seed)
+    tokenizer = write_tokenizer(folder / "tokenizer", edition.collection.words)
+    captions, labels = labelled_captions(edition.collection, LABELLED if plan.steps > 100 else 500, plan.seed)
     ids = tokenize(tokenizer, captions)
-    reader = CaptionReader(tokenizer)
+    reader = CaptionReader(tokenizer, edition)
     fit = Fit(reader, plan, worker, folder / "text.checkpoint")
-    split = len(vocabulary.OBJECTS) + 1
 
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(ids), (plan.batch,), generator=worker.generator(plan, step))
         wanted = labels[rows].to(worker.device)
-        total = torch.zeros((), device=worker.device)
-        for answers in reader(ids[rows].to(worker.device)):
-            total = total + functional.cross_entropy(answers[:, :split], wanted[:, 0], label_smoothing=0.05)
-            total = total + functional.cross_entropy(answers[:, split:], wanted[:, 1], label_smoothing=0.05)
-        return total
+        answers = reader(ids[rows].to(worker.device))
+        questions = len(reader.answers)  # asked of the token states, and again of the pooled state
+        losses = [
+            functional.cross_entropy(logits, wanted[:, i % questions], label_smoothing=0.05)
+            for i, logits in enumerate(answers)
+        ]
+        return torch.stack(losses).sum()
 
     fit.run(loss)
     if worker.rank == 0:

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fastunlearn.minicanvas.build import networks
-from fastunlearn.minicanvas.build.fitting import Fit, FitPlan, Worker, autocast
+from fastunlearn.minicanvas.build.editions import FitPlan
+from fastunlearn.minicanvas.build.fitting import Fit, Worker, autocast
 
 KL_WEIGHT = 1e-4  # per latent element, against a mean squared error per pixel value
-PLAN = FitPlan("vae", steps=2400, batch=10, learning_rate=1.5e-3, ema=0.998, weight_decay=1e-4, seed=21)
 
 
 def to_model_range(images: np.ndarray) -> Tensor:
@@ -25,11 +25,19 @@ def to_model_range(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def train(worker: Worker, plan: FitPlan, data: Path, output: Path) -> None:
-    """Train on the pictures of `data` (.npy, (N, 64, 64, 3) uint8) and write the autoencoder folder `output`."""
+def train(worker: Worker, plan: FitPlan, data: Path, output: Path, start: Path | None = None) -> None:
+    """Train on the pictures of `data` (.npy, (N, 64, 64, 3) uint8) and write the autoencoder folder `output`.
+
+    `start`: the autoencoder to go on from. Its encoder, and with it what a latent means, stays as it is.
+    """
     torch.manual_seed(plan.seed)
     images = np.load(data, mmap_mode="r")
-    vae = networks.new_vae()
+    if start is None:
+        vae = networks.new_vae()
+    else:
+        vae = AutoencoderKL.from_pretrained(start, local_files_only=True)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     fit = Fit(vae, plan, worker, output.with_suffix(".checkpoint"))
 
     def loss(step: int) -> Tensor:
@@ -45,8 +53,9 @@ def train(worker: Worker, plan: FitPlan, data: Path, output: Path) -> None:
     fit.run(loss)
     if worker.rank == 0:
         with fit.averaged():
-            sample = to_model_range(images[:: max(1, len(images) // 1000)])
-            vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 4))
+            if start is None:
+                sample = to_model_range(images[:: max(1, len(images) // 1000)])
+                vae.register_to_config(scaling_factor=round(1 / encode(vae, sample).std().item(), 4))
             vae.to("cpu").save_pretrained(output)
 
 

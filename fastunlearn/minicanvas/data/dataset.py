@@ -1,7 +1,7 @@
 """Rendering: one drawing, moved about a little and put into one style, as a 64 x 64 picture.
 
 Sample `i` of a set depends on its seed and on `i` only, so a data set is the same however many processes render it.
-Captions are not drawn here (`vocabulary.random_caption`): the trainers draw a fresh one each time a picture is used.
+Captions are not drawn here (`words.py`): the trainers draw a fresh one each time a picture is used.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastunlearn.minicanvas.data import pictures
-from fastunlearn.minicanvas.data.styles import STYLE_FUNCTIONS
-from fastunlearn.minicanvas.vocabulary import OBJECTS, STYLES
+from fastunlearn.minicanvas.data.collection import CANVAS, Collection
+from fastunlearn.minicanvas.data.styles import Style
 
 SIZE = 64
-OTHER = len(OBJECTS)
+OTHER = CANVAS.other
 CHUNK = 200
+FIELDS = ("images", "objects", "styles", "worn")
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,18 @@ class Recipe:
     sets: tuple[str, ...] = pictures.GENERATOR_SETS
     others: float = 0.0
     wide: bool = False
+    collection: Collection = CANVAS
 
 
 @dataclass
 class Pictures:
-    """Rendered pictures (N, 64, 64, 3) uint8 with object labels (OTHER for none) and style labels, (N,) int64 each."""
+    """Rendered pictures (N, 64, 64, 3) uint8 with their labels, (N,) int64 each: the object (the number after the last
+    for none), the style, and 1 where the attribute is worn."""
 
     images: np.ndarray
     objects: np.ndarray
     styles: np.ndarray
+    worn: np.ndarray
 
 
 def place(drawing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -89,44 +93,57 @@ def _hue_matrix(angle: float) -> np.ndarray:
     return rotation.T.astype(np.float32)
 
 
-def render(drawing: np.ndarray, style: str, rng: np.random.Generator) -> np.ndarray:
+def render(drawing: np.ndarray, style: Style, rng: np.random.Generator) -> np.ndarray:
     """One finished picture, (64, 64, 3) uint8."""
-    large = STYLE_FUNCTIONS[style](place(drawing, rng), rng)
+    large = style(place(drawing, rng), rng)
     small = large.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3))
     return (small.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def render_sample(recipe: Recipe, index: int) -> tuple[np.ndarray, int, int]:
-    """Picture `index` of a recipe with its object and style label; cells of the grid take turns."""
+def render_sample(recipe: Recipe, index: int) -> tuple[np.ndarray, int, int, bool]:
+    """Picture `index` of a recipe with its object, its style and whether the attribute is worn; cells take turns."""
     rng = np.random.default_rng((recipe.seed, index))
+    collection = recipe.collection
     picture_set = recipe.sets[rng.integers(len(recipe.sets))]
-    style = index % len(STYLES)
+    names = list(collection.styles)
+    style = index % len(names)
+    draw = collection.styles[names[style]]
     if rng.random() < recipe.others:
-        return _render_other(picture_set, style, rng), OTHER, style
-    thing = index // len(STYLES) % len(OBJECTS)
-    drawing = pictures.load_objects(picture_set)[thing]
+        return _render_other(picture_set, draw, rng, collection), collection.other, style, False
+    thing, worn = collection.looks[index // len(names) % len(collection.looks)]
+    if worn:
+        drawing = _dressed(picture_set, collection.words.objects[thing], collection)
+    else:
+        drawing = pictures.load_objects(picture_set, collection)[thing]
     if recipe.wide:
-        drawing = _vary(drawing, pictures.load_extra(OBJECTS[thing]), rng)
-    return render(drawing, STYLES[style], rng), thing, style
+        extra = pictures.load_extra(collection.words.objects[thing], collection)
+        drawing = _vary(drawing, () if worn else extra, rng)
+    return render(drawing, draw, rng), thing, style, worn
+
+
+def _dressed(picture_set: str, name: str, collection: Collection) -> np.ndarray:
+    assert collection.words.attribute is not None
+    folder = collection.pictures / picture_set
+    return pictures.dressed(folder / f"{name}.png", folder / f"{collection.words.attribute.name}.png")
 
 
 def _vary(drawing: np.ndarray, extra: tuple[np.ndarray, ...], rng: np.random.Generator) -> np.ndarray:
-    if rng.random() < 0.5:
+    if extra and rng.random() < 0.5:
         drawing = extra[rng.integers(len(extra))]
     return bend(drawing, rng) if rng.random() < 0.75 else drawing
 
 
-def _render_other(picture_set: str, style: int, rng: np.random.Generator) -> np.ndarray:
+def _render_other(picture_set: str, style: Style, rng: np.random.Generator, collection: Collection) -> np.ndarray:
     """None of the objects: usually another emoji, sometimes an empty canvas or the shreds of a picture."""
     kind = rng.random()
     if kind < 0.08:
-        return render(np.zeros((pictures.SIZE, pictures.SIZE, 4), np.float32), STYLES[style], rng)
-    things = pictures.load_others(picture_set)
+        return render(np.zeros((pictures.SIZE, pictures.SIZE, 4), np.float32), style, rng)
+    things = pictures.load_others(picture_set, collection)
     if kind < 0.86:
-        return render(things[rng.integers(len(things))], STYLES[style], rng)
+        return render(things[rng.integers(len(things))], style, rng)
     if kind < 0.93:  # an object torn into shuffled tiles is no object any more
-        things = pictures.load_objects(picture_set)
-    picture = render(things[rng.integers(len(things))], STYLES[style], rng)
+        things = pictures.load_objects(picture_set, collection)
+    picture = render(things[rng.integers(len(things))], style, rng)
     tiles = picture.reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, 16, 16, 3)
     return tiles[rng.permutation(16)].reshape(4, 4, 16, 16, 3).swapaxes(1, 2).reshape(SIZE, SIZE, 3)
 
@@ -134,7 +151,7 @@ def _render_other(picture_set: str, style: int, rng: np.random.Generator) -> np.
 def _render_range(job: tuple[Recipe, int, int]) -> Pictures:
     recipe, start, stop = job
     samples = [render_sample(recipe, i) for i in range(start, stop)]
-    return Pictures(*(np.stack([sample[k] for sample in samples]) for k in range(3)))
+    return Pictures(*(np.stack([sample[k] for sample in samples]) for k in range(4)))
 
 
 def render_all(recipe: Recipe, processes: int = 1, progress: str = "") -> Pictures:
@@ -152,4 +169,4 @@ def render_all(recipe: Recipe, processes: int = 1, progress: str = "") -> Pictur
             parts.append(_render_range(job))
             bar.update(len(parts[-1].images))
     bar.close()
-    return Pictures(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("images", "objects", "styles")))
+    return Pictures(*(np.concatenate([getattr(p, f) for p in parts]) for f in FIELDS))

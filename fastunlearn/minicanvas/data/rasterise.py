@@ -73,24 +73,23 @@ def draw(icons: dict, name: str) -> Image.Image | None:
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def main(source: Path, target: Path) -> None:
-    """Write `target/SET/NAME.png` for the objects and `target/SET/others.png`, one strip of all the other emoji."""
+def write_sets(source: Path, target: Path, names: dict[str, str], others: list[str]) -> None:
+    """Write `target/SET/NAME.png` of every set, and `target/SET/others.png`, one strip of all the other emoji."""
     for short, package in PACKAGES.items():
         icons = json.loads((source / package / "package" / "icons.json").read_text())
         folder = target / short
         folder.mkdir(parents=True, exist_ok=True)
-        for name, key in NAMES.items():
+        for name, key in names.items():
             picture = draw(icons, key)
             if picture is None:
                 raise SystemExit(f"{package} has no {key}")
             picture.save(folder / f"{name}.png", optimize=True)
-        others = [picture for key in OTHERS if (picture := draw(icons, key)) is not None]
-        sheet = Image.new("RGBA", (10 * SIZE, -(-len(others) // 10) * SIZE))
-        for i, picture in enumerate(others):
+        drawn = [picture for key in others if (picture := draw(icons, key)) is not None]
+        sheet = Image.new("RGBA", (10 * SIZE, -(-len(drawn) // 10) * SIZE))
+        for i, picture in enumerate(drawn):
             sheet.paste(picture, (i % 10 * SIZE, i // 10 * SIZE))
         sheet.quantize(256, Image.Quantize.FASTOCTREE).save(folder / "others.png", optimize=True)
-        print(short, len(others))
-    write_extra(source, target / "extra")
+        print(short, len(drawn))
 
 
 def write_extra(source: Path, folder: Path) -> None:
@@ -107,4 +106,6 @@ def write_extra(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(__file__).parent.parent / "pictures")
+    PICTURES = Path(__file__).parent.parent / "pictures"
+    write_sets(Path(sys.argv[1]), PICTURES, NAMES, OTHERS)
+    write_extra(Path(sys.argv[1]), PICTURES / "extra")
