@@ -135,8 +135,31 @@ class FixedSections(ConfigModel):
     def retains(self) -> bool:
         """Whether there is a retain gradient, and so a retain set: where surgery is on, which for some methods it
         always is."""
-        idle = self.surgery.projection == "none" and self.surgery.rho == 0.0
-        return (self.surgery.enabled or self.method_spec.always_retains) and not idle
+        idle = self.surgery.projection == "none" and self.rho == 0.0
+        return (self.asks_surgery or self.method_spec.always_retains) and not idle
+
+    @property
+    def asks_surgery(self) -> bool:
+        """``surgery.enabled``, where "auto" stands for whatever protects what the user wants to keep."""
+        enabled = self.surgery.enabled
+        return bool(self.keep) and not self.closed_form if enabled == "auto" else enabled
+
+    @property
+    def surgery_settings(self) -> SurgeryConfig:
+        """``[surgery]`` with what was left open filled in."""
+        return self.surgery.model_copy(update={"enabled": self.asks_surgery, "rho": self.rho})
+
+    @property
+    def rho(self) -> float:
+        """``surgery.rho`` with its default filled in."""
+        if self.surgery.rho is not None:
+            return self.surgery.rho
+        return 1.0 if self.protects_unasked else 0.0
+
+    @property
+    def protects_unasked(self) -> bool:
+        """Whether surgery is on because something is kept, and for no other reason."""
+        return self.surgery.enabled == "auto" and self.asks_surgery and not self.method_spec.always_retains
 
     @property
     def has_meta(self) -> bool:
@@ -157,7 +180,9 @@ class FixedSections(ConfigModel):
 
     @property
     def retain_source(self) -> str:
-        """``retain.source`` with auto filled in."""
+        """``retain.source`` with auto filled in: trajectories, without pictures, where surgery was not asked for."""
+        if self.retain.source == "auto" and self.protects_unasked and self.retain.target == "teacher":
+            return "prompts"
         return self.method_spec.retain_source if self.retain.source == "auto" else self.retain.source
 
     @property
@@ -171,6 +196,11 @@ class FixedSections(ConfigModel):
         progress = self.progress
         wanted = not self.has_meta if progress.stop == "auto" else bool(progress.stop)
         return progress.enabled and self.trains and wanted
+
+    @property
+    def probe_batch_size(self) -> int:
+        """``progress.batch_size`` with its default filled in."""
+        return self.progress.batch_size or self.train.train_batch_size
 
     @property
     def zero_stage(self) -> int:

@@ -46,7 +46,10 @@ def check_config(cfg: RunConfig) -> None:
 def said_back(cfg: RunConfig) -> str:
     """What is erased, as the run has understood it: "2 concepts: cat (anchor: dog); neon style"."""
     names = [concept.name + (f" (anchor: {concept.anchor})" if concept.anchor else "") for concept in cfg.concepts]
-    return f"{len(names)} concept{'s' if len(names) != 1 else ''}: {'; '.join(names)}"
+    said = f"{len(names)} concept{'s' if len(names) != 1 else ''}: {'; '.join(names)}"
+    if cfg.protects_unasked:
+        said += f"\nheld by the retain gradient: {'; '.join(cfg.keep)} (--surgery.enabled false leaves it out)"
+    return said
 
 
 def check_runtime(cfg: RunConfig, world_size: int, cpu_count: int | None, has_gpu: bool) -> None:

@@ -159,7 +159,7 @@ def _additions(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
     if cfg.retains:
         projection = "no projection" if surgery.projection == "none" else f"{surgery.projection} projection"
         samples = f"{retain.batch_size} samples per rank and micro-batch ({cfg.retain_source}, target: {retain.target})"
-        facts.append(("retain gradient", f"{projection}, per {surgery.granularity}; rho {surgery.rho:g}; {samples}"))
+        facts.append(("retain gradient", f"{projection}, per {surgery.granularity}; rho {cfg.rho:g}; {samples}"))
     if cfg.has_meta:
         rate = cfg.meta.inner_learning_rate or cfg.train.learning_rate or metrics.get("learning_rate") or 0.0
         goal = "ascent" if meta.ascends else "erased"

@@ -54,7 +54,7 @@ class Project:
             strength=0.0 if cfg.projection == "none" else cfg.strength,
             two_sided=cfg.two_sided,
             released=cfg.projection == "released",
-            rho=cfg.rho / bias_correction,
+            rho=(cfg.rho or 0.0) / bias_correction,
             max_norm=max_norm,
         )
 
@@ -179,7 +179,7 @@ def build_transforms(cfg: Config, names: Sequence[str], world: World) -> Gradien
     passes: list[Transform] = []
     stored: dict[GradientKind, GradientBuffer] = {}
     if cfg.retains:
-        surgery = cfg.surgery
+        surgery = cfg.surgery_settings
         stored["retain"] = GradientBuffer(surgery.retain_dtype, surgery.retain_device, surgery.retain_ema)
         passes.append(Project(surgery, stored["retain"]))
     if cfg.has_meta:

@@ -183,7 +183,7 @@ def _windows(cfg: Config, model: ModelDescription, scope: str, gradients: int) -
         again = bool(weights.before_related or weights.before_unrelated)  # on top of the gradients after the attack
         windows["meta"] = run(queries).backward + gradients if again else recorded(queries, 0)
     if cfg.progress.enabled:
-        windows["probes"] = run(2 * cfg.progress.batch_size).forward
+        windows["probes"] = run(2 * cfg.probe_batch_size).forward
     if cfg.method_spec.samples == "anchors" or (cfg.retains and cfg.retain_source != "folder"):
         windows["pictures"] = run(2 * retained).forward
     return windows

@@ -1,12 +1,13 @@
 """Drawing the pictures of a probe, as latents, and comparing them with the original's.
 
 Every rank draws its share of the batches, and all get every figure. A batch holds the same pictures on any number of
-ranks, so that what is seen does not depend on it. A look begins with a glance at the first batch of each concept: where
-most of its pictures are as ever, nothing more is drawn of it. ``reading.py`` has the legend.
+ranks, so that what is seen does not depend on it. A look begins with a glance at half of each concept's pictures: where
+most of these are as ever, nothing more is drawn of it. ``reading.py`` has the legend.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Probe:
         self._nothing = index[UNCONDITIONAL]
         pairs = [(index[p.prompt], index[p.anchor], p.seed, p.seed) for p in self.pairs]
         kept = [(index[k.prompt], index[k.prompt], k.seed, k.other_seed) for k in self.kept]
-        self._owned = 0
+        self._owned, self._batch_size = 0, cfg.probe_batch_size
         self._of_concepts = [
             self._split(concept, {i: pairs[i] for i, pair in enumerate(self.pairs) if pair.concept == concept})
             for concept in range(self._concepts)
@@ -93,10 +94,11 @@ class Probe:
 
     def look(self, update: int, predict: Predict) -> Reading:
         """Draw them with the model as it is now, and of a concept that is far from erased the first few. Collective."""
-        first = [batches[0] for batches in self._of_concepts]
+        half = math.ceil(self.settings.pairs / 2 / self._batch_size)
+        first = [batch for batches in self._of_concepts for batch in batches[:half]]
         found = self._compare(first, predict)
-        near = [batch.concept for batch in first if batch.concept is not None and self._is_near(found, batch)]
-        rest = [*chain(*(self._of_concepts[concept][1:] for concept in near)), *(self._of_kept if near else [])]
+        near = [concept for concept in range(self._concepts) if self._is_near(found, first, concept)]
+        rest = [*chain(*(self._of_concepts[concept][half:] for concept in near)), *(self._of_kept if near else [])]
         found += self._compare(rest, predict)
         looked = [number for batch in (*first, *rest) if batch.concept is not None for number in batch.numbers]
         of = [sorted(i for i in looked if self.pairs[i].concept == concept) for concept in range(self._concepts)]
@@ -124,10 +126,11 @@ class Probe:
                 found[2, batch.numbers] = torch.tensor(seen, dtype=torch.float64)
         return self._sum(found) if batches else found
 
-    def _is_near(self, found: Tensor, batch: Batch) -> bool:
+    def _is_near(self, found: Tensor, batches: Sequence[Batch], concept: int) -> bool:
         """Whether the rest of the concept's pictures is worth drawing: half of the first ones are gone, or a limit on
         the drift has to be watched."""
-        moved = [found[0, i].item() for i in batch.numbers if self._says[i]]
+        numbers = [i for batch in batches if batch.concept == concept for i in batch.numbers]
+        moved = [found[0, i].item() for i in numbers if self._says[i]]
         return self.settings.max_drift is not None or sum(value > GONE for value in moved) >= len(moved) / 2
 
     def shows(self, concept: int) -> bool:
@@ -135,7 +138,7 @@ class Probe:
         return any(pair.concept == concept and self._says[i] for i, pair in enumerate(self.pairs))
 
     def _split(self, concept: int | None, pictures: Mapping[int, tuple[int, int, int, int]]) -> list[Batch]:
-        size, batches, left = self.settings.batch_size, [], list(pictures)
+        size, batches, left = self._batch_size, [], list(pictures)
         for numbers in (left[start : start + size] for start in range(0, len(left), size)):
             columns = zip(*(pictures[number] for number in numbers), strict=True)
             rows, anchor_rows, seeds, other_seeds = map(list, columns)

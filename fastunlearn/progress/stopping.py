@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 FIRST_PROBE = 2
 EVEN_FROM = 32
 """From here on there is one more probe between a power of two and the next."""
-CONFIRMED_AFTER = 0.125
-"""Once what is asked for holds, the next probe comes after this share of the updates so far."""
 
 
 def next_probe(update: int, every: str | int) -> int:
@@ -66,8 +64,6 @@ class Progress:
         before = self.best
         self.readings.append(reading)
         self.due = self._after(reading.update)
-        if self.stops and self.all_hold(reading):
-            self.due = min(self.due, reading.update + max(1, round(CONFIRMED_AFTER * reading.update)))
         return self.best is not before
 
     def _after(self, update: int) -> int:

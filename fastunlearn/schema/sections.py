@@ -170,8 +170,9 @@ class SamplerConfig(ConfigModel):
 class SurgeryConfig(ConfigModel):
     """Gradient surgery: what the unlearning gradient does against the retain gradient is taken out of it."""
 
-    enabled: bool = False
-    """Project every update. Some methods always do, unless projection is "none"; false leaves it to them."""
+    enabled: Literal["auto", True, False] = "auto"
+    """Project every update. auto: where ``keep`` is given, and the method has updates of its own. Some methods always
+    do, unless projection is "none"; false leaves it to them."""
     projection: Literal["textbook", "released", "none"] = "textbook"
     """textbook: u - strength min(0, <u,r>) / <r,r> r; released: DoCo's published code, which over-projects; none."""
     granularity: Literal["tensor", "block", "global"] = "tensor"
@@ -180,8 +181,9 @@ class SurgeryConfig(ConfigModel):
     """Also remove what the gradients have in common, not only where they conflict."""
     strength: Fraction = 1.0
     """Fraction of the conflicting component that is removed."""
-    rho: NonNegativeFloat = 0.0
-    """Weight with which the retain gradient itself is added after the projection; 0: the published rule."""
+    rho: NonNegativeFloat | None = None
+    """Weight with which the retain gradient itself is added after the projection; 0: the published rule. None given: 1
+    where ``enabled`` is auto, else 0."""
     metric: Literal["raw", "optimizer"] = "raw"
     """Dot products of the gradients, or of what AdamW will make of them, weighted by 1 / (sqrt(v) + eps)."""
     retain_dtype: Literal["auto", GradientDtype] = "auto"
@@ -268,8 +270,8 @@ class ProgressConfig(ConfigModel):
     """Sampler steps of each."""
     guidance_scale: NonNegativeFloat = 4.0
     """Classifier-free guidance of each."""
-    batch_size: PositiveInt = 4
-    """Pictures that are drawn at a time; guided, each takes the U-Net two samples."""
+    batch_size: PositiveInt | None = None
+    """Pictures that are drawn at a time; none: train.train_batch_size, which needs no more memory than trajectories."""
     classifier: Annotated[str, AfterValidator(KnownIn(CLASSIFIERS, "none"))] = "none"
     """Who looks at the concepts' pictures, too, and must no longer see them; it needs enough steps for a picture."""
 

@@ -63,7 +63,7 @@ def test_an_unchanged_model_has_not_moved_and_an_erased_one_all_the_way(predicti
     probe = Probe(cfg, backbone, table, ALONE)
     probe.originals(as_it_is(backbone))
     before = probe.look(2, as_it_is(backbone))
-    assert before.moved == ((0.0,) * 2, (0.0,) * 2) and math.isnan(before.drift), "a glance is enough"
+    assert before.moved == ((0.0,) * 4, (0.0,) * 4) and math.isnan(before.drift), "a glance is enough"
     after = probe.look(4, swapped(backbone, table, cfg))
     assert [list(moved) for moved in after.moved] == [pytest.approx([1.0] * 5, abs=1e-5)] * 2
     assert after.share(0) == 1.0 and after.drift == 0.0
@@ -104,7 +104,7 @@ def test_what_it_costs_is_what_is_planned() -> None:
     assert seen == probe.evaluations == count_evaluations(cfg, 1).probe == (4 + 4 * 2) * 7 * 6
     model, before = as_it_is(backbone), seen
     probe.look(12, counted)
-    assert seen - before == 2 * 2 * 6, "of a concept that is as ever a glance is enough"
+    assert seen - before == 4 * 2 * 6, "of a concept that is as ever a glance is enough"
 
 
 def test_a_default_probe_is_cheap() -> None:

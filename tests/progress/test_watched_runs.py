@@ -49,7 +49,7 @@ def test_what_is_not_erased_is_said_first_and_by_the_status(not_erased: tuple[Pa
     log = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
     assert [row["update"] for row in log] == [2, 4, 6] and log == found["progress"]["probes"]
     pictures = 4 + 2
-    full, glance = 2 * pictures * 3, 2 * 4 * 3
+    full, glance = 2 * pictures * 3, 2 * 2 * 3
     glances = sum(row["drift"] is None for row in log)
     assert found["unet_evaluations"]["probe"] == 4 * pictures * 3 + glances * glance + (3 - glances) * full
 

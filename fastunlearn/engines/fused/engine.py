@@ -52,7 +52,7 @@ class Layer:
         bits, seed = cfg.optimizer_spec.fused_bits, cfg.seed + (number << 32)
         self.optimizer = fused_optimizer(parameters, cfg.optimizer, bits, cfg.learning_rate, seed)
         self.moments = HostMoments(self.optimizer) if cfg.fused.offload_optimizer == "cpu" else None
-        surgery = cfg.surgery
+        surgery = cfg.surgery_settings
         self.kept = GradientBuffer(retain_dtype(cfg), surgery.retain_device, surgery.retain_ema, number, watched=True)
         self.meta = GradientBuffer(cfg.meta.gradient_dtype, stream=number, watched=True)
         """The meta term's gradient, which is added after the projection."""
@@ -97,7 +97,7 @@ class FusedEngine(Engine):
         self._unet = unet
         self.named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self._device = world.device
-        self.project, self.add, self.clip = Project(cfg.surgery), Add(), Clip(cfg.train.max_grad_norm)
+        self.project, self.add, self.clip = Project(cfg.surgery_settings), Add(), Clip(cfg.train.max_grad_norm)
         self.guard = FiniteGuard(cfg.surgery.max_skipped_updates)
         self._layers = self._make_layers()
         self._capturing: GradientKind | None = None
