@@ -54,7 +54,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 SamplerSteps = Annotated[int, Field(ge=2, le=1000)]
 
 ConceptKind: TypeAlias = Literal["style", "object", "nudity", "instance"]
-Scope: TypeAlias = Literal["attn2", "attn2_kv", "noxattn", "selfattn", "full"]
+Scope: TypeAlias = Literal["attn2", "attn2_kv", "attn", "selfattn", "noxattn", "noxattn_all", "full"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 MixedPrecision: TypeAlias = Literal["no", "bf16"]
 WeightDtype: TypeAlias = Literal["fp16", "bf16", "fp32"]

@@ -217,7 +217,7 @@ def test_a_single_file_passes_and_says_how_much_space_it_needs(tmp_path: Path) -
     assert checks.check_model(config(file)) == file
     # The U-Net in fp16, and the changed tensors in fp32, as many as the scope trains of the loaded model.
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "d" / "unet")
-    for scope in ("attn2", "attn2_kv", "noxattn", "selfattn", "full"):
+    for scope in get_args(Scope):
         trained = sum(unet.get_parameter(name).numel() for name in trainable_names(unet, scope))
         for place in (file, tmp_path / "d"):
             cfg = config(place, "outputs/none", "--train.scope", scope)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 TEXT_LENGTH = 77
 BLOCK_NAME = re.compile(r"((?:down|up)_blocks\.\d+\.[a-z]+\.\d+|mid_block\.[a-z]+\.\d+)")
 LAYER_NAME = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.[a-z]+\.\d+(?:\.transformer_blocks\.\d+)?")
+# The first and last convolution and what embeds timestep and size: they act on every picture alike, and ESD's code for
+# SDXL does not train them. By diffusers' names, and by those of single files.
+ENDS = re.compile(r"(conv_in|conv_out|time_embedding|add_embedding|input_blocks\.0\.0|out|time_embed|label_emb)(\.|$)")
+TIME_PROJECTIONS = {"time_emb_proj", "emb_layers"}  # of the ResNet blocks
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 NOISE = {
@@ -89,8 +93,12 @@ class UNet2DArchitecture(Architecture):
     def in_scope(self, module_name: str, scope: str) -> bool:
         """By the attention that a module is part of."""
         parts = module_name.split(".")
-        if scope == "noxattn":
+        if scope == "noxattn_all":
             return "attn2" not in parts
+        if scope == "noxattn":
+            return "attn2" not in parts and not (ENDS.match(module_name) or TIME_PROJECTIONS.intersection(parts))
+        if scope == "attn":
+            return "attn1" in parts or "attn2" in parts
         if scope == "selfattn":
             return "attn1" in parts
         return "attn2" in parts and (scope == "attn2" or parts[-1] in ("to_k", "to_v"))
