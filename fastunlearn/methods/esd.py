@@ -23,7 +23,7 @@ class EsdConfig(ConfigModel):
     """Erased Stable Diffusion (arXiv 2303.07345), the baseline."""
 
     variant: Literal["x", "x-strict", "u", "full"] = "x"
-    """What is trained: cross-attention, its keys and values only, all but cross-attention, or everything."""
+    """What is trained, as a ``train.scope``: x is attn2, x-strict attn2_kv, u noxattn, full everything."""
     negative_guidance: NonNegativeFloat = 1.0
     """How far beyond the anchor the target lies."""
 

@@ -48,8 +48,8 @@ def trainable_names(unet: nn.Module, scope: str) -> list[str]:
     """Names of the parameters that a scope trains, in module order.
 
     "attn2": Linear layers of the cross-attentions. "attn2_kv": only their K and V. "selfattn": Linear layers of the
-    self-attentions. "attn": of both. "noxattn_all": every Linear and Conv outside the cross-attentions. "noxattn": these
-    but for the first and last convolution and the embeddings of timestep and size. "full": every parameter.
+    self-attentions. "attn": of both. "noxattn_all": every Linear and Conv outside the cross-attentions. "noxattn":
+    these but for the first and last convolution and the embeddings of timestep and size. "full": every parameter.
 
     Raises:
         ValueError: unknown scope.

@@ -136,7 +136,10 @@ class TrainConfig(ConfigModel):
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
     """What happens where the memory plan says that the run cannot fit, with room for the plan's own error."""
     scope: Literal["auto", Scope] = "auto"
-    """Which U-Net tensors are trained; auto: by method and kind of concept."""
+    """Which U-Net tensors are trained; auto: by method and kind of concept. attn2: cross-attention; attn2_kv: its keys
+    and values; selfattn: self-attention; attn: both attentions; noxattn: all but cross-attention, the first and last
+    convolution and the embeddings of timestep and size, as in ESD's code for SDXL, which warns that this works less
+    well there; noxattn_all: with these, as KSCU's code for SD 1.4; full: everything."""
 
 
 class OptimizerConfig(ConfigModel):

@@ -31,12 +31,16 @@ SDXL_SCOPES = {
     "full": (1680, 2_567_463_684),
     "attn2": (350, 545_670_400),
     "attn2_kv": (140, 340_787_200),
+    "attn": (700, 955_353_600),
+    "noxattn": (772, 1_996_259_200),  # as ESD's code for SDXL: 24.9 M fewer than all
     "noxattn_all": (818, 2_021_205_124),
 }
 SD15_SCOPES = {
     "full": (686, 859_520_964),
     "attn2": (80, 43_962_560),
     "attn2_kv": (32, 19_169_280),
+    "attn": (160, 93_536_640),
+    "noxattn": (336, 787_459_200),
     "noxattn_all": (388, 815_358_084),
 }
 
@@ -51,6 +55,17 @@ def test_scopes_hold_the_published_tensors(architecture: dict, scopes: dict[str,
         assert (len(names), sum(sizes[name] for name in names)) == expected
     with pytest.raises(ValueError, match="unknown scope"):
         trainable_names(unet, "attn3")
+
+
+@pytest.mark.parametrize("architecture", [SDXL, SD15], ids=["sdxl", "sd15"])
+def test_noxattn_leaves_both_ends_and_the_embeddings_of_timestep_and_size_alone(architecture: dict) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**architecture)
+    left = set(trainable_names(unet, "noxattn_all")) - set(trainable_names(unet, "noxattn"))
+    known = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "add_embedding")
+    found = {part for name in left for part in name.split(".") if part in known}
+    assert found == set(known if architecture is SDXL else known[:4])
+    assert all(any(part in known for part in name.split(".")) for name in left)
 
 
 def test_only_the_scope_requires_a_gradient() -> None:

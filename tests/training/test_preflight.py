@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from fastunlearn.errors import UserError
 from fastunlearn.models import checks
 from fastunlearn.models.architectures.unet2d import NOISE
 from fastunlearn.models.parameter_names import trainable_names
+from fastunlearn.schema.fields import Scope
 from fastunlearn.training import preflight
 from fastunlearn_kernels.common import backend
 

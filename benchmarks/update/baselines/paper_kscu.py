@@ -30,7 +30,7 @@ class PaperKscu(Baseline):
     @classmethod
     def scope(cls, kind: str) -> str:
         """Styles: cross-attention; objects: all but it."""
-        return "attn2" if kind == "style" else "noxattn"
+        return "attn2" if kind == "style" else "noxattn_all"
 
     @classmethod
     def plan(cls, kind: str) -> list[KeyStep]:

@@ -34,7 +34,7 @@ class QuickKscu(Baseline):
     @classmethod
     def scope(cls, kind: str) -> str:
         """Styles: cross-attention; objects: all but it."""
-        return "attn2" if kind == "style" else "noxattn"
+        return "attn2" if kind == "style" else "noxattn_all"
 
     @classmethod
     def plan(cls, kind: str) -> list[KeyStep]:

@@ -20,7 +20,10 @@ BLOCK_NAME = re.compile(r"((?:down|up)_blocks\.\d+\.[a-z]+\.\d+|mid_block\.[a-z]
 LAYER_NAME = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.[a-z]+\.\d+(?:\.transformer_blocks\.\d+)?")
 # The first and last convolution and what embeds timestep and size: they act on every picture alike, and ESD's code for
 # SDXL does not train them. By diffusers' names, and by those of single files.
-ENDS = re.compile(r"(conv_in|conv_out|time_embedding|add_embedding|input_blocks\.0\.0|out|time_embed|label_emb)(\.|$)")
+ENDS = re.compile(
+    r"(conv_in|conv_out|time_embedding|add_embedding)(\.|$)"
+    r"|model\.diffusion_model\.(input_blocks\.0\.0|out|time_embed|label_emb)(\.|$)"
+)
 TIME_PROJECTIONS = {"time_emb_proj", "emb_layers"}  # of the ResNet blocks
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
