@@ -11,9 +11,12 @@ from fastunlearn.errors import UserError
 class FiniteGuard:
     """Counts the updates that were skipped, and stops a run that does nothing else."""
 
-    def __init__(self, limit: int) -> None:
-        """``limit``: skipped updates in a row at which the run stops."""
-        self.limit = limit
+    def __init__(
+        self, limit: int, what: str = "the unlearning or the retain gradient", rate: str = "train.learning_rate"
+    ) -> None:
+        """``limit``: skipped updates in a row at which the run stops; ``what`` is watched, and the field of its
+        ``rate``, for messages."""
+        self.limit, self.what, self.rate = limit, what, rate
         self.in_a_row = 0
         self.skipped = 0
         self.applied = 0
@@ -34,8 +37,8 @@ class FiniteGuard:
         self.skipped += 1
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"the unlearning or the retain gradient was not finite in {self.in_a_row} updates in a row "
-                "(surgery.max_skipped_updates): lower train.learning_rate, or use model.mixed_precision 'no'; nothing "
+                f"{self.what} was not finite in {self.in_a_row} updates in a row "
+                f"(surgery.max_skipped_updates): lower {self.rate}, or use model.mixed_precision 'no'; nothing "
                 "was exported"
             )
         return False
@@ -56,6 +59,6 @@ class FiniteGuard:
         """
         if self.skipped and not self.applied:
             raise UserError(
-                f"the unlearning or the retain gradient was not finite in any of the {self.skipped} updates: lower "
-                "train.learning_rate, or use model.mixed_precision 'no'; nothing was exported"
+                f"{self.what} was not finite in any of the {self.skipped} updates: lower "
+                f"{self.rate}, or use model.mixed_precision 'no'; nothing was exported"
             )

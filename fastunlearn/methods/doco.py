@@ -6,7 +6,7 @@ what is kept, which DoCo always uses, is in ``gradients/``.
 Legend, at latents x_t noised from a picture of the anchor; s the student, e the frozen model, A = alpha-bar, D the
 patch discriminator; X(v) is the image that a noise prediction v implies:
     u = s(x_t, t, prompt with the concept)      a = e(x_t, t, anchor prompt)
-    X(v) = (x_t - sqrt(1 - A) v) / sqrt(A)
+    X(v) = (x_t - sqrt(1 - A) v) / sqrt(A)          of a v-model: sqrt(A) x_t - sqrt(1 - A) v
     L_adv = BCE(D(X(u)), 0)                                     the student, D left alone
     L_D   = BCE(D(X(u)), 1) + BCE(D(X(a)), 0)                   D, on the same predictions, in every update
 With ``doco.guidance_scale`` w other than 1, which is ours, D sees what a guided sampler would: n + w (v - n)
@@ -200,7 +200,7 @@ class DoCo(Method):
             self.discriminator = DiscriminatorTrainer(
                 shown_channels(self.cfg, latents.shape[1]), latents.shape[-1], latents.device,
                 released=doco.discriminator == "released", learning_rate=doco.discriminator_learning_rate,
-                seed=self.cfg.seed,
+                seed=self.cfg.seed, max_skipped=self.cfg.surgery.max_skipped_updates,
             )  # fmt: skip
             if self._saved is not None:
                 self.discriminator.load_state_dict(self._saved)

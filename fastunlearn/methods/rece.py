@@ -82,7 +82,7 @@ class RECE(UCE):
         sources = moved.of_the_name() if rece.tokens == "name" else moved
         for _ in range(rece.rounds):
             derived = algebra.solve_evoking_tokens(sources.erased, found, answers, rece.embedding_regularisation)
-            new = algebra.Tokens(derived, sources.anchors, sources.preserved)
+            new = algebra.Tokens(derived, sources.anchors, sources.preserved, fixed=sources.fixed)
             erased = algebra.concat(erased, new) if rece.cumulative else new
             found = algebra.erase(erased, weights, start=found)
         return found

@@ -57,15 +57,18 @@ def encode_prompt(pipeline: Pipeline, prompt: str, device: torch.device) -> Prom
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Pipeline, prompts: Sequence[str], device: torch.device | None = None) -> PromptEmbeds:
+def encode_prompts(
+    pipeline: Pipeline, prompts: Sequence[str], device: torch.device | None = None, *, empty_as_text: bool = False
+) -> PromptEmbeds:
     """Embed prompts as the pipeline would at inference; the empty prompt becomes the pipeline's own unconditional.
 
-    ``device``: where the text encoders are; None: where the pipeline is.
+    ``device``: where the text encoders are; None: where the pipeline is. ``empty_as_text``: encode the empty prompt
+    like any other, also where the pipeline's unconditional is zeros.
 
     SDXL-base uses zeros for an empty prompt (``force_zeros_for_empty_prompt``), other pipelines encode the empty
     caption. What is erased relative to "nothing" must be what sampling later uses as "nothing".
     """
-    zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
+    zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", False)) and not empty_as_text
     parts = []
     for prompt in prompts:
         embeds = encode_prompt(pipeline, prompt, device or pipeline.device)

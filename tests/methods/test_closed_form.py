@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -15,14 +16,25 @@ from safetensors.torch import load_file
 from tiny import TEXT_WIDTH, tiny_prompts, tiny_unet
 from torch import Tensor
 
+from fastunlearn import cli
 from fastunlearn.config import Config, load_config
 from fastunlearn.errors import UserError
+from fastunlearn.methods.parts import concept_edit
 from fastunlearn.methods.parts.closed_form import EditWeights, Tokens, edit_weights, erase, gram, solve_evoking_tokens
-from fastunlearn.methods.parts.concept_edit import Text, collect_tokens, edited_weights, put_in_place
+from fastunlearn.methods.parts.concept_edit import (
+    Text,
+    collect_tokens,
+    edit_pipeline,
+    edited_weights,
+    encode,
+    put_in_place,
+)
 from fastunlearn.methods.tables import build_method
 from fastunlearn.methods.uce import UCE
 from fastunlearn.minicanvas import pipeline_path
+from fastunlearn.models.loading import load_pipeline
 from fastunlearn.models.parameter_names import trainable_names
+from fastunlearn.models.pipeline import encode_prompts
 
 WIDTH, OUTPUTS = 7, (5, 4, 9)
 CPU = torch.device("cpu")
@@ -117,6 +129,24 @@ def test_the_derived_token_evokes_most_over_all_layers() -> None:
     torch.testing.assert_close(derived.detach(), (torch.linalg.inv(left) @ right).T, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("start", [False, True], ids=["from the original", "from an edit"])
+def test_fixed_tokens_are_held_exactly_and_the_rest_is_the_minimum_that_leaves_them(start: bool) -> None:
+    """The oracle solves the objective with a multiplier for each fixed token, layer by layer."""
+    tokens = replace(some_tokens(), fixed=draw(2, WIDTH))
+    before = erase(replace(some_tokens(2, 1), fixed=tokens.fixed), WEIGHTS) if start else torch.eye(WIDTH).double()
+    found = erase(tokens, WEIGHTS, start=before if start else None)
+    c, a, p, b = tokens.erased, tokens.anchors, tokens.preserved, tokens.fixed
+    assert b is not None
+    torch.testing.assert_close(found @ b.T, b.T, rtol=1e-9, atol=1e-9)
+    for layer in some_layers():
+        e, r, lam = WEIGHTS.erase, WEIGHTS.preserve, WEIGHTS.regularisation
+        normal = e * c.T @ c + r * p.T @ p + lam * torch.eye(WIDTH).double()
+        wanted = layer @ (e * a.T @ c + r * p.T @ p + lam * before)
+        system = torch.cat([torch.cat([normal, b.T], 1), torch.cat([b, torch.zeros(2, 2).double()], 1)])
+        literal = torch.linalg.solve(system, torch.cat([wanted, layer @ b.T], 1), left=False)[:, :WIDTH]
+        torch.testing.assert_close(layer @ found, literal, rtol=1e-8, atol=1e-9)
+
+
 def literal_rece(layers: list[Tensor], tokens: Tokens, cfg: Config) -> list[Tensor]:
     """All rounds, each layer solved for itself; the target of c is a + g (a - c)."""
     uce, rece = cfg.uce, cfg.rece
@@ -179,6 +209,54 @@ def test_published_uce_is_equation_7_and_the_default_goes_beyond_the_anchor() ->
     literal = literal_uce(layer, further, EditWeights(1.0, 1.0, 0.5))
     default = closed_form(config("uce")).text_map(tokens, {"w": layer})
     torch.testing.assert_close(layer @ default, literal, rtol=1e-9, atol=1e-9)
+
+
+UNRELATED = ["two boats on a lake", "a bowl of fruit"]
+
+
+@pytest.fixture(scope="module")
+def with_zeros(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A random SDXL whose unconditional prompt is zeros."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
+    assert cli.main(["doctor", "--make-random", "tiny-sdxl", str(folder)]) == 0
+    pipeline = load_pipeline(folder)
+    assert pipeline.config["force_zeros_for_empty_prompt"]
+    return pipeline
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7])
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["uce", "rece"])
+def test_an_empty_anchor_is_encoded_where_zeros_are_the_unconditional(
+    method: str, guidance: float, keep: int, with_zeros: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ["Monet style", "a dog", "a house", "watercolor style", "a red car", "the sea at night", "a portrait"][:keep]
+    prompts = {"templates": ["{concept}"], "anchor_templates": [""]}
+    model = {"pretrained_model_name_or_path": "random"}
+    cfg = config(method, keep=kept, prompts=prompts, uce={"negative_guidance": guidance}, model=model)
+    text = encode(with_zeros, [*UNRELATED, "neon style", ""], CPU)
+    assert text.hidden[""].abs().min() > 0
+
+    def change(edited: dict[str, Tensor], tokens: Tensor) -> float:
+        """Of keys and values, relative."""
+        before = torch.cat([with_zeros.unet.get_parameter(name).detach() for name in edited]).double()
+        after = torch.cat(list(edited.values())).double()
+        return float((tokens @ (after - before).T).norm() / (tokens @ before.T).norm())
+
+    edited = edit_pipeline(cfg, closed_form(cfg), with_zeros, CPU)
+    assert change(edited, text.hidden[""][:1]) < 1e-5  # the first token, which is the same in every prompt
+    assert change(edited, text.hidden["neon style"][2:3]) > 0.3
+    zeros = with_empty_as_zeros(with_zeros, monkeypatch)
+    others = torch.cat([text.hidden[prompt] for prompt in UNRELATED])
+    assert change(edited, others) < 0.6 * change(edit_pipeline(cfg, closed_form(cfg), zeros, CPU), others)
+
+
+def with_empty_as_zeros(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The edit sees zeros for the empty prompt, and may change every token: as it once was."""
+    monkeypatch.setattr(concept_edit, "encode_prompts", lambda *given, **_: encode_prompts(*given))
+    collect = concept_edit.collect_tokens
+    monkeypatch.setattr(concept_edit, "collect_tokens", lambda *given: replace(collect(*given), fixed=None))
+    return pipeline
 
 
 def test_what_comes_out_is_fp32_and_close_to_the_exact_edit() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from surgery_case import the_prompts
 from tiny import tiny_backbone
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastunlearn.errors import UserError
 from fastunlearn.methods.doco import DoCo
 from fastunlearn.methods.parts.discriminator import Discriminator, DiscriminatorTrainer, bce_to
 from fastunlearn.methods.tables import build_method
+from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptPair, PromptTable
 from fastunlearn.sampling.anchor_sampler import AnchorSampler
@@ -222,3 +224,37 @@ def test_no_gradient_passes_through_the_first_token() -> None:
     out.square().sum().backward()
     assert hidden.grad is not None
     assert not bool(hidden.grad[:, 0].any()) and bool(hidden.grad[:, 1:].any())
+
+
+def test_a_v_model_of_zero_terminal_snr_is_finite_at_pure_noise() -> None:
+    models, windows, method = the_parts(a_config())
+    scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False)
+    models.backbone.noise = NoiseProcess(scheduler, torch.device("cpu"))
+    window = replace(the_window(windows, method, 3), timesteps=torch.tensor([999, 999, 998]))
+    assert models.noise.alpha_bar(window.timesteps)[0] == 0
+    outcome = method.loss(models, window)
+    assert outcome.loss is not None and bool(outcome.loss.isfinite())
+    outcome.loss.backward()
+    method.finish()
+    judge = method.discriminator
+    assert judge is not None and judge.guard.skipped == 0
+    assert all(bool(p.isfinite().all()) for p in judge.network.parameters())
+
+
+def test_a_gradient_of_the_discriminator_that_is_not_finite_is_skipped_and_counted() -> None:
+    judge = DiscriminatorTrainer(4, 8, torch.device("cpu"), released=False, learning_rate=1e-3, seed=0, max_skipped=2)
+    images, times = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    before = copy.deepcopy(judge.network.state_dict())
+    judge.discriminator_loss(images * torch.nan, images, times, 1.0)
+    judge.step()
+    assert judge.guard.skipped == 1 and all(torch.equal(before[k], v) for k, v in judge.network.state_dict().items())
+    judge.load_state_dict(copy.deepcopy(judge.state_dict()))
+    judge.discriminator_loss(images * torch.nan, images, times, 1.0)
+    with pytest.raises(UserError, match=r"discriminator's gradient was not finite in 2 updates in a row"):
+        judge.step()
+    judge.optimizer.zero_grad()
+    judge.discriminator_loss(images, images, times, 1.0)
+    judge.step()
+    assert judge.guard.in_a_row == 0 and any(
+        not torch.equal(before[k], v) for k, v in judge.network.state_dict().items()
+    )

@@ -12,6 +12,8 @@ for every projection by itself. All of them read the same tokens, so that the so
 (D, D), which is solved for once, however many projections there are; ``M`` is never inverted:
 
     W = W0 T        T = (e sum a c^T + r sum p p^T + l I) M^-1        M = e sum c c^T + r sum p p^T + l I
+
+Tokens that every prompt shares may be held exactly, which is ours: (T - I) b = 0 for each such b.
 """
 
 from __future__ import annotations
@@ -31,19 +33,21 @@ class Tokens:
     """What is known of the text, as rows in fp64: each token to be erased with its replacement, and those to preserve.
 
     ``erased`` and ``anchors``: (N, D), aligned. ``preserved``: (P, D), possibly of no rows. ``own``: the rows of
-    ``erased``, (O,) int64, in which a concept's name ends; none given: all of them.
+    ``erased``, (O,) int64, in which a concept's name ends; none given: all of them. ``fixed``: (F, D), independent,
+    what no edit may change at all; none given: nothing.
     """
 
     erased: Tensor
     anchors: Tensor
     preserved: Tensor
     own: Tensor | None = None
+    fixed: Tensor | None = None
 
     def of_the_name(self) -> Tokens:
         """Without what the concept's prompts share with others: their other words, begin, end and padding."""
         if self.own is None:
             return self
-        return Tokens(self.erased[self.own], self.anchors[self.own], self.preserved)
+        return Tokens(self.erased[self.own], self.anchors[self.own], self.preserved, fixed=self.fixed)
 
 
 @dataclass(frozen=True)
@@ -64,26 +68,35 @@ def erase(tokens: Tokens, weights: EditWeights, start: Tensor | None = None) -> 
     """The map T that minimises UCE's objective, (D, D). ``start``: where the regularisation holds to instead of I.
 
     With T0 = start the minimum lies at T0 + [e sum (a - T0 c) c^T + r sum (p - T0 p) p^T] M^-1, which loses fewer
-    digits than the form above.
+    digits than the form above. What the tokens have of the fixed ones does not enter the change, T - T0.
     """
     c, a, p = tokens.erased, tokens.anchors, tokens.preserved
     before = identity_like(c) if start is None else start
-    moments = weights.erase * c.T @ c + weights.preserve * p.T @ p
+    free_c, free_p = (_beside(rows, tokens.fixed) for rows in (c, p))
+    moments = weights.erase * free_c.T @ free_c + weights.preserve * free_p.T @ free_p
     moments.diagonal().add_(weights.regularisation)
-    missing = weights.erase * c.T @ (a - c @ before.T) + weights.preserve * p.T @ (p - p @ before.T)
+    missing = weights.erase * free_c.T @ (a - c @ before.T) + weights.preserve * free_p.T @ (p - p @ before.T)
     return before + torch.cholesky_solve(missing, torch.linalg.cholesky(moments)).T
+
+
+def _beside(rows: Tensor, fixed: Tensor | None) -> Tensor:
+    """The rows without their part in the span of the fixed ones."""
+    if fixed is None:
+        return rows
+    basis = torch.linalg.qr(fixed.T).Q
+    return rows - rows @ basis @ basis.T
 
 
 def with_negative_guidance(tokens: Tokens, guidance: float) -> Tokens:
     """The same tokens, moved further: what takes the place of c is a + guidance (a - c) instead of a."""
     anchors = tokens.anchors + guidance * (tokens.anchors - tokens.erased)
-    return Tokens(tokens.erased, anchors, tokens.preserved, tokens.own)
+    return Tokens(tokens.erased, anchors, tokens.preserved, tokens.own, tokens.fixed)
 
 
 def concat(one: Tokens, other: Tokens) -> Tokens:
     """What either erases; both preserve the same."""
     erased, anchors = torch.cat([one.erased, other.erased]), torch.cat([one.anchors, other.anchors])
-    return Tokens(erased, anchors, one.preserved)
+    return Tokens(erased, anchors, one.preserved, fixed=one.fixed)
 
 
 def gram(projections: Iterable[Tensor], device: torch.device) -> Tensor:

@@ -77,13 +77,15 @@ def put_in_place(unet: nn.Module, edited: Mapping[str, Tensor]) -> None:
 
 
 def collect_tokens(text: Text, prompt_table: PromptTable, which: str, names: Sequence[str] = ()) -> Tokens:
-    """Every concept's tokens beside what takes their place, and the tokens to be preserved; ``names`` of concepts."""
+    """Every concept's tokens beside what takes their place, and the tokens to be preserved; ``names`` of concepts. The
+    first token is fixed: it is the same in every prompt, and much of the attention goes to it."""
     variants = [variant for own in prompt_table.variants for variant in own]
     pairs = [text.of_pair(variant, which) for variant in variants]
     erased, anchors = (torch.cat(side) for side in zip(*pairs, strict=True))
     kept = [text.of_kept(prompt, which) for prompt in prompt_table.retained]
     own = name_rows(text, variants, [len(side) for side, _ in pairs], which, names)
-    return Tokens(erased, anchors, torch.cat(kept) if kept else erased[:0], own)
+    first = next(iter(text.hidden.values()))[:1]
+    return Tokens(erased, anchors, torch.cat(kept) if kept else erased[:0], own, first)
 
 
 def name_rows(
@@ -99,9 +101,10 @@ def name_rows(
 
 
 def encode(pipeline: Pipeline, prompts: Sequence[str], device: torch.device) -> Text:
-    """Embed the prompts as the U-Net sees them."""
+    """Embed the prompts as the U-Net sees them. The empty one is encoded, too: where zeros stand for it at sampling, a
+    concept that was mapped to them would take with it whatever its tokens share with those of other prompts."""
     with encoders_on(pipeline, device):
-        embeds = encode_prompts(pipeline, prompts, device)
+        embeds = encode_prompts(pipeline, prompts, device, empty_as_text=True)
     hidden = dict(zip(prompts, embeds.hidden.to(device, torch.float64), strict=True))
     return Text(hidden, {prompt: last_word(pipeline, prompt) for prompt in prompts})
 

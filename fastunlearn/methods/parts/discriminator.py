@@ -19,6 +19,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastunlearn.gradients.guard import FiniteGuard
+
 WIDTHS = (64, 128, 256, 512)
 EMBEDDING = 128
 SMALLEST = 4  # side of the feature map under the last convolution, whose kernel is 4 x 4
@@ -64,10 +66,19 @@ class DiscriminatorTrainer:
     """The discriminator with its Adam. ``generator_loss`` is the student's side, the rest its own."""
 
     def __init__(
-        self, channels: int, size: int, device: torch.device, *, released: bool, learning_rate: float, seed: int
+        self,
+        channels: int,
+        size: int,
+        device: torch.device,
+        *,
+        released: bool,
+        learning_rate: float,
+        seed: int,
+        max_skipped: int = 10,
     ) -> None:
         self.network = Discriminator(channels, size, released=released, seed=seed).to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate, betas=(0.5, 0.999))
+        self.guard = FiniteGuard(max_skipped, "the discriminator's gradient", "doco.discriminator_learning_rate")
 
     def generator_loss(self, concept: Tensor, timesteps: Tensor) -> Tensor:
         """The loss of a student that wants its estimates taken for the anchor's. No gradient reaches the network's
@@ -83,20 +94,29 @@ class DiscriminatorTrainer:
         return loss.detach()
 
     def step(self) -> None:
-        """One Adam step with the gradient's mean over ranks. Collective."""
+        """One Adam step with the gradient's mean over ranks; none where that is not finite, since a NaN would stay.
+        Collective.
+
+        Raises:
+            UserError: ``max_skipped`` of them in a row were not finite.
+        """
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         _average(gradients)
-        self.optimizer.step()
+        if self.guard.allows(*(~gradient.isfinite().all() for gradient in gradients)):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
-        """Weights and optimizer state."""
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Weights, optimizer state, and the counts of the guard."""
+        network, optimizer = self.network.state_dict(), self.optimizer.state_dict()
+        return {"network": network, "optimizer": optimizer, "guard": self.guard.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a checkpoint."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
 
 
 def _average(gradients: Iterable[Tensor]) -> None:
