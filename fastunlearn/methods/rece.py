@@ -35,9 +35,10 @@ class ReceConfig(ConfigModel):
     embedding_regularisation: PositiveFloat = 0.1
     """Weight lambda of the derived tokens' size; published: 0.1, for styles and hard objects 0.001."""
     erase_scale: PositiveFloat = 1.0
-    """Weight of the derived tokens."""
+    """Weight of the derived tokens. They aim at what the original projections say of the anchor; published: those of
+    the round before."""
     preserve_scale: NonNegativeFloat = 1.0
-    """Weight of what is preserved while they are erased."""
+    """Weight of what is preserved while they are erased; published: 0.1."""
     regularisation: PositiveFloat = 0.1
     """Weight with which the projections are held to those of the round before."""
     cumulative: bool = True

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
+from fastunlearn.errors import UserError
+from fastunlearn.methods.esd import EsdConfig, beyond_anchor
 from fastunlearn.methods.tables import build_method
 from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptTable
@@ -206,3 +208,17 @@ def test_trajectories_do_not_depend_on_how_they_are_spread() -> None:
     assert torch.allclose(whole, latents(BatchLayout(0, 2, 2, 1), BatchLayout(1, 2, 2, 1)), atol=1e-5)
     assert torch.allclose(whole, latents(BatchLayout(0, 2, 1, 2), BatchLayout(1, 2, 1, 2)), atol=1e-5)
     assert torch.equal(whole, latents(BatchLayout(0, 1, 4, 1)))
+
+
+@pytest.mark.parametrize("theirs", [1.0, 3.0])
+def test_esd_in_the_published_convention_is_one_less_in_ours(theirs: float) -> None:
+    published = EsdConfig(negative_guidance=theirs, guidance_convention="published")
+    assert beyond_anchor(published) == beyond_anchor(EsdConfig(negative_guidance=theirs - 1))
+    concept, anchor = torch.randn(2, 3, dtype=torch.float64)
+    g = beyond_anchor(published)
+    torch.testing.assert_close(anchor - g * (concept - anchor), concept - theirs * (concept - anchor))
+
+
+def test_a_published_guidance_below_the_anchor_is_refused() -> None:
+    with pytest.raises(UserError, match=r"esd.negative_guidance: 0.5 .* does not reach the anchor"):
+        a_config(method="esd", esd={"negative_guidance": 0.5, "guidance_convention": "published"})

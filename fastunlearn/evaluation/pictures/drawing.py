@@ -23,6 +23,9 @@ from fastunlearn.models.pipeline import (
     latent_shape,
 )
 
+ONE_AT_A_TIME = 512  # pixels of a side, above which images are drawn and decoded one by one
+TILED = 1024  # above which one image is decoded in tiles, too
+
 
 @torch.no_grad()
 def generate(
@@ -39,6 +42,7 @@ def generate(
     Args:
         pipe: an SD or SDXL pipeline; its scheduler is put back afterwards.
         prompts, seeds: N prompts (repetitions are embedded once) and N seeds.
+        batch_size: at most so many at a time; one where a side has more than 512 pixels.
         progress: show a bar with the remaining time on stderr; a text names it.
 
     Returns:
@@ -50,6 +54,8 @@ def generate(
     rows = {prompt: row for row, prompt in enumerate(distinct)}
     table = encode_prompts(pipe, [*distinct, ""])  # the last row is the unconditional
     images: list[Tensor] = []
+    batch_size = images_at_a_time(image_side(pipe), batch_size)
+    _spare_the_vae(pipe)
     own_scheduler = pipe.scheduler
     label = progress if isinstance(progress, str) else "drawing"
     try:
@@ -64,6 +70,20 @@ def generate(
     finally:
         pipe.scheduler = own_scheduler
     return torch.cat(images) if images else torch.zeros(0, 3, image_side(pipe), image_side(pipe))
+
+
+def images_at_a_time(side: int, wanted: int) -> int:
+    """Of ``wanted`` images with this side in pixels: a VAE's decoder takes 3 GiB for one of 1024."""
+    return 1 if side > ONE_AT_A_TIME else wanted
+
+
+def _spare_the_vae(pipe: Pipeline) -> None:
+    """Large images go through the VAE one by one, or in tiles."""
+    side = image_side(pipe)
+    if side > ONE_AT_A_TIME:
+        pipe.vae.enable_slicing()
+    if side > TILED:
+        pipe.vae.enable_tiling()
 
 
 def initial_latents(pipe: Pipeline, seeds: Sequence[int]) -> Tensor:
