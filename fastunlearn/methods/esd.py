@@ -74,7 +74,7 @@ class ESD(Method):
             teacher_anchor,
             None,
             guidance=beyond_anchor(self.cfg.esd),
-            **models.noise.loss_arguments(t),
+            **models.noise.loss_arguments(t, self.cfg.train.loss_weighting),
         )
         return MethodOutput(loss, guided)
 

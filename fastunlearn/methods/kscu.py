@@ -117,7 +117,7 @@ class KSCU(Method):
             guidance=settings.negative_guidance,
             lambda1_B=(1000 - t.double()) * settings.uncond_slope,
             uncond_weight=settings.uncond_weight,
-            **models.noise.loss_arguments(t),
+            **models.noise.loss_arguments(t, self.cfg.train.loss_weighting),
         )
         return MethodOutput(loss, guided)
 

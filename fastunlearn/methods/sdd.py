@@ -78,5 +78,7 @@ class SDD(Method):
         x, t = batch.latents, batch.timesteps
         (target,) = models.student(x, t, batch.anchor)
         (student,) = models.train(x, t, batch.trained)
-        difference = models.noise.to_epsilon(student, x, t) - models.noise.to_epsilon(target, x, t)
+        if self.cfg.train.loss_weighting == "epsilon":
+            student, target = (models.noise.to_epsilon(each, x, t) for each in (student, target))
+        difference = student.float() - target.float()
         return MethodOutput(difference.square().mean(), guided_prediction(models, batch, None, None))

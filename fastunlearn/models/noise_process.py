@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from fastunlearn.schema.fields import LossWeighting
 from fastunlearn_kernels import add_noise, guided_euler_step, guided_step, to_epsilon
 from fastunlearn_kernels.latent.prediction import prediction_number, training_target
 
@@ -86,9 +87,13 @@ class NoiseProcess:
         alpha = self.alpha_bar(timesteps).view(-1, 1, 1, 1)
         return training_target(noise, clean, alpha, prediction_number(self.prediction_type))
 
-    def loss_arguments(self, timesteps: Tensor) -> dict[str, Any]:
+    def loss_arguments(self, timesteps: Tensor, weighting: LossWeighting = "epsilon") -> dict[str, Any]:
         """How the losses of ``fastunlearn_kernels`` are to read predictions at these timesteps: their target, and the
-        weight of a timestep. ``guided_noise_loss`` is one between noise estimates whatever the model predicts."""
+        weight of a timestep. ``guided_noise_loss`` is one between noise estimates whatever the model predicts, or, with
+        ``weighting`` "prediction", between predictions as they are: all its targets are affine combinations of them, so
+        that it is the same loss times what a prediction's change weighs in epsilon."""
+        if weighting == "prediction":
+            return {"alpha_t": self.alpha_bar(timesteps), "prediction_type": "epsilon"}
         return {"alpha_t": self.alpha_bar(timesteps), "prediction_type": self.prediction_type}
 
     def levels(self, timesteps: Tensor, num_inference_steps: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ __all__ = [
     "GradientDtype",
     "KernelBackend",
     "KnownIn",
+    "LossWeighting",
     "MixedPrecision",
     "NonNegativeFloat",
     "NonNegativeInt",
@@ -55,6 +56,7 @@ SamplerSteps = Annotated[int, Field(ge=2, le=1000)]
 
 ConceptKind: TypeAlias = Literal["style", "object", "nudity", "instance"]
 Scope: TypeAlias = Literal["attn2", "attn2_kv", "attn", "selfattn", "noxattn", "noxattn_all", "full"]
+LossWeighting: TypeAlias = Literal["epsilon", "prediction"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 MixedPrecision: TypeAlias = Literal["no", "bf16"]
 WeightDtype: TypeAlias = Literal["fp16", "bf16", "fp32"]

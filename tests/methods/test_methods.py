@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -222,3 +222,35 @@ def test_esd_in_the_published_convention_is_one_less_in_ours(theirs: float) -> N
 def test_a_published_guidance_below_the_anchor_is_refused() -> None:
     with pytest.raises(UserError, match=r"esd.negative_guidance: 0.5 .* does not reach the anchor"):
         a_config(method="esd", esd={"negative_guidance": 0.5, "guidance_convention": "published"})
+
+
+@pytest.mark.parametrize("method", ["kscu", "esd", "sdd"])
+@pytest.mark.parametrize("weighting", ["epsilon", "prediction"])
+def test_the_loss_of_a_v_model_is_between_what_was_chosen(method: str, weighting: str) -> None:
+    """An oracle in fp64: noise estimates of v count alpha-bar of each sample, its own outputs all alike."""
+    prompt_table = tiny_prompts()
+    backbone = tiny_backbone(prompt_table, "v_prediction")
+    original, student = backbone.unet, copy.deepcopy(backbone.unet)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    models = Predictors(
+        backbone, student, student, Teacher(original, trainable_names(original, "full"), whole_copy=True)
+    )
+    rollout = tiny_rollout(models, prompt_table, BatchLayout(0, 1, 2, 1))
+    rollout.restart(STEP)
+    (window,) = rollout.batches(STEP, None)
+    window = replace(window, timesteps=torch.tensor([1, 701]))
+    x, t = window.latents, window.timesteps
+    cfg = a_config(method=method, train={"loss_weighting": weighting})
+    loss = build_method(cfg).loss(models, window).loss
+    assert loss is not None
+    with torch.no_grad():
+        aim = student if method == "sdd" else original
+        v_c, v_a = (backbone.predict(aim, x, t, cond).double() for cond in (window.cond, window.anchor))
+        s_c = backbone.predict(student, x, t, window.cond).double()
+    target = v_a if method == "sdd" else v_a - (v_c - v_a)
+    weights = models.noise.alpha_bar(t).double() if weighting == "epsilon" else torch.ones(2).double()
+    expected = (weights * (s_c - target).square().mean((1, 2, 3))).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-4, atol=1e-9)
+    assert float(models.noise.alpha_bar(t)[0] / models.noise.alpha_bar(t)[1]) > 10
