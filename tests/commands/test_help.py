@@ -97,7 +97,7 @@ def test_help_shows_choices_defaults_and_aliases(capsys: pytest.CaptureFixture[s
         assert f"--{option} {{{','.join(names)}}} " in text
     assert "--train.relative_step X By how much of its rms" in text and "(default 0.005)" in text
     assert '--keep "TEXT; ..." ' in text and '--evaluation.seeds "N; ..." ' in text
-    assert "--surgery.enabled [{true,false}] " in text and "less than 1 % of" in text
+    assert "--surgery.enabled {auto,true,false} " in text and "less than 1 % of" in text
     for alias, values in SWITCHES.items():
         assert f"also --{alias} for {values[True]})" in text
 

@@ -221,7 +221,10 @@ def test_lists_that_are_given_more_than_once_add_up() -> None:
         None, ["--concepts", "violence", "--concepts=harm; blood", *XL, "--keep", "dog", "--keep", "fish"]
     )
     assert [concept.name for concept in cfg.concepts] == ["violence", "harm", "blood"] and cfg.keep == ["dog", "fish"]
-    assert said_back(cfg) == "3 concepts: violence; harm; blood"
+    assert said_back(cfg) == (
+        "3 concepts: violence; harm; blood\n"
+        "held by the retain gradient: dog; fish (--surgery.enabled false leaves it out)"
+    )
     prompts = ["--validation_prompt", "a cat, sleeping", "--validation_prompt", "one; two", "--retain.prompts", "a; b"]
     cfg = load_config(None, ["--concepts", "harm", *XL, *prompts, "--retain.prompts", "c"])
     assert cfg.report.validation_prompts == ["a cat, sleeping", "one; two"] and cfg.retain.prompts == ["a", "b", "c"]
@@ -233,7 +236,7 @@ def test_lists_that_are_given_more_than_once_add_up() -> None:
 def test_one_name_with_a_comma_is_written_in_quotes(tmp_path: Path) -> None:
     cfg = load_config(None, ["--concepts", '"violence, nudity"', *XL, "--keep", '"a, b"', "--keep", "c"])
     assert [concept.name for concept in cfg.concepts] == ["violence, nudity"] and cfg.keep == ["a, b", "c"]
-    assert said_back(cfg) == "1 concept: violence, nudity"
+    assert said_back(cfg).splitlines()[0] == "1 concept: violence, nudity"
     (tmp_path / "run.toml").write_text(cfg.to_toml())
     assert load_config(str(tmp_path / "run.toml"), []) == cfg
     table = load_config(None, ["--concepts", '[{name = "violence, nudity", anchor = "a"}]', *XL])

@@ -124,7 +124,7 @@ def test_blocks_are_named_after_the_unet() -> None:
         ({"retain": {"source": "prompts", "target": "noise"}}, "needs pictures"),
         ({"surgery": {"enabled": True, "projection": "released", "metric": "optimizer"}}, "surgery.metric"),
         ({"model": {"pretrained_model_name_or_path": "some/model"}}, "nothing to retain"),
-        ({"method": "doco", "prompts": {"anchor_templates": [""]}}, "has no anchor"),
+        ({"method": "doco", "prompts": {"templates": ["{concept}"]}}, "has no anchor"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_line(fields: dict, message: str) -> None:
@@ -186,7 +186,7 @@ def test_pictures_are_drawn_by_the_frozen_model_and_counted() -> None:
 
 
 def test_prompts_alone_walk_trajectories_of_their_own() -> None:
-    cfg, m = a_config(retain={"source": "prompts", "batch_size": 2}), models()
+    cfg, m = a_config(retain={"source": "prompts", "batch_size": 2}, sampler={"num_inference_steps": 50}), models()
     source = build_source(cfg, m, the_prompts(), ALONE, None)
     assert isinstance(source, TrajectorySource)
     unlearn = tiny_rollout(m, the_prompts(), steps=50)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "fastunlearn" / "train.py"
 SHORT = (
-    "--concepts", "cat", "--train.scope", "attn2", "--train.cpu_threads", "1", "--surgery.enabled", "false",
+    "--concepts", "cat", "--train.cpu_threads", "1",
     "--evaluation.mode", "off", "--evaluation.num_inference_steps", "2", "--report.num_validation_seeds", "1",
     "--report.report_to", "none", "--progress.pairs", "4", "--progress.num_inference_steps", "3",
     "--export.dtype", "fp32",
@@ -23,7 +23,8 @@ EASILY = ("--progress.share", "0.01", "--progress.quantile", "-100")
 
 
 def run(out: Path, *options: str) -> Any:
-    return forked.run([str(TRAIN), *SHORT, "--output_dir", str(out), *options], out.parent)
+    scope = () if "uce" in options else ("--train.scope", "attn2")
+    return forked.run([str(TRAIN), *SHORT, *scope, "--output_dir", str(out), *options], out.parent)
 
 
 def metrics(out: Path) -> dict[str, Any]:
