@@ -134,6 +134,7 @@ def config_of(row: Mapping[str, str], has_gpu: bool, *, short: bool) -> Config:
         UserError: the trainer refuses it.
     """
     data = _sections(row, has_gpu)
+    data["progress"] = {"enabled": False}  # what an update costs, and as many of them as others make
     if short:
         data["retain"] |= {"num_images": int(row["batch"]), "num_inference_steps": 2}
         data["doco"] = {"discriminator_warmup": 0}

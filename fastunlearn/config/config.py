@@ -52,6 +52,9 @@ class Config(RunConfig):
         data = self.model_dump()
         for concept, entry in zip(self.concepts, data["concepts"], strict=True):
             entry["kind"] = self.kind_of(concept)
+        if not self.closed_form:  # what "auto" stands for follows from keep, which is filled in here
+            data["surgery"] |= {"enabled": self.asks_surgery, "rho": self.rho}
+            data["retain"]["source"] = self.retain_source if self.protects_unasked else self.retain.source
         data["keep"] = resolved_keep(self)
         data["train"]["max_train_steps"] = resolved_steps(self) or None
         data["train"]["scope"] = resolved_scope(self)

@@ -49,6 +49,7 @@ def test_a_baseline_states_the_published_evaluations(name: str, kind: str) -> No
     assert whole.updates == updates
     assert asdict(whole.evaluations) == {
         "teacher": teacher, "rollout": rollout, "student_forward": forward, "student_backward": backward,
+        "probe": 0,
     }  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def test_two_rows_on_a_cpu_and_the_second_time_none(tmp_path: Path, monkeypatch:
     row, refused = found
     assert field in refused["reason"]
     # Per update: 1 window of the concept with the sampler's other half, and 1 retain sample with its target.
-    expected = {"teacher": 2 + 1, "rollout": 1, "student_forward": 2, "student_backward": 2}
+    expected = {"teacher": 2 + 1, "rollout": 1, "student_forward": 2, "student_backward": 2, "probe": 0}
     assert row["evaluations"] == expected
     assert row["restart"]["evaluations"] == 2 * 2
     assert {"teacher", "rollout", "forward", "backward", "step_in_backward"} <= row["seconds"].keys()

@@ -300,6 +300,18 @@ def test_defaults_follow_method_and_kind(
     assert all(concept.kind != "auto" for concept in resolved.concepts)
 
 
+@pytest.mark.parametrize("keep", [(), ("--keep", "fish")])
+@pytest.mark.parametrize("method", ["kscu", "esd", "sdd"])
+def test_a_resolved_run_protects_no_more_than_the_run_did(method: str, keep: tuple[str, ...], tmp_path: Path) -> None:
+    """MiniCanvas' names are filled in there: a run from that config.toml has to be the same run."""
+    cfg = load("--method", method, *keep, concepts="cat")
+    (tmp_path / "run.toml").write_text(cfg.resolved().to_toml(), encoding="utf-8")
+    again = load_config(str(tmp_path / "run.toml"), [])
+    for run in (cfg, cfg.resolved(), again):
+        assert (run.retains, run.rho) == ((True, 1.0) if keep else (False, 0.0))
+        assert not keep or run.retain_source == "prompts"
+
+
 @pytest.mark.parametrize("steps", range(2, 61))
 def test_every_start_lies_within_the_schedule(steps: int) -> None:
     for start in range(45):

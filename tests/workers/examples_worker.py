@@ -58,6 +58,7 @@ def main(folder: Path) -> None:
         "--evaluation.classifier", "grey", "--evaluation.metrics", "UA; IRA; drawn", "--evaluation.batch_size", "10",
         "--evaluation.num_inference_steps", "4", "--export.formats", "unet; distances",
         "--retain.num_inference_steps", "2", "--report.num_validation_seeds", "1", "--report.report_to", "none",
+        "--progress.enabled", "false",
     ]  # fmt: skip
     attack = ["--attack", "biases", "--steps", "0,1", "--seeds", "1", "--batch_size", "2", "--num_images", "2"]
     sys.exit(cli.main(["train", *run, "--output_dir", out]) or cli.main(["relearn", "--model", out, *attack]))
