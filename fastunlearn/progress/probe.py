@@ -20,7 +20,7 @@ from torch import Tensor
 from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.progress.prompts import kept_pictures, probe_pairs
-from fastunlearn.progress.reading import GONE, Reading
+from fastunlearn.progress.reading import GONE, SIDEWAYS, Reading
 from fastunlearn.progress.seen import Eyes
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.utils.distributed import World, sum_over_ranks
@@ -102,10 +102,10 @@ class Probe:
         found += self._compare(rest, predict)
         looked = [number for batch in (*first, *rest) if batch.concept is not None for number in batch.numbers]
         of = [sorted(i for i in looked if self.pairs[i].concept == concept) for concept in range(self._concepts)]
-        moved = tuple(tuple(found[0, i].item() for i in numbers if self._says[i]) for numbers in of)
+        seen_moved = tuple(tuple(found[0, i].item() for i in numbers if self._says[i]) for numbers in of)
         drift = found[1, : len(self.kept)].mean().item() / self._apart if near else float("nan")
         seen = None if self._eyes is None else tuple(found[2, numbers].mean().item() for numbers in of)
-        return Reading(update, moved, drift, seen)
+        return Reading(update, seen_moved, drift, seen)
 
     def _compare(self, batches: Sequence[Batch], predict: Predict) -> Tensor:
         """(3, N) fp64: how far each pair has moved, how far what is kept has gone, and what is still recognised; zero
@@ -120,7 +120,7 @@ class Probe:
             if batch.concept is None:
                 found[1, batch.numbers] = went.norm(dim=1).cpu()
                 continue
-            found[0, batch.numbers] = ((went * aim).sum(1) / (aim * aim).sum(1).clamp(min=TINY)).cpu()
+            found[0, batch.numbers] = moved(went, aim).cpu()
             if self._eyes is not None:
                 seen = self._eyes.sees(now, [batch.concept] * len(batch.numbers))
                 found[2, batch.numbers] = torch.tensor(seen, dtype=torch.float64)
@@ -130,8 +130,8 @@ class Probe:
         """Whether the rest of the concept's pictures is worth drawing: half of the first ones are gone, or a limit on
         the drift has to be watched."""
         numbers = [i for batch in batches if batch.concept == concept for i in batch.numbers]
-        moved = [found[0, i].item() for i in numbers if self._says[i]]
-        return self.settings.max_drift is not None or sum(value > GONE for value in moved) >= len(moved) / 2
+        values = [found[0, i].item() for i in numbers if self._says[i]]
+        return self.settings.max_drift is not None or sum(value > GONE for value in values) >= len(values) / 2
 
     def shows(self, concept: int) -> bool:
         """Whether the original draws anything else with the concept than without it."""
@@ -173,6 +173,12 @@ class Probe:
     def _sum(self, table: Tensor) -> Tensor:
         """Over ranks: each figure is one rank's, and zero on the others."""
         return table if self.world.world_size == 1 else sum_over_ranks(table.to(self.world.device)).cpu()
+
+
+def moved(went: Tensor, aim: Tensor) -> Tensor:
+    """``moved`` of the legend for (B, D) differences from the original's pictures: (B,)."""
+    length = aim.norm(dim=1).clamp(min=TINY)
+    return torch.maximum((went * aim).sum(1) / length**2, went.norm(dim=1) / length - SIDEWAYS)
 
 
 def _norms(latents: Tensor) -> Tensor:

@@ -46,6 +46,6 @@ def check_classifier(cfg: Config) -> None:
         raise UserError(f"progress.classifier: {name!r} cannot look at this run: {reason}; use 'none'")
 
 
-def open_eyes(cfg: Config, vae: Any, device: torch.device) -> Eyes | None:
+def open_eyes(cfg: Config, pipeline: Any, device: torch.device) -> Eyes | None:
     """None where nobody is asked to look."""
-    return None if not cfg.progress.enabled or cfg.progress.classifier == "none" else Eyes(cfg, vae, device)
+    return None if not cfg.progress.enabled or cfg.progress.classifier == "none" else Eyes(cfg, pipeline.vae, device)

@@ -152,7 +152,7 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
         DTYPES[cfg.weight_dtype],
         autocast=cfg.autocast,
     )
-    eyes = open_eyes(cfg, pipeline.vae, world.device)
+    eyes = open_eyes(cfg, pipeline, world.device)
     del pipeline  # with it go the text encoders and, unless somebody looks at probes, the VAE
     watch = start_watch(cfg, backbone, prompt_table, world, eyes)
     models, engine, ema = shard(cfg, backbone, originals, world, edited)
@@ -244,7 +244,7 @@ def edit(cfg: Config, world: World) -> Edit:
     table = build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, others=probe_texts(cfg))
     compute = DTYPES[cfg.compute_dtype]
     backbone = build_backbone(pipeline, table.texts, cfg.train.resolution, world.device, compute)
-    eyes = open_eyes(cfg, pipeline.vae, world.device)
+    eyes = open_eyes(cfg, pipeline, world.device)
     watch = start_watch(cfg, backbone, table, replace(world, world_size=1), eyes)
     assert watch is not None
     put_in_place(backbone.unet, tensors)

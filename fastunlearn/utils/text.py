@@ -37,8 +37,8 @@ def without_style(name: str) -> str:
 
 def with_article(name: str) -> str:
     """ "apple" -> "an apple"; a proper name, and what has an article or a number already, stays as it is."""
-    first = name.split(" ")[0]
-    if not name or first in ARTICLES or not first[0].islower():
+    first = next(iter(name.split()), "")
+    if not first or first in ARTICLES or not first[0].islower():
         return name
     return f"{'an' if first[0] in 'aeiou' else 'a'} {name}"
 

@@ -48,7 +48,7 @@ def tiny_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
 
 def tiny_prompts(names: list[str] | None = None, **prompts: object) -> PromptTable:
     concepts = [Concept(name=name) for name in names or ["neon style"]]
-    return build_prompt_table(concepts, PromptsConfig.model_validate(prompts), seed=0)
+    return build_prompt_table(concepts, PromptsConfig.model_validate({"templates": ["{concept}"]} | prompts), seed=0)
 
 
 def tiny_backbone(

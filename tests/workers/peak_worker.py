@@ -57,7 +57,10 @@ CASES: dict[str, tuple[str, ...]] = {
 
 def config(case: str) -> Config:
     """Every update trains on augmented prompts: then the trajectory needs one more prediction than otherwise."""
-    small = ("--retain.num_images", "8", "--retain.num_inference_steps", "2", "--prompts.augment_fraction", "1")
+    small = (
+        "--retain.num_images", "8", "--retain.num_inference_steps", "2", "--prompts.augment_fraction", "1",
+        "--kscu.start", "4", "--sampler.num_inference_steps", "50",
+    )  # fmt: skip
     return load_config(str(ROOT / "configs" / "minicanvas_object.toml"), [*small, *CASES[case]])
 
 
