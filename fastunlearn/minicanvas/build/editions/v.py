@@ -97,11 +97,11 @@ V = Edition(
     plans={
         "judge": FitPlan("judge", steps=600, batch=32, learning_rate=2e-3, ema=0.997, weight_decay=0.02, seed=51),
         "text": FitPlan("text", steps=700, batch=64, learning_rate=2e-3, ema=0.995, seed=52),
-        "vae": FitPlan("vae", steps=300, batch=10, learning_rate=8e-4, ema=0.98, warmup=20, seed=54),
-        "unet": FitPlan("unet", steps=3000, batch=16, learning_rate=1.2e-3, ema=0.998, warmup=150, seed=53),
+        "vae": FitPlan("vae", steps=240, batch=10, learning_rate=8e-4, ema=0.98, warmup=10, seed=54),
+        "unet": FitPlan("unet", steps=1600, batch=16, learning_rate=1.2e-3, ema=0.996, warmup=150, seed=53),
     },
-    look_every=500,
-    check_seeds=6,
+    look_every=600,
+    check_seeds=3,
     vae=CANVAS.pictures.parent / "model" / "vae",
     vae_pictures="pictures_judge",
 )
