@@ -60,6 +60,7 @@ def config(case: str) -> Config:
     small = (
         "--retain.num_images", "8", "--retain.num_inference_steps", "2", "--prompts.augment_fraction", "1",
         "--kscu.start", "4", "--sampler.num_inference_steps", "50",
+        "--progress.stop", "false",  # the weights of the best probe come after what is measured here
     )  # fmt: skip
     return load_config(str(ROOT / "configs" / "minicanvas_object.toml"), [*small, *CASES[case]])
 
