@@ -143,8 +143,12 @@ def _templates(cfg: Config) -> list[str]:
     return cfg.prompts.templates or [wording.prompt for kind in kinds for wording in TRAINED[kind]]
 
 
+def _known_rate(cfg: Config, metrics: dict) -> float | None:
+    return cfg.train.learning_rate or metrics.get("learning_rate")
+
+
 def _learning_rate(cfg: Config, metrics: dict) -> str:
-    rate = cfg.train.learning_rate or metrics.get("learning_rate")
+    rate = _known_rate(cfg, metrics)
     from_weights = f"{cfg.train.relative_step:g} of the trained weights' rms"
     given = f"{rate:.3g}" if rate else from_weights
     if rate and cfg.train.learning_rate is None:
@@ -161,7 +165,7 @@ def _additions(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
         samples = f"{retain.batch_size} samples per rank and micro-batch ({cfg.retain_source}, target: {retain.target})"
         facts.append(("retain gradient", f"{projection}, per {surgery.granularity}; rho {cfg.rho:g}; {samples}"))
     if cfg.has_meta:
-        rate = cfg.meta.inner_learning_rate or cfg.train.learning_rate or metrics.get("learning_rate") or 0.0
+        rate = meta.inner_learning_rate or _known_rate(cfg, metrics) or 0.0
         goal = "ascent" if meta.ascends else "erased"
         attack = f"{meta.inner_steps} steps of {meta.inner_optimizer} at {rate:g} (scope: {meta.inner_scope})"
         again = f"starting again every {meta.steps_per_attack} terms; goal: {goal}"

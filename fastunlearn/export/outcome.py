@@ -94,10 +94,8 @@ def why_it_ended(cfg: Config, progress: Mapping[str, Any]) -> str:
         f"{name + ' ' if several else ''}{one['share']:.0%} of {one['pairs']} probes" if one["pairs"]
         else f"{name} was never drawn, so that there is nothing to see" for name, one in found.items()
     )  # fmt: skip
-    asked = "" if progress["erased"] else f" (asked for: {cfg.progress.share:.0%}, the lowest tenth moved by "
-    if asked:
-        lows = ", ".join(f"{one['low']:.2f}" for one in found.values())
-        asked += f"{cfg.progress.quantile:g}; it moved by {lows})"
+    lows = ", ".join(f"{one['low']:.2f}" for one in found.values())
+    asked = f" (asked for: {cfg.progress.share:.0%}, the lowest tenth moved by {cfg.progress.quantile:g}; it moved by {lows})"
     if progress["ended"] == "edited":
         cost = f"drift of what is kept {progress['drift']:.2f}"
     else:
@@ -107,7 +105,7 @@ def why_it_ended(cfg: Config, progress: Mapping[str, Any]) -> str:
         cost += f"; drift of what is kept {progress['drift']:.2f}"
         if progress["ended"] == "drift":
             cost += f", so it ended at progress.max_drift {cfg.progress.max_drift:g}"
-    return f"{'Erased' if progress['erased'] else 'Not erased'}: {shares}{asked}; {cost}."
+    return f"{'Erased' if progress['erased'] else 'Not erased'}: {shares}{'' if progress['erased'] else asked}; {cost}."
 
 
 def title(base: str, cfg: Config, metrics: Mapping[str, Any]) -> str:

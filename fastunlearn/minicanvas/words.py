@@ -10,6 +10,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fastunlearn.utils.text import article_of
+
 
 @dataclass(frozen=True)
 class Attribute:
@@ -126,5 +128,5 @@ def article(caption: str) -> str:
     words = caption.split(" ")
     for i in range(len(words) - 1):
         if words[i] in ("a", "an"):
-            words[i] = "an" if words[i + 1][:1] in "aeiou" else "a"
+            words[i] = article_of(words[i + 1])
     return " ".join(words)

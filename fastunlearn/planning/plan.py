@@ -23,12 +23,12 @@ from fastunlearn.models.parameter_names import is_small, layer_of, text_projecti
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.unet_calls import count_evaluations, pools
-from fastunlearn.progress.prompts import kept_pictures, probe_pairs, probe_texts
+from fastunlearn.progress.prompts import picture_count, probe_texts
 from fastunlearn.prompts.variants import build_prompt_table
 from fastunlearn.schema.attention_rules import UNFUSED
 from fastunlearn.schema.meta import meta_weights, set_weights
 from fastunlearn.utils.dtypes import DTYPES
-from fastunlearn.utils.memory_rows import Row, Sizes, peak, totals
+from fastunlearn.utils.memory_rows import FP32, Row, Sizes, peak, totals
 from fastunlearn.utils.text import GIB
 
 # What a GPU's driver and libraries take for themselves; a rule of thumb, not measured here.
@@ -119,11 +119,11 @@ def _latents_and_text(cfg: Config, model: ModelDescription) -> list[Row]:
         retained = retain_prompts(cfg)
     captions = [caption for pairs in set_captions(cfg).values() for _, caption in pairs]
     pictures += pools(cfg) * cfg.retain.num_images + pool_sizes(cfg)[0] + len(captions)
-    others = [*meta_texts(cfg), *captions, *(probe_texts(cfg) if cfg.progress.enabled else [])]
+    others = [*meta_texts(cfg), *captions, *probe_texts(cfg)]
     texts = len(build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, retained, others).texts)
     width = DTYPES[cfg.weight_dtype].itemsize
     embeddings = texts * model.tokens * model.text_width * width
-    pictures += 2 * (len(probe_pairs(cfg)) + len(kept_pictures(cfg))) if cfg.progress.enabled else 0
+    pictures += 2 * picture_count(cfg)
     latents = pictures * math.prod(latent) * 4
     rows = [Row("prompt embeddings and latents", embeddings + latents)]
     if cfg.model.cache_prompt_keys:
@@ -135,9 +135,8 @@ def _latents_and_text(cfg: Config, model: ModelDescription) -> list[Row]:
         stored = 4 * indices * cfg.teacher.trajectories * math.prod(latent) * 4
         rows.append(Row("targets of the original model", host=stored))
     if cfg.stops_when_erased:
-        rows.append(
-            Row("weights of the best probe (fp32)", host=sum(unet_sizes(model, resolved_scope(cfg)).trained) * 4)
-        )
+        trained = sum(unet_sizes(model, resolved_scope(cfg)).trained)
+        rows.append(Row("weights of the best probe (fp32)", host=trained * FP32))
     own = cfg.method_spec.memory_rows(cfg, channels, side)
     rows += [Row(name, size) for name, size in own]
     return rows

@@ -12,7 +12,7 @@ from fastunlearn.denoisers.predictors import Evaluations
 from fastunlearn.meta.memory import add_meta, pool_sizes
 from fastunlearn.methods.base import Method, UNetCalls
 from fastunlearn.methods.tables import build_method, rank_table
-from fastunlearn.progress.prompts import kept_pictures, probe_pairs
+from fastunlearn.progress.prompts import picture_count
 from fastunlearn.progress.stopping import probes_of
 from fastunlearn.sampling.key_steps import KeyStep
 
@@ -33,12 +33,9 @@ def count_evaluations(cfg: Config, world: int) -> Evaluations:
 
 def _probes(cfg: Config) -> int:
     """All probes that there can be, and the pictures that they are compared with. Ranks share the pictures."""
-    if not cfg.progress.enabled:
-        return 0
-    pictures = len(probe_pairs(cfg)) + len(kept_pictures(cfg))
     updates = resolved_steps(cfg) - first_student_update(cfg) if cfg.trains else 1
     looks = len(list(probes_of(updates, cfg.progress.every)))
-    return (4 + 2 * looks) * pictures * cfg.progress.num_inference_steps
+    return (4 + 2 * looks) * picture_count(cfg) * cfg.progress.num_inference_steps
 
 
 def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -17,19 +17,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.progress.prompts import kept_pictures, probe_pairs
 from fastunlearn.progress.reading import GONE, SIDEWAYS, Reading
 from fastunlearn.progress.seen import Eyes
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
+from fastunlearn.sampling.image_pool import Predict, draw_latents
 from fastunlearn.utils.distributed import World, sum_over_ranks
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
-
-Predict = Callable[[Tensor, Tensor, PromptEmbeds, PromptEmbeds], tuple[Tensor, ...]]
-"""(latents, timesteps, conditional, unconditional) -> the two predictions."""
 
 TINY = 1e-30
 SAYS_NOTHING = 0.1
@@ -122,7 +119,7 @@ class Probe:
                 continue
             found[0, batch.numbers] = moved(went, aim).cpu()
             if self._eyes is not None:
-                seen = self._eyes.sees(now, [batch.concept] * len(batch.numbers))
+                seen = self._eyes.sees(now, batch.concept)
                 found[2, batch.numbers] = torch.tensor(seen, dtype=torch.float64)
         return self._sum(found) if batches else found
 
@@ -157,18 +154,9 @@ class Probe:
     @torch.no_grad()
     def _draw(self, rows: Sequence[int], seeds: Sequence[int], predict: Predict) -> Tensor:
         """Final latents (B, C, H, W) fp32, by DDIM with guidance."""
-        noise, shape = self.backbone.noise, self.backbone.sample_shape
-        steps, guidance = self.settings.num_inference_steps, self.settings.guidance_scale
-        cond = self.backbone.embeds.select(list(rows))
-        uncond = self.backbone.embeds.select([self._nothing] * len(rows))
-        initial = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        latents = (initial * noise.init_noise_sigma).to(noise.device)
-        for timestep in noise.timesteps(steps):
-            timesteps = noise.expand(timestep, len(latents))
-            with_prompt, without = predict(latents, timesteps, cond, uncond)
-            latents = noise.step(with_prompt, without, latents, timesteps, steps, guidance)
-            self.evaluations += 2 * len(latents)
-        return latents.float()
+        steps, scale = self.settings.num_inference_steps, self.settings.guidance_scale
+        self.evaluations += 2 * steps * len(rows)
+        return draw_latents(self.backbone, predict, rows, self._nothing, seeds, steps, scale).float()
 
     def _sum(self, table: Tensor) -> Tensor:
         """Over ranks: each figure is one rank's, and zero on the others."""

@@ -49,10 +49,9 @@ KEPT_OBJECT, KEPT_STYLE = "a photo of {object}", "a drawing in {style}"
 
 def probe_pairs(cfg: Config) -> list[ProbePair]:
     """``progress.pairs`` for each concept, three of four with a context where there are any."""
-    trained = {pair.prompt for concept in named_concepts(cfg) for pair in concept_variants(concept, cfg.prompts)}
-    return [
-        pair for number, concept in enumerate(named_concepts(cfg)) for pair in _pairs(cfg, number, concept, trained)
-    ]
+    concepts = named_concepts(cfg)
+    trained = {pair.prompt for concept in concepts for pair in concept_variants(concept, cfg.prompts)}
+    return [pair for number, concept in enumerate(concepts) for pair in _pairs(cfg, number, concept, trained)]
 
 
 def kept_pictures(cfg: Config) -> list[KeptPicture]:
@@ -78,9 +77,16 @@ def kept_pictures(cfg: Config) -> list[KeptPicture]:
 
 
 def probe_texts(cfg: Config) -> list[str]:
-    """Every prompt that a probe asks for."""
+    """Every prompt that a probe asks for; none where there is no probe."""
+    if not cfg.progress.enabled:
+        return []
     pairs = [text for pair in probe_pairs(cfg) for text in (pair.prompt, pair.anchor)]
     return list(dict.fromkeys([*pairs, *(picture.prompt for picture in kept_pictures(cfg))]))
+
+
+def picture_count(cfg: Config) -> int:
+    """How many pictures a whole probe draws."""
+    return len(probe_pairs(cfg)) + len(kept_pictures(cfg)) if cfg.progress.enabled else 0
 
 
 def _pairs(cfg: Config, number: int, concept: Concept, trained: set[str]) -> Iterable[ProbePair]:

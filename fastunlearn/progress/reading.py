@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 GONE = 0.5
 """A picture that has moved further is nearer to the one without the concept than to the one with it."""
 SIDEWAYS = 0.3
@@ -77,10 +79,4 @@ class Reading:
 
 def quantile(values: Sequence[float], share: float) -> float:
     """Interpolated linearly; NaN of nothing."""
-    if not values:
-        return math.nan
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    return float(np.quantile(values, share)) if values else math.nan

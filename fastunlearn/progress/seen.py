@@ -24,12 +24,12 @@ class Eyes:
         self._classifier = CLASSIFIERS[cfg.progress.classifier].load(str(device))
 
     @torch.no_grad()
-    def sees(self, latents: Tensor, concepts: list[int]) -> list[bool]:
-        """Whether each picture, of latents (B, C, H, W), shows its concept."""
+    def sees(self, latents: Tensor, concept: int) -> list[bool]:
+        """Whether each picture, of latents (B, C, H, W), shows the concept."""
         images = self._vae.decode(latents.to(self._vae.dtype) / self._vae.config.scaling_factor).sample
         labels = self._classifier.look((images.float() / 2 + 0.5).clamp(0, 1))
-        shown = [{self._identity(label.object), self._identity(label.style)} for label in labels]
-        return [self._names[concept] in names for concept, names in zip(concepts, shown, strict=True)]
+        name = self._names[concept]
+        return [name in (self._identity(label.object), self._identity(label.style)) for label in labels]
 
 
 def check_classifier(cfg: Config) -> None:

@@ -53,21 +53,18 @@ class Progress:
     readings: list[Reading] = field(default_factory=list)
     start: int = 0
     """The updates before the model itself is changed; they do not count."""
-    due: int = 0
-    """The update after which the next probe comes."""
 
-    def __post_init__(self) -> None:
-        self.due = self.due or self._after(self.start)
+    @property
+    def due(self) -> int:
+        """The update after which the next probe comes."""
+        last = self.readings[-1].update if self.readings else self.start
+        return self.start + next_probe(last - self.start, self.settings.every)
 
     def add(self, reading: Reading) -> bool:
         """Enter a probe; whether it is the best so far, whose weights remain if no better one comes."""
         before = self.best
         self.readings.append(reading)
-        self.due = self._after(reading.update)
         return self.best is not before
-
-    def _after(self, update: int) -> int:
-        return self.start + next_probe(update - self.start, self.settings.every)
 
     def holds(self, reading: Reading, concept: int) -> bool:
         """Whether the concept is gone from as much of the probe as was asked for."""
@@ -119,12 +116,11 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """The probes so far."""
-        return {"readings": [reading.as_json() for reading in self.readings], "due": self.due}
+        return {"readings": [reading.as_json() for reading in self.readings]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after them."""
         self.readings = [Reading.from_json(data) for data in state["readings"]]
-        self.due = state["due"]
 
 
 def _or_zero(value: float) -> float:

@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.engines.base import ExportedWeights
-from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
 from fastunlearn.models.backbone import Backbone
-from fastunlearn.progress.probe import Predict, Probe
+from fastunlearn.progress.probe import Probe
 from fastunlearn.progress.reading import Reading
 from fastunlearn.progress.stopping import Progress
+from fastunlearn.sampling.image_pool import Predict
 
 
 class Watch:
@@ -37,17 +36,13 @@ class Watch:
         started = time.perf_counter()
         reading = self.probe.look(update, models.probed)
         if self.progress.add(reading) and self.progress.stops:
-            weights = export()
-            self._best = weights if weights.trained else None  # the other ranks have none
+            self._best = export()
         self.seconds += time.perf_counter() - started
         return reading
 
     def weights(self, now: Callable[[], ExportedWeights], edited: Mapping[str, Tensor]) -> ExportedWeights:
         """What remains: those of the best look, or where nothing stops a run those it ended with. Collective."""
-        last, best = self.progress.readings[-1:], self.progress.best
-        if not self.progress.stops or not last or best is last[0] or self._best is None:
-            return now()
-        return replace(self._best, edited=edited)
+        return now() if self._best is None else replace(self._best, edited=edited)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint. The originals are drawn again."""
@@ -66,11 +61,4 @@ class Watch:
 
 def as_it_is(backbone: Backbone) -> Predict:
     """The predictions of a backbone's own U-Net, before any engine has it."""
-
-    @torch.no_grad()
-    def predict(latents: Tensor, timesteps: Tensor, cond: PromptEmbeds, uncond: PromptEmbeds) -> tuple[Tensor, ...]:
-        both = torch.cat([latents] * 2)
-        prompts = PromptEmbeds.cat([cond, uncond])
-        return backbone.predict(backbone.unet, both, timesteps.repeat(2), prompts).chunk(2)
-
-    return predict
+    return Predictors(backbone, backbone.unet, backbone.unet, backbone.unet).probed

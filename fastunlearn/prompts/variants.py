@@ -10,9 +10,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fastunlearn.prompts.vocabulary import GENERIC
 from fastunlearn.prompts.wordings import PLAIN, TRAINED, Wording
 from fastunlearn.schema.sections import Concept, PromptsConfig
-from fastunlearn.utils.text import names_style, with_article, without_style
+from fastunlearn.utils.text import with_article, without_style
 
 UNCONDITIONAL = ""
 AUGMENT_WORDS = (
@@ -107,9 +108,7 @@ def concept_variants(concept: Concept, config: PromptsConfig) -> list[PromptPair
 
 def kind_of(concept: Concept) -> str:
     """As given, or as its name alone suggests."""
-    if concept.kind != "auto":
-        return concept.kind
-    return "style" if names_style(concept.name) else "object"
+    return concept.kind if concept.kind != "auto" else GENERIC.kind_of(concept.name)
 
 
 def worded(concept: Concept, wording: Wording, context: str, contextual_anchor: bool = True) -> PromptPair:

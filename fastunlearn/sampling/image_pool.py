@@ -6,7 +6,7 @@ Each image is noised anew where it is used. There is no VAE in the training loop
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +19,16 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.config.run_prompts import folder_captions
 from fastunlearn.denoisers.predictors import Predictors
+from fastunlearn.models.architectures.prompt_embeds import PromptEmbeds
+from fastunlearn.models.backbone import Backbone
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.models.noise_process import NoiseProcess
 from fastunlearn.models.pipeline import image_side
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.pictures import read_picture
+
+Predict = Callable[[Tensor, Tensor, PromptEmbeds, PromptEmbeds], tuple[Tensor, ...]]
+"""(latents, timesteps, conditional, unconditional) -> the two predictions."""
 
 
 class NoisyLatents(NamedTuple):
@@ -85,17 +90,33 @@ def _generate(
     cfg: Config, models: Predictors, prompt_table: PromptTable, prompts: list[str], seeds: list[int]
 ) -> Tensor:
     """One batch: clean latents (B, C, H, W)."""
-    embeds, noise = models.backbone.embeds, models.noise
-    cond = embeds.select([prompt_table.index[prompt] for prompt in prompts])
-    uncond = embeds.select([prompt_table.index[UNCONDITIONAL]] * len(prompts))
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    latents = torch.stack([torch.randn(models.backbone.sample_shape, generator=g) for g in generators])
-    latents = latents.to(cond.hidden.device)
+    rows, nothing = [prompt_table.index[prompt] for prompt in prompts], prompt_table.index[UNCONDITIONAL]
     steps, scale = cfg.retain.num_inference_steps, cfg.retain.guidance_scale
+    return draw_latents(models.backbone, models.frozen, rows, nothing, seeds, steps, scale, cfg.sampler.name)
+
+
+def draw_latents(
+    backbone: Backbone,
+    predict: Predict,
+    rows: Sequence[int],
+    nothing: int,
+    seeds: Sequence[int],
+    steps: int,
+    guidance_scale: float,
+    sampler: str = "ddim",
+) -> Tensor:
+    """Clean latents (B, C, H, W) of prompts, each from its own noise, with classifier-free guidance.
+
+    ``rows`` of the prompts, and of ``nothing``, among those of the run; ``steps`` of the ``sampler``.
+    """
+    noise, shape = backbone.noise, backbone.sample_shape
+    cond, uncond = backbone.embeds.select(rows), backbone.embeds.select([nothing] * len(rows))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(cond.hidden.device)
     for timestep in noise.timesteps(steps):
         timesteps = noise.expand(timestep, len(latents))
-        guided, unguided = models.frozen(latents, timesteps, cond, uncond)
-        latents = noise.step(guided, unguided, latents, timesteps, steps, scale, cfg.sampler.name)
+        guided, unguided = predict(latents, timesteps, cond, uncond)
+        latents = noise.step(guided, unguided, latents, timesteps, steps, guidance_scale, sampler)
     return latents
 
 

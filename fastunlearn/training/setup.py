@@ -138,7 +138,7 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
     meta_folders = encode_sets(cfg, pipeline, world.device)
     others = [*meta_texts(cfg), *(prompt for pool in meta_folders.values() for prompt in pool.prompts)]
-    others += probe_texts(cfg) if cfg.progress.enabled else []
+    others += probe_texts(cfg)
     prompt_table = build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, retained, others)
     edited = method.edit(pipeline, world.device) if cfg.closed_form else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))

@@ -63,8 +63,7 @@ def train_weights(cfg: Config, world: World, resume: Path | None) -> tuple[Expor
     rate = run.cfg.learning_rate
     del run
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
-    seconds = {"total": done.seconds, "rollout": done.rollout_seconds, "probe": probe_seconds}
-    seconds["train"] = seconds["total"] - seconds["rollout"] - seconds["probe"]
+    seconds = divided(done.seconds, done.rollout_seconds, probe_seconds)
     figures = RunFigures(done.update, seconds, evaluations, world.world_size, world.device, progress, rate)
     return weights, figures, kept
 
@@ -76,12 +75,16 @@ def edit_only(cfg: Config, world: World) -> Results | None:
     done = edit(cfg, world)
     start_output(cfg, resumed=False)
     print(f"{cfg.method}: {len(done.tensors)} tensors edited in closed form in {done.seconds:.1f} s")
-    seconds = {"total": done.seconds + done.probe_seconds, "rollout": 0.0, "probe": done.probe_seconds}
-    seconds["train"] = done.seconds
+    seconds = divided(done.seconds + done.probe_seconds, 0.0, done.probe_seconds)
     evaluations = asdict(Evaluations(probe=done.evaluations))
     figures = RunFigures(0, seconds, evaluations, world.world_size, world.device, done.progress)
     weights = ExportedWeights({}, done.tensors)
     return write_results(cfg, weights, figures, keep_weights(cfg, weights))
+
+
+def divided(total: float, rollout: float, probe: float) -> dict[str, float]:
+    """A run's seconds by what they were spent on; the rest is training."""
+    return {"total": total, "rollout": rollout, "probe": probe, "train": total - rollout - probe}
 
 
 def update_loop(run: Run, saver: Saver) -> None:

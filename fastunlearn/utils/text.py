@@ -40,7 +40,12 @@ def with_article(name: str) -> str:
     first = next(iter(name.split()), "")
     if not first or first in ARTICLES or not first[0].islower():
         return name
-    return f"{'an' if first[0] in 'aeiou' else 'a'} {name}"
+    return f"{article_of(name)} {name}"
+
+
+def article_of(word: str) -> str:
+    """ "an" before a vowel, else "a"."""
+    return "an" if word[:1] in "aeiou" else "a"
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:
