@@ -95,7 +95,7 @@ def run_in(cfg: Config, world_size: int) -> Results | None:
         from fastunlearn.training.memory_check import check_memory
 
         check_memory(cfg, world_size)
-    from fastunlearn.models.prompt_lengths import check_words
+    from fastunlearn.models.text.prompt_lengths import check_words
     from fastunlearn.progress.seen import check_classifier
     from fastunlearn.training.trainer import train
     from fastunlearn.utils.distributed import disconnect, init_distributed, single_process

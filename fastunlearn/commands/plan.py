@@ -125,7 +125,7 @@ def _how(plan: Plan) -> str:
         f"{cfg.engine_spec.title(cfg)}, "
         f"{plan.world} rank{'s' if plan.world > 1 else ''}, "
         f"{'bf16' if cfg.model.mixed_precision == 'bf16' else 'fp32'}, batch {cfg.train.train_batch_size}"
-        + (f", retain batch {cfg.retain.batch_size}" if cfg.retains else "")
+        + (f", retain batch {cfg.retain_batch_size}" if cfg.retains else "")
     )
 
 

@@ -45,7 +45,7 @@ class FixedSections(ConfigModel):
     concepts: list[Concept] = Field(default_factory=list)
     """What to erase: strings, or tables {name, anchor, kind}."""
     keep: list[StrippedStr] = Field(default_factory=list)
-    """Concepts that must survive; they are drawn and measured. None given on MiniCanvas: all that are not erased."""
+    """Concepts that must survive; they are held, drawn and measured. None given: see ``retain.neighbours``."""
     output_dir: PathStr = "outputs/run"
     """Folder that receives everything that the run leaves."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
@@ -140,9 +140,16 @@ class FixedSections(ConfigModel):
 
     @property
     def asks_surgery(self) -> bool:
-        """``surgery.enabled``, where "auto" stands for whatever protects what the user wants to keep."""
-        enabled = self.surgery.enabled
-        return bool(self.keep) and not self.closed_form if enabled == "auto" else enabled
+        """``surgery.enabled``, where "auto" stands for whatever protects what is kept."""
+        if self.surgery.enabled != "auto":
+            return self.surgery.enabled
+        unasked = self.teacher.storage != "cached" and (self.chooses_neighbours or bool(resolved_keep(self)))
+        return not self.closed_form and (bool(self.keep) or unasked)
+
+    @property
+    def chooses_neighbours(self) -> bool:
+        """Whether the model is asked what to keep: nothing is named, and what it knows cannot be known before."""
+        return not self.keep and self.vocabulary.known_names() is None and self.retain.neighbours > 0
 
     @property
     def surgery_settings(self) -> SurgeryConfig:
@@ -184,6 +191,11 @@ class FixedSections(ConfigModel):
         if self.retain.source == "auto" and self.protects_unasked and self.retain.target == "teacher":
             return "prompts"
         return self.method_spec.retain_source if self.retain.source == "auto" else self.retain.source
+
+    @property
+    def retain_batch_size(self) -> int:
+        """``retain.batch_size`` with its default filled in."""
+        return self.retain.batch_size or (2 if self.protects_unasked else 4)
 
     @property
     def retain_timesteps(self) -> str:
@@ -300,7 +312,7 @@ def _kept_contexts(cfg: RunConfig, kind: str) -> list[str]:
     return [name for name in resolved_keep(cfg) if name not in styles]
 
 
-def resolved_keep(cfg: RunConfig) -> list[str]:
+def resolved_keep(cfg: FixedSections) -> list[str]:
     """The concepts to keep: the given ones, or on MiniCanvas, where all names are known, all that are not erased."""
     known = cfg.vocabulary.known_names()
     if cfg.keep or known is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from string import Formatter
 
-from fastunlearn.config.base import RunConfig, resolved_scope
+from fastunlearn.config.base import RunConfig, resolved_keep, resolved_scope
 from fastunlearn.config.engine_rules import check_engine, check_ranks
 from fastunlearn.config.meta_rules import check_meta
 from fastunlearn.config.run_prompts import retain_prompts
@@ -47,9 +47,12 @@ def said_back(cfg: RunConfig) -> str:
     """What is erased, as the run has understood it: "2 concepts: cat (anchor: dog); neon style"."""
     names = [concept.name + (f" (anchor: {concept.anchor})" if concept.anchor else "") for concept in cfg.concepts]
     said = f"{len(names)} concept{'s' if len(names) != 1 else ''}: {'; '.join(names)}"
-    if cfg.protects_unasked:
-        said += f"\nheld by the retain gradient: {'; '.join(cfg.keep)} (--surgery.enabled false leaves it out)"
-    return said
+    return said if cfg.chooses_neighbours or not cfg.protects_unasked else f"{said}\n{held(cfg)}"
+
+
+def held(cfg: RunConfig) -> str:
+    """What the retain gradient holds without having been asked for, and how to leave it out."""
+    return f"held by the retain gradient: {'; '.join(resolved_keep(cfg))} (--surgery.enabled false leaves it out)"
 
 
 def check_runtime(cfg: RunConfig, world_size: int, cpu_count: int | None, has_gpu: bool) -> None:
@@ -162,7 +165,7 @@ def _check_surgery(cfg: RunConfig) -> None:
         raise UserError("retain.folder: none given; retain.source 'folder' needs images with captions")
     if source == "prompts" and cfg.retain.target == "noise":
         raise UserError("retain.target: 'noise' needs pictures; use 'teacher', or another retain.source")
-    if source in ("generated", "prompts"):
+    if source in ("generated", "prompts") and not cfg.chooses_neighbours:
         retain_prompts(cfg)
 
 

@@ -54,7 +54,8 @@ class Config(RunConfig):
             entry["kind"] = self.kind_of(concept)
         if not self.closed_form:  # what "auto" stands for follows from keep, which is filled in here
             data["surgery"] |= {"enabled": self.asks_surgery, "rho": self.rho}
-            data["retain"]["source"] = self.retain_source if self.protects_unasked else self.retain.source
+            if self.protects_unasked:
+                data["retain"] |= {"source": self.retain_source, "batch_size": self.retain_batch_size}
         data["keep"] = resolved_keep(self)
         data["train"]["max_train_steps"] = resolved_steps(self) or None
         data["train"]["scope"] = resolved_scope(self)

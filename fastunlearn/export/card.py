@@ -162,7 +162,9 @@ def _additions(cfg: Config, metrics: dict) -> list[tuple[str, str]]:
     facts = []
     if cfg.retains:
         projection = "no projection" if surgery.projection == "none" else f"{surgery.projection} projection"
-        samples = f"{retain.batch_size} samples per rank and micro-batch ({cfg.retain_source}, target: {retain.target})"
+        samples = (
+            f"{cfg.retain_batch_size} samples per rank and micro-batch ({cfg.retain_source}, target: {retain.target})"
+        )
         facts.append(("retain gradient", f"{projection}, per {surgery.granularity}; rho {cfg.rho:g}; {samples}"))
     if cfg.has_meta:
         rate = meta.inner_learning_rate or _known_rate(cfg, metrics) or 0.0

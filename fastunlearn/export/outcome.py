@@ -95,7 +95,8 @@ def why_it_ended(cfg: Config, progress: Mapping[str, Any]) -> str:
         else f"{name} was never drawn, so that there is nothing to see" for name, one in found.items()
     )  # fmt: skip
     lows = ", ".join(f"{one['low']:.2f}" for one in found.values())
-    asked = f" (asked for: {cfg.progress.share:.0%}, the lowest tenth moved by {cfg.progress.quantile:g}; it moved by {lows})"
+    goal = f"{cfg.progress.share:.0%}, the lowest tenth moved by {cfg.progress.quantile:g}"
+    asked = "" if progress["erased"] else f" (asked for: {goal}; it moved by {lows})"
     if progress["ended"] == "edited":
         cost = f"drift of what is kept {progress['drift']:.2f}"
     else:
@@ -105,7 +106,7 @@ def why_it_ended(cfg: Config, progress: Mapping[str, Any]) -> str:
         cost += f"; drift of what is kept {progress['drift']:.2f}"
         if progress["ended"] == "drift":
             cost += f", so it ended at progress.max_drift {cfg.progress.max_drift:g}"
-    return f"{'Erased' if progress['erased'] else 'Not erased'}: {shares}{'' if progress['erased'] else asked}; {cost}."
+    return f"{'Erased' if progress['erased'] else 'Not erased'}: {shares}{asked}; {cost}."
 
 
 def title(base: str, cfg: Config, metrics: Mapping[str, Any]) -> str:

@@ -20,12 +20,14 @@ from fastunlearn.minicanvas.vocabulary import EVALUATION_TEMPLATE, OBJECTS, STYL
 from fastunlearn.minicanvas.words import article
 from fastunlearn.models.loading import Pipeline
 from fastunlearn.utils.files import atomic_file
+from fastunlearn.utils.text import names_style
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
 
 GROUPS = {"erased": "erased", "neighbouring": "neighbouring, to be kept", "unrelated": "unrelated, to be kept"}
 DEFAULT_UNRELATED = "a photograph of a mountain lake"
+SHOWN_OF_EACH = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def choose_validation_rows(cfg: Config) -> list[ValidationRow]:
         rows = _minicanvas_rows(concepts)
     else:
         rows = [ValidationRow("erased", concept.name) for concept in cfg.concepts]
-        rows += [ValidationRow("neighbouring", name) for name in cfg.keep]
+        rows += [ValidationRow("neighbouring", name) for name in _shown(cfg.keep)]
         if not cfg.report.validation_prompts:
             rows.append(ValidationRow("unrelated", DEFAULT_UNRELATED))
     words = [concept.name.lower() for concept in cfg.concepts]
@@ -66,6 +68,15 @@ def choose_validation_rows(cfg: Config) -> list[ValidationRow]:
         rows.append(ValidationRow(group, prompt))
     order = list(GROUPS)
     return sorted(dict.fromkeys(rows), key=lambda row: order.index(row.group))
+
+
+def _shown(keep: Sequence[str]) -> list[str]:
+    """All that is kept; of a long list, which a run may have chosen itself, some things and some styles."""
+    if len(keep) <= 2 * SHOWN_OF_EACH:
+        return list(keep)
+    styles = [name for name in keep if names_style(name)]
+    things = [name for name in keep if name not in styles]
+    return [*things[:SHOWN_OF_EACH], *styles[:SHOWN_OF_EACH]]
 
 
 def _minicanvas_rows(concepts: Sequence[Erased]) -> list[ValidationRow]:

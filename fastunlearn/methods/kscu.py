@@ -40,7 +40,7 @@ UNCOND_WEIGHT_THAT_MATTERS = 1e-2
 # The released trainer for SD 1.4: objects and nudity live in the layout, styles in the detail.
 KINDS = {
     "style": KindDefaults(start=24, steps=500, steps_for_several=500, scope="attn2"),
-    "object": KindDefaults(start=14, steps=750, steps_for_several=750, scope="noxattn"),
+    "object": KindDefaults(start=14, steps=750, steps_for_several=750, scope="attn2"),
     "nudity": KindDefaults(start=14, steps=750, steps_for_several=750, scope="noxattn"),
     "instance": KindDefaults(start=40, steps=200, steps_for_several=750, scope="attn2"),
 }

@@ -115,11 +115,11 @@ def _offload(cfg: Config) -> Iterator[Change]:
 
 
 def _batches(cfg: Config) -> Iterator[Change]:
-    batch, retained = cfg.train.train_batch_size, cfg.retain.batch_size if cfg.retains else 1
+    batch, retained = cfg.train.train_batch_size, cfg.retain_batch_size if cfg.retains else 1
     while batch > 1 or retained > 1:
         batch, retained = max(1, batch // 2), max(1, retained // 2)
         fields = [("train.train_batch_size", batch)] if batch != cfg.train.train_batch_size else []
-        fields += [("retain.batch_size", retained)] if cfg.retains and retained != cfg.retain.batch_size else []
+        fields += [("retain.batch_size", retained)] if cfg.retains and retained != cfg.retain_batch_size else []
         yield Change(tuple(fields))
 
 

@@ -20,6 +20,7 @@ from fastunlearn.meta.memory import attack_rows, pool_sizes
 from fastunlearn.methods.tables import build_method
 from fastunlearn.models.description import ModelDescription
 from fastunlearn.models.parameter_names import is_small, layer_of, text_projections, trainable_names
+from fastunlearn.models.text.neighbours import with_expected_neighbours
 from fastunlearn.planning.activations import Activations, Shape, build_unet, measure
 from fastunlearn.planning.edits import edit_rows, mean_rows
 from fastunlearn.planning.unet_calls import count_evaluations, pools
@@ -70,19 +71,20 @@ class Plan:
 
 def make_plan(cfg: Config, world: int, model: ModelDescription, changes: tuple[str, ...] = ()) -> Plan:
     """The plan of one configuration on this many ranks."""
+    given, cfg = cfg, with_expected_neighbours(cfg)
     scope = resolved_scope(cfg)
     sizes = unet_sizes(model, scope)
     if not cfg.trains:
         prompts = build_prompt_table(named_concepts(cfg), cfg.prompts, cfg.seed, preserve_prompts(cfg)).texts
         rows = edit_rows(cfg, sizes, len(prompts), model.tokens, model.text_width)
-        return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
+        return Plan(given, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
     gradients = cfg.engine_spec.gradients_of_one_pass(cfg, sizes, world)
     rows = [
         *cfg.engine_spec.memory_rows(cfg, sizes, world), *mean_rows(cfg, sizes), *attack_rows(cfg, sizes),
         *_latents_and_text(cfg, model), *activation_rows(cfg, model, scope, gradients),
     ]  # fmt: skip
     rows = [row for row in rows if row.device or row.host]
-    return Plan(cfg, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
+    return Plan(given, world, sizes, rows, model.loading, count_evaluations(cfg, world), changes)
 
 
 @lru_cache(maxsize=16)
@@ -159,7 +161,7 @@ def activation_rows(cfg: Config, model: ModelDescription, scope: str, gradients:
 
 def _windows(cfg: Config, model: ModelDescription, scope: str, gradients: int) -> dict[str, int]:
     """The peak of everything that calls the U-Net, by name, with the gradients where there are ``gradients``."""
-    batch, retained, calls = cfg.train.train_batch_size, cfg.retain.batch_size, cfg.method_spec.calls(cfg)
+    batch, retained, calls = cfg.train.train_batch_size, cfg.retain_batch_size, cfg.method_spec.calls(cfg)
 
     def run(rows: int) -> Activations:
         return _activations(cfg, model, scope, rows)

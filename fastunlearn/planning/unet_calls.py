@@ -42,7 +42,7 @@ def _add_table(cfg: Config, count: Evaluations, table: list[KeyStep], ranks: int
     """What ``ranks`` ranks evaluate that share a table."""
     method, calls = build_method(cfg), cfg.method_spec.calls(cfg)
     micro_batches = cfg.train.gradient_accumulation_steps * ranks
-    batch, retained = cfg.train.train_batch_size * micro_batches, cfg.retain.batch_size * micro_batches
+    batch, retained = cfg.train.train_batch_size * micro_batches, cfg.retain_batch_size * micro_batches
     cached = cfg.teacher.storage == "cached"
     if cached:
         _add_targets(cfg, count, table, ranks)

@@ -72,7 +72,7 @@ def generate_pool(
 
     ``name``: of another pool of the same run, whose noise is its own; ``count``: other than ``retain.num_images``.
     """
-    count, size = count or cfg.retain.num_images, cfg.retain.batch_size
+    count, size = count or cfg.retain.num_images, cfg.retain_batch_size
     order = random.Random(f"{cfg.seed}:{name}")
     chosen: list[str] = []
     while len(chosen) < count:

@@ -139,7 +139,7 @@ def build_source(
     cfg: Config, models: Predictors, prompt_table: PromptTable, world: World, pool: LatentPool | None
 ) -> RetainSource:
     """The source that ``retain.source`` names; ``pool``: its pictures, where they are there already."""
-    layout = BatchLayout(world.rank, world.world_size, cfg.retain.batch_size, cfg.train.gradient_accumulation_steps)
+    layout = BatchLayout(world.rank, world.world_size, cfg.retain_batch_size, cfg.train.gradient_accumulation_steps)
     if cfg.retain_source != "prompts":
         if pool is None:
             texts = anchor_prompts(prompt_table) if cfg.retain_source == "anchors" else prompt_table.retained

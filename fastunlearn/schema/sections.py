@@ -179,8 +179,9 @@ class SurgeryConfig(ConfigModel):
     """Gradient surgery: what the unlearning gradient does against the retain gradient is taken out of it."""
 
     enabled: Literal["auto", True, False] = "auto"
-    """Project every update. auto: where ``keep`` is given, and the method has updates of its own. Some methods always
-    do, unless projection is "none"; false leaves it to them."""
+    """Project every update. auto: where anything is kept, and the method has updates of its own; without a keep list
+    not where teacher.storage "cached" leaves nothing to hold it to. Some methods always do, unless projection is
+    "none"; false leaves it to them."""
     projection: Literal["textbook", "released", "none"] = "textbook"
     """textbook: u - strength min(0, <u,r>) / <r,r> r; released: DoCo's published code, which over-projects; none."""
     granularity: Literal["tensor", "block", "global"] = "tensor"
@@ -211,15 +212,18 @@ class RetainConfig(ConfigModel):
     """generated: the model's own pictures; anchors: its pictures of the anchors; folder: images with captions; prompts:
     trajectories, no pictures at all; auto: as the method has it."""
     prompts: list[str] = []
-    """Prompts of what must be kept; none given: the concepts of ``keep``, alone and in ``contexts``."""
+    """Prompts of what must be kept; none given: the concepts of ``keep``, alone and with each other."""
+    neighbours: NonNegativeInt = 8
+    """Where ``keep`` names nothing: so many things and so many styles are kept, of a list of common names those nearest
+    to what is erased in the text encoder's space; 0: none. On MiniCanvas all that are not erased are."""
     folder: PathStr | None = None
     """Images with captions: ``metadata.jsonl`` (file_name, text), or a .txt beside each image."""
     target: Literal["teacher", "noise"] = "teacher"
     """What the student is held to: the frozen model's prediction, or the noise that was added."""
     timesteps: Literal["auto", "key", "uniform"] = "auto"
     """key: that of the unlearning window; uniform: drawn for each sample; auto: as the method has it."""
-    batch_size: PositiveInt = 4
-    """Retain samples per rank and micro-batch."""
+    batch_size: PositiveInt | None = None
+    """Retain samples per rank and micro-batch; none: 2 where ``surgery.enabled`` is left open, else 4."""
     num_images: PositiveInt = 64
     """Pictures that are generated once, as latents, before training."""
     guidance_scale: NonNegativeFloat = 4.0
@@ -263,9 +267,10 @@ class ProgressConfig(ConfigModel):
     """End once the concepts are gone, and keep the best probe's weights; auto: unless a meta term goes on, whose work
     begins where the erasure ends."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Gone means: so much of a concept's pictures is nearer to what the prompt without it gives ..."""
-    quantile: float = 0.5
-    """... and all but a tenth have gone at least so far towards it (1: all the way) ..."""
+    """Gone means: so much of a concept's pictures has moved by more than 0.8 (1: as far as what the prompt without it
+    gives is from them) ..."""
+    quantile: float = 0.9
+    """... and all but a tenth by at least so much ..."""
     in_a_row: PositiveInt = 2
     """... in so many probes in a row."""
     max_drift: PositiveFloat | None = None

@@ -34,6 +34,7 @@ from fastunlearn.models.backbone import Backbone, build_backbone
 from fastunlearn.models.loading import load_pipeline, stored_dtype
 from fastunlearn.models.parameter_names import KEYS_AND_VALUES, set_trainable, trainable_names, trained_tensors
 from fastunlearn.models.public_name import public_hash, public_name
+from fastunlearn.models.text.neighbours import with_neighbours
 from fastunlearn.progress.probe import Probe
 from fastunlearn.progress.prompts import probe_texts
 from fastunlearn.progress.reading import Reading
@@ -129,11 +130,12 @@ class Run:
 def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     """Load the model, embed all prompts once, free what training does not need, shard the rest, resume if asked."""
     check_attention(cfg.model.attention, world.device, DTYPES[cfg.compute_dtype])
-    method = build_method(cfg)
     if world.is_main:
         public_name(cfg.model), public_hash(cfg.model)  # which model it is, as long as its files are there
     stored = stored_dtype(cfg.model) if cfg.bf16_weights else None  # loses nothing, and SDXL in fp32 takes 10 GB
     pipeline = load_pipeline(cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored)
+    asked, cfg = cfg, with_neighbours(cfg, pipeline, world)
+    method = build_method(cfg)
     folder = encode_folder(cfg, pipeline, world.device) if cfg.retains and cfg.retain_source == "folder" else None
     retained = folder.prompts if folder is not None else retain_prompts(cfg) if cfg.retains else []
     meta_folders = encode_sets(cfg, pipeline, world.device)
@@ -143,7 +145,7 @@ def prepare(cfg: Config, world: World, resume: Path | None = None) -> Run:
     edited = method.edit(pipeline, world.device) if cfg.closed_form else {}
     set_trainable(pipeline.unet, trainable_names(pipeline.unet, resolved_scope(cfg)))
     originals = trained_tensors(pipeline.unet) | edited
-    asked, cfg = cfg, with_learning_rate(cfg, originals)
+    cfg = with_learning_rate(cfg, originals)
     backbone = build_backbone(
         pipeline,
         prompt_table.texts,
@@ -210,6 +212,8 @@ class Edit:
 
     tensors: dict[str, Tensor]
     seconds: float
+    keep: list[str]
+    """What was kept, chosen where none was named."""
     probe_seconds: float = 0.0
     progress: Progress | None = None
     evaluations: int = 0
@@ -231,13 +235,13 @@ def with_learning_rate(cfg: Config, originals: Mapping[str, Tensor]) -> Config:
 
 def edit(cfg: Config, world: World) -> Edit:
     """A closed-form method without any updates, for one rank; probed before and after."""
-    method = build_method(cfg)
     pipeline = load_pipeline(
         cfg.model.pretrained_model_name_or_path, options=cfg.model, unet_dtype=stored_dtype(cfg.model)
     )
     started = time.perf_counter()
-    tensors = method.edit(pipeline, world.device)
-    done = Edit(tensors, time.perf_counter() - started)
+    cfg = with_neighbours(cfg, pipeline, world)
+    tensors = build_method(cfg).edit(pipeline, world.device)
+    done = Edit(tensors, time.perf_counter() - started, keep=cfg.keep)
     if not cfg.progress.enabled:
         return done
     started = time.perf_counter()

@@ -10,6 +10,7 @@ import gc
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -38,25 +39,37 @@ def train(cfg: Config, world: World, resume: Path | None = None) -> Results | No
     if not cfg.trains:
         return edit_only(cfg, world)
     with stop.bound_to(ranks_here()):
-        weights, figures, kept = train_weights(cfg, world, resume)
+        cfg, weights, figures, saved = train_weights(cfg, world, resume)
     if not world.is_main:
         return None
-    results = write_results(cfg, weights, figures, kept)
+    results = write_results(cfg, weights, figures, saved)
     if not results.missing:
         drop_unasked(Path(cfg.output_dir))
     return results
 
 
-def train_weights(cfg: Config, world: World, resume: Path | None) -> tuple[ExportedWeights, RunFigures, Path | None]:
-    """All updates. Before anything else can fail, what they have made is on the disk: where, is the last answer."""
+class Trained(NamedTuple):
+    """What all updates have made."""
+
+    cfg: Config
+    """As it was given, but for ``keep`` where the run has chosen what it keeps."""
+    weights: ExportedWeights
+    figures: RunFigures
+    saved: Path | None
+    """Where the weights are on the disk."""
+
+
+def train_weights(cfg: Config, world: World, resume: Path | None) -> Trained:
+    """All updates. Before anything else can fail, what they have made is on the disk."""
     run = prepare(cfg, world, resume)
+    cfg = cfg.model_copy(update={"keep": run.cfg.keep})
     if world.is_main:
         start_output(cfg, resumed=resume is not None)
     saver = Saver(run)
     with stop.between_updates():
         update_loop(run, saver)
         weights, done = run.final_weights(), run.position
-        kept = keep_weights(cfg, weights) if world.is_main else None
+        saved = keep_weights(cfg, weights) if world.is_main else None
         saver.save_last(run)
     evaluations = all_reduce_counts(asdict(run.models.evaluations), world)
     probe_seconds, progress = (0.0, None) if run.watch is None else (run.watch.seconds, run.watch.progress)
@@ -65,7 +78,7 @@ def train_weights(cfg: Config, world: World, resume: Path | None) -> tuple[Expor
     gc.collect()  # hooks hold the engine in cycles; what follows needs the memory for the model itself
     seconds = divided(done.seconds, done.rollout_seconds, probe_seconds)
     figures = RunFigures(done.update, seconds, evaluations, world.world_size, world.device, progress, rate)
-    return weights, figures, kept
+    return Trained(cfg, weights, figures, saved)
 
 
 def edit_only(cfg: Config, world: World) -> Results | None:
@@ -73,6 +86,7 @@ def edit_only(cfg: Config, world: World) -> Results | None:
     if not world.is_main:
         return None
     done = edit(cfg, world)
+    cfg = cfg.model_copy(update={"keep": done.keep})
     start_output(cfg, resumed=False)
     print(f"{cfg.method}: {len(done.tensors)} tensors edited in closed form in {done.seconds:.1f} s")
     seconds = divided(done.seconds + done.probe_seconds, 0.0, done.probe_seconds)

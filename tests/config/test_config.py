@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -77,7 +78,10 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["--concepts", '["cat"'], ("concepts", "a list is needed")),
     (["--concepts", "nein style"], ("concepts", "'nein style'", "nearest: neon style")),
     (["--keep", "fich"], ("keep", "'fich'", "nearest: fish")),
-    (["--concepts", "cat; neon style"], ("train.scope", "'cat' noxattn", "'neon style' attn2")),
+    (
+        ["--concepts", '["neon style", {name="cat", kind="nudity"}]'],
+        ("train.scope", "'cat' noxattn", "'neon style' attn2"),
+    ),
     (["--method", "ecd"], ("method", "'ecd'", "'kscu', 'esd', 'doco'", "nearest: esd")),
     (["--train.scope", "atn2"], ("train.scope", "'atn2'", "nearest: attn2")),
     (["--learning_rate", "-1e-5"], ("train.learning_rate", "-1e-05", "greater than 0")),
@@ -150,7 +154,7 @@ REFUSED_TOML = [
 # method, concepts, other arguments -> scope, updates, start of the first concept
 DEFAULTS = [
     ("kscu", "neon style", [], "attn2", 500, 24),
-    ("kscu", "cat", [], "noxattn", 750, 14),
+    ("kscu", "cat", [], "attn2", 750, 14),
     ("kscu", "nudity", SDXL, "noxattn", 750, 14),
     ("kscu", '[{name="my dog", kind="instance"}]', SDXL, "attn2", 200, 40),
     ("kscu", '[{name="my dog", kind="instance"}, {name="a cup", kind="instance"}]', SDXL, "attn2", 750, 40),
@@ -300,16 +304,22 @@ def test_defaults_follow_method_and_kind(
     assert all(concept.kind != "auto" for concept in resolved.concepts)
 
 
-@pytest.mark.parametrize("keep", [(), ("--keep", "fish")])
-@pytest.mark.parametrize("method", ["kscu", "esd", "sdd"])
+@pytest.mark.parametrize(
+    ("method", "keep"),
+    [
+        *itertools.product(["kscu", "esd", "sdd"], [(), ("--keep", "fish")]),
+        *itertools.product(["kscu", "esd"], [("--teacher.storage", "cached")]),
+    ],
+)
 def test_a_resolved_run_protects_no_more_than_the_run_did(method: str, keep: tuple[str, ...], tmp_path: Path) -> None:
     """MiniCanvas' names are filled in there: a run from that config.toml has to be the same run."""
     cfg = load("--method", method, *keep, concepts="cat")
     (tmp_path / "run.toml").write_text(cfg.resolved().to_toml(), encoding="utf-8")
     again = load_config(str(tmp_path / "run.toml"), [])
     for run in (cfg, cfg.resolved(), again):
-        assert (run.retains, run.rho) == ((True, 1.0) if keep else (False, 0.0))
-        assert not keep or run.retain_source == "prompts"
+        held = "cached" not in keep
+        assert (run.retains, run.rho) == ((True, 1.0) if held else (False, 0.0))
+        assert not held or (run.retain_source, run.retain_batch_size) == ("prompts", 2)
 
 
 @pytest.mark.parametrize("steps", range(2, 61))

@@ -36,7 +36,7 @@ def call(ema: Ema, x: Tensor) -> Tensor:
 
 
 def a_config(**fields: object) -> Config:
-    return Config.model_validate({"method": "sdd", "concepts": ["neon style"], **fields})
+    return Config.model_validate({"method": "sdd", "concepts": ["neon style"], "surgery": {"enabled": False}, **fields})
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -158,7 +158,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], words: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as refusal:
-        load_config(None, ["--method", "sdd", "--concepts", "neon style", *arguments])
+        load_config(None, ["--method", "sdd", "--concepts", "neon style", "--surgery.enabled", "false", *arguments])
     assert "\n" not in str(refusal.value) and all(word in str(refusal.value) for word in words), str(refusal.value)
 
 
@@ -179,6 +179,7 @@ SHORT = [
     "--method", "sdd", "--concepts", "neon style", "--max_train_steps", "6", "--sampler.num_inference_steps", "4",
     "--learning_rate", "1e-3", "--train.cpu_threads", "1", "--evaluation.mode", "off", "--progress.enabled", "false",
     "--evaluation.num_inference_steps", "2", "--num_validation_images", "1", "--sdd.ema_decay", "0.9",
+    "--surgery.enabled", "false",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from fastunlearn.config import Config
 from fastunlearn.errors import UserError
 from fastunlearn.models.formats.folder_configs import PUBLIC_MODELS
 from fastunlearn.models.formats.random_weights import write_file, write_folder
-from fastunlearn.models.prompt_lengths import check_prompts, cut_prompts, limit, load_tokenizers, other_prompts
+from fastunlearn.models.text.prompt_lengths import check_prompts, cut_prompts, limit, load_tokenizers, other_prompts
 from fastunlearn.schema.sections import ModelConfig
 
 LONG = "a very detailed picture " * 30
