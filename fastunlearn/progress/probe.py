@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastunlearn.models.backbone import Backbone
 from fastunlearn.progress.prompts import kept_pictures, probe_pairs
-from fastunlearn.progress.reading import GONE, SIDEWAYS, Reading
+from fastunlearn.progress.reading import GONE, Reading
 from fastunlearn.progress.seen import Eyes
 from fastunlearn.prompts.variants import UNCONDITIONAL, PromptTable
 from fastunlearn.sampling.image_pool import Predict, draw_latents
@@ -165,8 +165,7 @@ class Probe:
 
 def moved(went: Tensor, aim: Tensor) -> Tensor:
     """``moved`` of the legend for (B, D) differences from the original's pictures: (B,)."""
-    length = aim.norm(dim=1).clamp(min=TINY)
-    return torch.maximum((went * aim).sum(1) / length**2, went.norm(dim=1) / length - SIDEWAYS)
+    return went.norm(dim=1) / aim.norm(dim=1).clamp(min=TINY)
 
 
 def _norms(latents: Tensor) -> Tensor:

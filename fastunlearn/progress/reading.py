@@ -3,9 +3,10 @@
 Legend, all final latents drawn from the same noise: z_c what the original draws for a prompt with the concept, z_a for
 the same prompt without it, z_s what the student draws now for the prompt with it; z_0 and z_k the original's and the
 student's picture of what is kept, z_1 the original's from other noise:
-    moved = max(<z_s - z_c, z_a - z_c> / |z_a - z_c|^2, |z_s - z_c| / |z_a - z_c| - SIDEWAYS)
-            0: as ever; 1: what the prompt without the concept gives
-    drift = |z_k - z_0| / mean |z_1 - z_0|                1: as far away as another picture
+    moved = |z_s - z_c| / |z_a - z_c|             0: as ever; 1: as far from it as what the prompt without it gives
+    drift = |z_k - z_0| / mean |z_1 - z_0|        1: as far away as another picture
+Not the projection on z_a - z_c: an erased concept often gives way to something else than what stands there without it,
+and the plain distance orders runs by what a classifier still sees as well or better (docs/progress.md).
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ from typing import Any
 
 import numpy as np
 
-GONE = 0.5
-"""A picture that has moved further is nearer to the one without the concept than to the one with it."""
-SIDEWAYS = 0.3
-"""An erased concept often gives way to something else than what the prompt without it gives. So a picture that has gone
-elsewhere counts, too, once it is further from the original's than this beyond what is asked for in that direction."""
+GONE = 0.8
+"""A picture that has moved further counts as gone."""
 LOW = 0.1
 """The quantile that is looked at: a tenth of the pictures has moved less."""
 
