@@ -54,8 +54,10 @@ class KscuConfig(ConfigModel):
     Diffusion 1.4; where a model settles the concept earlier, as small ones do, a late start leaves it in pictures."""
     loop: PositiveInt = 8
     """Traversals of the slice before its start advances by one step."""
-    negative_guidance: NonNegativeFloat = 1.0
-    """How far beyond the anchor the conditional target lies."""
+    negative_guidance: NonNegativeFloat | None = None
+    """How far beyond the anchor the conditional target lies. None given: 2 where all that is erased are objects, else 1.
+    From some noise the anchor's picture shows the concept by chance, and only going beyond it helps there; of a style it
+    takes with it what the picture is of."""
     uncond_slope: NonNegativeFloat = 2e-5
     """Slope of the unconditional guidance lambda1 = (1000 - t) * slope."""
     uncond_weight: NonNegativeFloat = 1e-4
@@ -114,12 +116,19 @@ class KSCU(Method):
             teacher_cond,
             teacher_anchor,
             teacher_uncond,
-            guidance=settings.negative_guidance,
+            guidance=beyond_anchor(self.cfg),
             lambda1_B=(1000 - t.double()) * settings.uncond_slope,
             uncond_weight=settings.uncond_weight,
             **models.noise.loss_arguments(t, self.cfg.train.loss_weighting),
         )
         return MethodOutput(loss, guided)
+
+
+def beyond_anchor(cfg: Config) -> float:
+    """``kscu.negative_guidance`` with its default filled in."""
+    if cfg.kscu.negative_guidance is not None:
+        return cfg.kscu.negative_guidance
+    return 2.0 if all(cfg.kind_of(concept) == "object" for concept in cfg.concepts) else 1.0
 
 
 def trains_uncond(cfg: Config) -> bool:

@@ -52,6 +52,8 @@ STYLES = tuple(
         "impressionism", "cubism", "surrealism", "expressionism", "minimalist", "abstract", "baroque", "gothic",
         "renaissance", "rococo", "art deco", "art nouveau", "pop art", "popart", "ukiyo-e", "pointillism",
         "vintage", "retro", "noir", "sepia", "monochrome", "neon", "cyberpunk", "steampunk", "vaporwave",
-        "blueprint", "low poly", "isometric", "fantasy", "glitch", "psychedelic", "silhouette",
+        "blueprint", "low poly", "isometric", "fantasy", "glitch", "psychedelic", "silhouette", "sticker", "emboss",
+        "thermal", "duotone", "xray", "halftone", "crosshatch", "stipple", "wireframe", "hologram", "plush", "brick",
+        "quilt", "sand", "ice", "gold", "metal", "plastic", "smoke",
     )
 )  # fmt: skip
