@@ -75,7 +75,7 @@ def progress_outcome(cfg: Config, progress: Progress, updates: int) -> dict[str,
             concept.name: {"pairs": len(kept.moved[i]), "share": kept.share(i), "low": kept.low(i)}
             for i, concept in enumerate(cfg.concepts)
         },
-        "drift": kept.drift,
+        "drift": kept.as_json()["drift"],
         "probes": [reading.as_json() for reading in progress.readings],
     }
 
@@ -98,14 +98,15 @@ def why_it_ended(cfg: Config, progress: Mapping[str, Any]) -> str:
     goal = f"{cfg.progress.share:.0%}, the lowest tenth moved by {cfg.progress.quantile:g}"
     asked = "" if progress["erased"] else f" (asked for: {goal}; it moved by {lows})"
     if progress["ended"] == "edited":
-        cost = f"drift of what is kept {progress['drift']:.2f}"
+        cost = "edited in closed form"
     else:
         cost = f"{progress['updates']} of at most {progress['at_most']} updates"
         if progress["update"] != progress["updates"]:
             cost += f", the weights after {progress['update']} remain"
+    if progress["drift"] is not None:  # a glance does not look at it
         cost += f"; drift of what is kept {progress['drift']:.2f}"
-        if progress["ended"] == "drift":
-            cost += f", so it ended at progress.max_drift {cfg.progress.max_drift:g}"
+    if progress["ended"] == "drift":
+        cost += f", so it ended at progress.max_drift {cfg.progress.max_drift:g}"
     return f"{'Erased' if progress['erased'] else 'Not erased'}: {shares}{asked}; {cost}."
 
 

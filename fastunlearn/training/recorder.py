@@ -109,7 +109,7 @@ class Recorder:
         if not self._world.is_main:
             return
         erased, drift = reading.worst_share, reading.drift
-        self._probed = {"erased": f"{erased:.0%}", "drift": f"{drift:.2f}"}
+        self._probed = {"erased": f"{erased:.0%}"} | ({} if math.isnan(drift) else {"drift": f"{drift:.2f}"})
         self._bar.set_postfix(self._shown | self._probed)
         self._append(self._probe_path, [reading.as_json()])
         figures = {"share": erased, "low": reading.worst_low, "drift": drift}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from fastunlearn.config import Config
 from fastunlearn.evaluation.metrics.scores import unrecognised, wilson
 from fastunlearn.export.changes import compare
-from fastunlearn.export.outcome import finding, title, verdict
+from fastunlearn.export.outcome import finding, progress_outcome, title, verdict, why_it_ended
+from fastunlearn.progress.reading import Reading
+from fastunlearn.progress.stopping import Progress
 
 BASE = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([[0.5, -0.5]])}
 
@@ -119,3 +122,12 @@ def test_a_classifier_is_believed_where_it_sees_what_the_unedited_model_was_aske
     said = unrecognised(figures)
     assert (said is None) == (reason is None)
     assert reason is None or reason in (said or "")
+
+
+@pytest.mark.parametrize(("drift", "said"), [(0.25, "; drift of what is kept 0.25."), (math.nan, "500 updates.")])
+def test_a_drift_that_no_probe_looked_at_is_not_said(drift: float, said: str) -> None:
+    cfg = Config.model_validate({"concepts": ["neon style"]})
+    progress = Progress(cfg.progress, stops=True, readings=[Reading(2, ((0.1,) * 4,), drift)])
+    found = progress_outcome(cfg, progress, 2)
+    text = why_it_ended(cfg, found)
+    assert text.startswith("Not erased: 0% of 4 probes") and text.endswith(said) and "nan" not in text
