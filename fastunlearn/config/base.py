@@ -195,7 +195,7 @@ class FixedSections(ConfigModel):
     @property
     def retain_batch_size(self) -> int:
         """``retain.batch_size`` with its default filled in."""
-        return self.retain.batch_size or (2 if self.protects_unasked else 4)
+        return self.retain.batch_size or (1 if self.protects_unasked else 4)
 
     @property
     def retain_timesteps(self) -> str:

@@ -56,8 +56,8 @@ class KscuConfig(ConfigModel):
     """Traversals of the slice before its start advances by one step."""
     negative_guidance: NonNegativeFloat | None = None
     """How far beyond the anchor the conditional target lies. None given: 2 where all that is erased are objects, else
-    1. From some noise the anchor's picture shows the concept by chance, and only going beyond it helps there; with a
-    style it takes away what the picture is of."""
+    0.75. From some noise the anchor's picture shows the concept by chance, and only going beyond it helps there; with
+    a style it also takes away what the picture is of."""
     uncond_slope: NonNegativeFloat = 2e-5
     """Slope of the unconditional guidance lambda1 = (1000 - t) * slope."""
     uncond_weight: NonNegativeFloat = 1e-4
@@ -128,7 +128,7 @@ def beyond_anchor(cfg: Config) -> float:
     """``kscu.negative_guidance`` with its default filled in."""
     if cfg.kscu.negative_guidance is not None:
         return cfg.kscu.negative_guidance
-    return 2.0 if all(cfg.kind_of(concept) == "object" for concept in cfg.concepts) else 1.0
+    return 2.0 if all(cfg.kind_of(concept) == "object" for concept in cfg.concepts) else 0.75
 
 
 def trains_uncond(cfg: Config) -> bool:

@@ -223,7 +223,7 @@ class RetainConfig(ConfigModel):
     timesteps: Literal["auto", "key", "uniform"] = "auto"
     """key: that of the unlearning window; uniform: drawn for each sample; auto: as the method has it."""
     batch_size: PositiveInt | None = None
-    """Retain samples per rank and micro-batch; none: 2 where ``surgery.enabled`` is left open, else 4."""
+    """Retain samples per rank and micro-batch; none: 1 where ``surgery.enabled`` is left open, else 4."""
     num_images: PositiveInt = 64
     """Pictures that are generated once, as latents, before training."""
     guidance_scale: NonNegativeFloat = 4.0
@@ -269,7 +269,7 @@ class ProgressConfig(ConfigModel):
     share: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Gone means: so much of a concept's pictures has moved by more than 0.8 (1: as far as what the prompt without it
     gives is from them) ..."""
-    quantile: float = 0.9
+    quantile: float = 0.95
     """... and all but a tenth by at least so much ..."""
     in_a_row: PositiveInt = 2
     """... in so many probes in a row."""

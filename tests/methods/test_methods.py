@@ -15,6 +15,7 @@ from fastunlearn.denoisers.predictors import Predictors
 from fastunlearn.denoisers.teacher import Teacher
 from fastunlearn.errors import UserError
 from fastunlearn.methods.esd import EsdConfig, beyond_anchor
+from fastunlearn.methods.kscu import beyond_anchor as beyond_anchor_of_kscu
 from fastunlearn.methods.tables import build_method
 from fastunlearn.models.parameter_names import trainable_names
 from fastunlearn.prompts.variants import PromptTable
@@ -47,6 +48,16 @@ def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: Tensor, emb
     out = models.backbone.predict(unet, x, t, embeds)  # type: ignore[arg-type]
     a = models.backbone.noise.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     return out if models.backbone.noise.prediction_type == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * x
+
+
+@pytest.mark.parametrize(
+    ("concepts", "given", "expected"),
+    [(["cat"], None, 2.0), (["neon style"], None, 0.75), (["cat", "neon style"], None, 0.75), (["cat"], 0.0, 0.0)],
+)
+def test_kscu_goes_further_beyond_the_anchor_for_objects(
+    concepts: list[str], given: float | None, expected: float
+) -> None:
+    assert beyond_anchor_of_kscu(a_config(concepts=concepts, kscu={"negative_guidance": given})) == expected
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

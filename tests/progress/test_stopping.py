@@ -14,7 +14,7 @@ from fastunlearn.progress.stopping import Progress, next_probe, probes_of
 from fastunlearn.schema.sections import ProgressConfig
 from fastunlearn.utils.text import json_text
 
-GONE, HALF, THERE = (0.95,) * 8, (0.95,) * 4 + (0.1,) * 4, (0.0,) * 8
+GONE, HALF, THERE = (1.0,) * 8, (1.0,) * 4 + (0.1,) * 4, (0.0,) * 8
 
 
 def progress(stops: bool = True, start: int = 0, **settings: object) -> Progress:
@@ -63,9 +63,10 @@ def test_it_ends_after_two_probes_in_a_row() -> None:
     ("moved", "holds"),
     [
         (GONE, True),
-        ((0.91,) * 8, True),
-        ((0.95,) * 7 + (0.79,), False),  # one of eight is 12 %
-        ((0.95,) * 19 + (0.79,), True),  # one of twenty is 5 %
+        ((0.96,) * 8, True),
+        ((0.94,) * 8, False),
+        ((1.0,) * 7 + (0.79,), False),  # one of eight is 12 %
+        ((1.0,) * 19 + (0.79,), True),  # one of twenty is 5 %
         ((2.0,) * 8 + (0.1,) * 2, False),
         ((), False),
     ],
