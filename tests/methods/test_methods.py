@@ -89,7 +89,7 @@ def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> N
     )
 
 
-def test_kscu_starts_at_twice_the_erased_direction() -> None:
+def test_kscu_as_published_starts_at_twice_the_erased_direction() -> None:
     prompt_table = tiny_prompts()
     backbone = tiny_backbone(prompt_table)
     models = Predictors(backbone, backbone.unet, backbone.unet, Teacher(backbone.unet, [], whole_copy=True))
@@ -97,7 +97,7 @@ def test_kscu_starts_at_twice_the_erased_direction() -> None:
     rollout.restart(STEP)
     (window,) = rollout.batches(STEP, None)
     cond, uncond = models.frozen(window.latents, window.timesteps, window.cond, window.uncond)
-    loss = build_method(a_config()).loss(models, window).loss
+    loss = build_method(a_config(kscu={"negative_guidance": 1.0})).loss(models, window).loss
     assert loss is not None
     assert torch.allclose(loss, 4 * ((cond - uncond) ** 2).mean(), rtol=1e-4)
 
@@ -253,7 +253,7 @@ def test_the_loss_of_a_v_model_is_between_what_was_chosen(method: str, weighting
     (window,) = rollout.batches(STEP, None)
     window = replace(window, timesteps=torch.tensor([1, 701]))
     x, t = window.latents, window.timesteps
-    cfg = a_config(method=method, train={"loss_weighting": weighting})
+    cfg = a_config(method=method, train={"loss_weighting": weighting}, kscu={"negative_guidance": 1.0})
     loss = build_method(cfg).loss(models, window).loss
     assert loss is not None
     with torch.no_grad():
