@@ -20,7 +20,6 @@ from fastunlearn.models.architectures.base import END
 from fastunlearn.models.architectures.unet2d import TEXT_LENGTH
 from fastunlearn.models.formats.folder_configs import write_tokenizer
 from fastunlearn.models.loading import local_model
-from fastunlearn.models.text.neighbours import with_expected_neighbours
 from fastunlearn.prompts.variants import concept_variants
 from fastunlearn.schema.sections import ModelConfig
 from fastunlearn.utils.text import without_style
@@ -91,9 +90,8 @@ def check_prompts(cfg: Config, tokenizers: Sequence[CLIPTokenizer]) -> None:
 
 def other_prompts(cfg: Config) -> list[str]:
     """What else a run asks for: prompts of what is kept, of the meta term, of the closing pictures."""
-    cfg = with_expected_neighbours(cfg)
     texts = [*meta_texts(cfg), *cfg.report.validation_prompts]
-    if cfg.retains:
+    if cfg.retains and not cfg.chooses_neighbours:  # whose names are short
         texts += [text for _, text in folder_captions(cfg)] if cfg.retain_source == "folder" else retain_prompts(cfg)
     return texts
 
