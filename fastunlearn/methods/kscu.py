@@ -56,7 +56,7 @@ class KscuConfig(ConfigModel):
     """Traversals of the slice before its start advances by one step."""
     negative_guidance: NonNegativeFloat | None = None
     """How far beyond the anchor the conditional target lies. None given: 2 where all that is erased are objects, else
-    0.75. From some noise the anchor's picture shows the concept by chance, and only going beyond it helps there; with
+    1, as published. From some noise the anchor's picture shows the concept by chance, and only going beyond it helps there; with
     a style it also takes away what the picture is of."""
     uncond_slope: NonNegativeFloat = 2e-5
     """Slope of the unconditional guidance lambda1 = (1000 - t) * slope."""
@@ -128,7 +128,7 @@ def beyond_anchor(cfg: Config) -> float:
     """``kscu.negative_guidance`` with its default filled in."""
     if cfg.kscu.negative_guidance is not None:
         return cfg.kscu.negative_guidance
-    return 2.0 if all(cfg.kind_of(concept) == "object" for concept in cfg.concepts) else 0.75
+    return 2.0 if all(cfg.kind_of(concept) == "object" for concept in cfg.concepts) else 1.0
 
 
 def trains_uncond(cfg: Config) -> bool:

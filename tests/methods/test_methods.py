@@ -52,7 +52,7 @@ def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: Tensor, emb
 
 @pytest.mark.parametrize(
     ("concepts", "given", "expected"),
-    [(["cat"], None, 2.0), (["neon style"], None, 0.75), (["cat", "neon style"], None, 0.75), (["cat"], 0.0, 0.0)],
+    [(["cat"], None, 2.0), (["neon style"], None, 1.0), (["cat", "neon style"], None, 1.0), (["cat"], 0.0, 0.0)],
 )
 def test_kscu_goes_further_beyond_the_anchor_for_objects(
     concepts: list[str], given: float | None, expected: float
