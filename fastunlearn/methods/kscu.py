@@ -56,8 +56,8 @@ class KscuConfig(ConfigModel):
     """Traversals of the slice before its start advances by one step."""
     negative_guidance: NonNegativeFloat | None = None
     """How far beyond the anchor the conditional target lies. None given: 2 where all that is erased are objects, else
-    1, as published. From some noise the anchor's picture shows the concept by chance, and only going beyond it helps there; with
-    a style it also takes away what the picture is of."""
+    1, as published. From some noise the anchor's picture shows the concept by chance, and only going beyond it helps
+    there; with a style it also takes away what the picture is of."""
     uncond_slope: NonNegativeFloat = 2e-5
     """Slope of the unconditional guidance lambda1 = (1000 - t) * slope."""
     uncond_weight: NonNegativeFloat = 1e-4
