@@ -44,9 +44,16 @@ def check_config(cfg: RunConfig) -> None:
 
 
 def said_back(cfg: RunConfig) -> str:
-    """What is erased, as the run has understood it: "2 concepts: cat (anchor: dog); neon style"."""
-    names = [concept.name + (f" (anchor: {concept.anchor})" if concept.anchor else "") for concept in cfg.concepts]
+    """What is erased, as the run has understood it: "2 concepts: cat (object, anchor: dog); neon style (style)"."""
+    anchors = [f", anchor: {concept.anchor}" if concept.anchor else "" for concept in cfg.concepts]
+    names = [f"{c.name} ({cfg.kind_of(c)}{anchor})" for c, anchor in zip(cfg.concepts, anchors, strict=True)]
     said = f"{len(names)} concept{'s' if len(names) != 1 else ''}: {'; '.join(names)}"
+    said += "".join(
+        f"\n{concept.name!r} is taken as an object; an artist is {concept.name + ' style'!r}, a person or a character "
+        f'{{name = "{concept.name}", kind = "instance"}}'
+        for concept in cfg.concepts
+        if concept.kind == "auto" and cfg.kind_of(concept) == "object" and concept.name[:1].isupper()
+    )
     return said if cfg.chooses_neighbours or not cfg.protects_unasked else f"{said}\n{held(cfg)}"
 
 

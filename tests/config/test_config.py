@@ -226,7 +226,7 @@ def test_lists_that_are_given_more_than_once_add_up() -> None:
     )
     assert [concept.name for concept in cfg.concepts] == ["violence", "harm", "blood"] and cfg.keep == ["dog", "fish"]
     assert said_back(cfg) == (
-        "3 concepts: violence; harm; blood\n"
+        "3 concepts: violence (object); harm (object); blood (object)\n"
         "held by the retain gradient: dog; fish (--surgery.enabled false leaves it out)"
     )
     prompts = ["--validation_prompt", "a cat, sleeping", "--validation_prompt", "one; two", "--retain.prompts", "a; b"]
@@ -240,11 +240,21 @@ def test_lists_that_are_given_more_than_once_add_up() -> None:
 def test_one_name_with_a_comma_is_written_in_quotes(tmp_path: Path) -> None:
     cfg = load_config(None, ["--concepts", '"violence, nudity"', *XL, "--keep", '"a, b"', "--keep", "c"])
     assert [concept.name for concept in cfg.concepts] == ["violence, nudity"] and cfg.keep == ["a, b", "c"]
-    assert said_back(cfg).splitlines()[0] == "1 concept: violence, nudity"
+    assert said_back(cfg).splitlines()[0] == "1 concept: violence, nudity (object)"
     (tmp_path / "run.toml").write_text(cfg.to_toml())
     assert load_config(str(tmp_path / "run.toml"), []) == cfg
     table = load_config(None, ["--concepts", '[{name = "violence, nudity", anchor = "a"}]', *XL])
-    assert said_back(table) == "1 concept: violence, nudity (anchor: a)"
+    assert said_back(table) == "1 concept: violence, nudity (object, anchor: a)"
+
+
+def test_what_a_bare_proper_name_was_taken_for_is_said_with_what_to_write_instead() -> None:
+    said = said_back(load_config(None, ["--concepts", "Van Gogh; cat; Monet style", *XL]))
+    assert said.startswith("3 concepts: Van Gogh (object); cat (object); Monet style (style)\n'Van Gogh' is taken as")
+    assert (
+        "'Van Gogh style'" in said and '{name = "Van Gogh", kind = "instance"}' in said and said.count("taken as") == 1
+    )
+    given = load_config(None, ["--concepts", '[{name = "Snoopy", kind = "instance"}]', *XL])
+    assert said_back(given) == "1 concept: Snoopy (instance)"
 
 
 def test_a_missing_config_names_its_nearest_sibling(tmp_path: Path) -> None:
