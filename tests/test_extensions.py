@@ -94,7 +94,7 @@ class Push(Method):
 def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
     """Its section, defaults, refusals, calls, memory, loss and card facts reach every place that asks for them."""
     out = tmp_path / "run"
-    push = ("--concepts", "cat", "--method", "push")
+    push = ("--concepts", "cat", "--method", "push", "--surgery.enabled", "false")
     help_, unknown, wrong, misspelt, refused, plan, trained = run_with(
         [METHOD],
         tmp_path,

@@ -164,11 +164,12 @@ def _sections(row: Mapping[str, str], has_gpu: bool) -> dict[str, Any]:
             "attention": row["attention"], "gradient_checkpointing": row["checkpointing"] == "true",
         },
         "train": {"train_batch_size": int(row["batch"]), "scope": row["scope"], "cpu_threads": 1},
-        "retain": {"batch_size": int(row["batch"])},
+        "retain": {"batch_size": int(row["batch"]), "neighbours": 0},
         "report": {"report_to": "none"},
         "sampler": {"num_inference_steps": 50},  # and the starts of the paper, as the baselines have them
         "kscu": {"start": "published"},
     }  # fmt: skip
+    data["surgery"] = {"enabled": False}
     if surgery != "off":
         data["surgery"] = {"enabled": True, "retain_dtype": "auto" if surgery == "loop" else surgery}
     if meta != "off":

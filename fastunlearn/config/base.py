@@ -143,7 +143,8 @@ class FixedSections(ConfigModel):
         """``surgery.enabled``, where "auto" stands for whatever protects what is kept."""
         if self.surgery.enabled != "auto":
             return self.surgery.enabled
-        unasked = self.teacher.storage != "cached" and (self.chooses_neighbours or bool(resolved_keep(self)))
+        can_hold = self.engine_spec.has_surgery and self.teacher.storage != "cached"
+        unasked = can_hold and (self.chooses_neighbours or bool(resolved_keep(self)))
         return not self.closed_form and (bool(self.keep) or unasked)
 
     @property

@@ -35,6 +35,8 @@ class EngineSpec:
     """The section of the configuration that is named after the engine."""
     shards: bool = False
     """Whether more ranks make each of them hold less."""
+    has_surgery: bool = True
+    """Whether a gradient can be put aside and another be changed by it."""
 
     def title(self, cfg: Config) -> str:
         """As the run's first line and the plan call it."""

@@ -123,7 +123,7 @@ def test_blocks_are_named_after_the_unet() -> None:
         ({"retain": {"source": "folder"}}, "retain.folder: none given"),
         ({"retain": {"source": "prompts", "target": "noise"}}, "needs pictures"),
         ({"surgery": {"enabled": True, "projection": "released", "metric": "optimizer"}}, "surgery.metric"),
-        ({"model": {"pretrained_model_name_or_path": "some/model"}}, "nothing to retain"),
+        ({"model": {"pretrained_model_name_or_path": "some/model"}, "retain": {"neighbours": 0}}, "nothing to retain"),
         ({"method": "doco", "prompts": {"templates": ["{concept}"]}}, "has no anchor"),
     ],
 )

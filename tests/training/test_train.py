@@ -74,7 +74,7 @@ def test_a_run_leaves_everything_that_the_design_lists(finished: Path) -> None:
     assert list((finished / "logs").glob("events*"))
     metrics = json.loads((finished / "metrics.json").read_text())
     counts = metrics["unet_evaluations"]
-    assert metrics["updates"] == 8 and counts["student_backward"] == 8 and counts["teacher"] == 16
+    assert metrics["updates"] == 8 and counts["student_backward"] == 16 and counts["teacher"] == 24
     assert counts["total"] == sum(
         counts[name] for name in ("teacher", "rollout", "student_forward", "student_backward")
     )

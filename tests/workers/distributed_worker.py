@@ -81,6 +81,7 @@ def config_of(case: Case) -> Config:
                 "max_grad_norm": case.clip,
             },
             "sampler": {"num_inference_steps": 10},
+            "surgery": {"enabled": False},
             "optimizer": {"name": case.optimizer},
             "zero": {"stage": case.stage, "overlap_comm": case.overlap, "offload_optimizer": case.offload},
         }

@@ -44,6 +44,7 @@ def config_of(stage: int) -> Config:
     return Config.model_validate(
         {
             "concepts": ["neon style"],
+            "surgery": {"enabled": False},
             "model": {"gradient_checkpointing": True},
             "train": {"max_train_steps": 3, "learning_rate": 1e-3},
             "sampler": {"num_inference_steps": 10},
