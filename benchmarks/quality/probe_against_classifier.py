@@ -29,7 +29,7 @@ from markdown_table import markdown_table  # noqa: E402
 CONCEPTS = ("neon style", "ink style", "pixel style", "cat", "tree", "apple")
 STATISTICS = {
     "share moved by more than 0.8": lambda moved: float(np.mean(np.array(moved) > 0.8)),
-    "lowest tenth": lambda moved: float(np.quantile(moved, 0.1)),
+    "lowest fifth": lambda moved: float(np.quantile(moved, 0.2)),
     "mean": lambda moved: float(np.mean(moved)),
 }
 
@@ -100,7 +100,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The scatter: how far the lowest tenth has moved, against what the classifier does not see any more."""
+    """The scatter: how far the lowest fifth has moved, against what the classifier does not see any more."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,10 +109,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for concept in dict.fromkeys(row["concept"] for row in rows):
         mine = [row for row in rows if row["concept"] == concept]
-        low = [STATISTICS["lowest tenth"](row["moved"]) for row in mine]
+        low = [STATISTICS["lowest fifth"](row["moved"]) for row in mine]
         axes.scatter(low, [row["gone"] for row in mine], s=18, label=concept)
     axes.axvline(0.95, color="grey", linewidth=0.7)
-    axes.set_xlabel("moved by the lowest tenth of the probe")
+    axes.set_xlabel("moved by the lowest fifth of the probe")
     axes.set_ylabel("not recognised any more")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)

@@ -95,7 +95,7 @@ def why_it_ended(cfg: Config, progress: Mapping[str, Any]) -> str:
         else f"{name} was never drawn, so that there is nothing to see" for name, one in found.items()
     )  # fmt: skip
     lows = ", ".join(f"{one['low']:.2f}" for one in found.values())
-    goal = f"{cfg.progress.share:.0%}, the lowest tenth moved by {cfg.progress.quantile:g}"
+    goal = f"{cfg.progress.share:.0%}, the lowest fifth moved by {cfg.progress.quantile:g}"
     asked = "" if progress["erased"] else f" (asked for: {goal}; it moved by {lows})"
     if progress["ended"] == "edited":
         cost = "edited in closed form"

@@ -25,7 +25,7 @@ def draw_progress(progress: Mapping[str, Any] | None, picture: Path) -> bool:
         for probe in probes:
             moved = probe["moved"][number]
             upper.scatter([probe["update"]] * len(moved), moved, s=9, color=colour, alpha=0.35)
-        upper.plot(updates, [probe["low"][number] for probe in probes], color=colour, label=f"{name}: lowest tenth")
+        upper.plot(updates, [probe["low"][number] for probe in probes], color=colour, label=f"{name}: lowest fifth")
         lower.plot(updates, [probe["share"][number] for probe in probes], color=colour, label=f"{name}: erased")
     drift = [(probe["update"], probe["drift"]) for probe in probes if probe["drift"] is not None]
     lower.plot(*zip(*drift, strict=True), color="black", linestyle=":", label="drift of what is kept")

@@ -266,11 +266,11 @@ class ProgressConfig(ConfigModel):
     stop: Literal["auto", True, False] = "auto"
     """End once the concepts are gone, and keep the best probe's weights; auto: unless a meta term goes on, whose work
     begins where the erasure ends."""
-    share: Annotated[float, Field(gt=0, le=1)] = 0.95
+    share: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Gone means: so much of a concept's pictures has moved by more than 0.8 (1: as far as what the prompt without it
     gives is from them) ..."""
     quantile: float = 0.95
-    """... and all but a tenth by at least so much ..."""
+    """... and all but a fifth by at least so much ..."""
     in_a_row: PositiveInt = 2
     """... in so many probes in a row."""
     max_drift: PositiveFloat | None = None

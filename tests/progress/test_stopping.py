@@ -65,8 +65,9 @@ def test_it_ends_after_two_probes_in_a_row() -> None:
         (GONE, True),
         ((0.96,) * 8, True),
         ((0.94,) * 8, False),
-        ((1.0,) * 7 + (0.79,), False),  # one of eight is 12 %
-        ((1.0,) * 19 + (0.79,), True),  # one of twenty is 5 %
+        ((1.0,) * 7 + (0.1,), True),  # one of eight is 12 %
+        ((1.0,) * 6 + (0.1,) * 2, False),
+        ((1.0,) * 15 + (0.94,) * 5, False),  # enough have gone, and the slowest not far enough
         ((2.0,) * 8 + (0.1,) * 2, False),
         ((), False),
     ],
