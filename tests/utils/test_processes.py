@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastunlearn.errors import UserError
+from fastunlearn.utils.processes import stop
 from fastunlearn.utils.processes.ranks import check_port, run_ranks
 from fastunlearn.utils.processes.relatives import launchers
 
@@ -213,3 +214,13 @@ def test_a_taken_port_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         check_port()
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     check_port()
+
+
+def test_a_peer_is_named_also_where_the_other_thread_has_just_let_go_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def left_meanwhile(ready: list[int], *_: object) -> tuple[list[int], list[int], list[int]]:
+        stop._state.peers = {}
+        return ready, [], []
+
+    monkeypatch.setattr(stop._state, "peers", {30: "rank 1"})
+    monkeypatch.setattr(stop.select, "select", left_meanwhile)
+    assert stop.lost_peer() == "rank 1"

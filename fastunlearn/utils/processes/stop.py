@@ -118,10 +118,11 @@ def bound_to(peers: dict[int, str]) -> Iterator[None]:
 
 def lost_peer(seconds: float = 0.0) -> str:
     """The name of a process that has died without which this one cannot go on; "": they all live so long."""
-    if not _state.peers:
+    peers = _state.peers  # as they are now: the other thread may leave ``bound_to`` while this one waits
+    if not peers:
         return _state.lost
-    ended, _, _ = select.select(list(_state.peers), [], [], seconds)
-    return _state.peers[ended[0]] if ended else ""
+    ended, _, _ = select.select(list(peers), [], [], seconds)
+    return peers[ended[0]] if ended else ""
 
 
 def _handle(signum: int, frame: Any) -> None:
