@@ -126,10 +126,11 @@ class TrainConfig(ConfigModel):
     """Course of the learning rate after the warm-up."""
     lr_warmup_steps: NonNegativeInt = 0
     """Updates over which the learning rate rises linearly from zero."""
-    loss_weighting: LossWeighting = "epsilon"
-    """What the losses of kscu, esd and sdd are between. It matters for models that do not predict epsilon: epsilon, the
-    noise that predictions imply, gives a v-model's loss at timestep t the weight alpha-bar(t), so that late ones
-    count many times less; prediction, what the network puts out, weights all alike, as the published code does."""
+    loss_weighting: LossWeighting = "prediction"
+    """What the losses of kscu, esd and sdd are between. It matters for models that do not predict epsilon: prediction,
+    what the network puts out, weights all timesteps alike, as the published code does; epsilon, the noise that
+    predictions imply, gives a v-model's loss at timestep t the weight alpha-bar(t), so that the noisy ones, where a
+    picture takes shape, count next to nothing and a style may stay."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Clip the gradient to this global norm; 0: no clipping."""
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] | None = None

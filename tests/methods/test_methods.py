@@ -66,7 +66,10 @@ def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> N
     prompt_table = tiny_prompts()
     models, original = perturbed_models(prompt_table, prediction_type)
     weight = 0.5
-    cfg = a_config(kscu={"uncond_gradient": uncond, "uncond_weight": weight, "negative_guidance": 1.5})
+    cfg = a_config(
+        kscu={"uncond_gradient": uncond, "uncond_weight": weight, "negative_guidance": 1.5},
+        train={"loss_weighting": "epsilon"},
+    )
     rollout = tiny_rollout(models, prompt_table)
     rollout.restart(STEP)
     (window,) = rollout.batches(STEP, None)

@@ -51,7 +51,7 @@ def test_the_loss_is_the_distance_of_two_predictions_of_the_student(kind: str) -
     rollout.restart(STEP)
     (window,) = rollout.batches(STEP, None)
     counted = Evaluations(**models.state_dict())
-    outcome = build_method(a_config()).loss(models, window)
+    outcome = build_method(a_config(train={"loss_weighting": "epsilon"})).loss(models, window)
     x, t = window.latents, window.timesteps
     with torch.no_grad():
         target = backbone.predict(student, x, t, window.anchor)
