@@ -6,7 +6,7 @@ student's picture of what is kept, z_1 the original's from other noise:
     moved = |z_s - z_c| / |z_a - z_c|             0: as ever; 1: as far from it as what the prompt without it gives
     drift = |z_k - z_0| / mean |z_1 - z_0|        1: as far away as another picture
 Not the projection on z_a - z_c: an erased concept often gives way to something else than what stands there without it,
-and the plain distance orders runs by what a classifier still sees as well or better (docs/progress.md).
+and the plain distance orders runs by what a classifier still sees at least as well.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -49,13 +50,17 @@ def with_expected_neighbours(cfg: Config) -> Config:
 def neighbours(cfg: Config, pipeline: Pipeline, device: torch.device) -> list[str]:
     """``retain.neighbours`` styles and as many things, each the nearest first."""
     erased = [concept.name for concept in cfg.concepts]
+    known = [
+        [name for name in names if has_whole_words(pipeline, name) and not _shares_a_word(cfg, name)]
+        for names in (THINGS, STYLES)
+    ]
+    states = name_states(pipeline, [*erased, *chain(*known)], device)
+    concepts, *of_kinds = states.split([len(erased), *map(len, known)])
     found: list[str] = []
-    for names in (THINGS, STYLES):
-        known = [name for name in names if has_whole_words(pipeline, name) and not _shares_a_word(cfg, name)]
-        if known:
-            states = name_states(pipeline, [*known, *erased], device)
-            states = normalize(states - states[: len(known)].mean(0), dim=1)
-            found += [known[i] for i in nearest(states[: len(known)], states[len(known) :], cfg.retain.neighbours)]
+    for names, own in zip(known, of_kinds, strict=True):
+        centre = own.mean(0)
+        rows = nearest(normalize(own - centre, dim=1), normalize(concepts - centre, dim=1), cfg.retain.neighbours)
+        found += [names[row] for row in rows]
     return found
 
 
