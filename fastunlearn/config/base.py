@@ -32,6 +32,7 @@ from fastunlearn.schema.sections import (
 )
 from fastunlearn.utils.text import without_style
 
+UNASKED_RHO = 5.0  # the gradient of what is kept is about a tenth of the other: its loss is small until it is harmed
 META_STEPS = 100  # of the meta term alone, after an edit in closed form (arXiv 2410.12777)
 
 
@@ -162,7 +163,7 @@ class FixedSections(ConfigModel):
         """``surgery.rho`` with its default filled in."""
         if self.surgery.rho is not None:
             return self.surgery.rho
-        return 1.0 if self.protects_unasked else 0.0
+        return UNASKED_RHO if self.protects_unasked else 0.0
 
     @property
     def protects_unasked(self) -> bool:

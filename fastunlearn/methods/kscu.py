@@ -2,10 +2,13 @@
 
 Legend, at one key step with latents x and timestep t; e is the frozen model, s the student, O the unconditional prompt:
     D   = e(x, t, prompt) - e(x, t, anchor)              erased direction; the published anchor is O
-    y_c = e(x, t, anchor) - g * D                        conditional target, g = negative_guidance
+    y_c = e(x, t, anchor) - g(t) * D                     conditional target, g = negative_guidance; for styles
+                                                         only where the latents are mostly noise
     y_0 = e(x, t, O) - lambda1(t) * D                    unconditional target, lambda1(t) = (1000 - t) * uncond_slope
     L   = mean((s(x, t, prompt~) - y_c)^2) + lambda2 * mean((s(x, t, O) - y_0)^2)
 prompt~ is the prompt itself, in the tail of the run an augmented one with a little noise on its embedding.
+What remains of a run is an exponential average of the student's weights over about ten updates (``denoisers/ema.py``):
+each update is one prompt at one timestep, and the weights swing with it.
 The student's predictions also move the trajectory on (``sampling/rollout.py``): unlike in the published code no step is
 evaluated twice.
 """
@@ -13,10 +16,11 @@ evaluated twice.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
+from fastunlearn.errors import UserError
 from fastunlearn.methods.base import (
     ByKind,
     KindDefaults,
@@ -28,7 +32,7 @@ from fastunlearn.methods.base import (
 )
 from fastunlearn.sampling.batch import Augmentation, UnlearnBatch
 from fastunlearn.sampling.key_steps import KeyStep, key_step_table, scale_start
-from fastunlearn.schema.fields import ConfigModel, NonNegativeFloat, PositiveInt
+from fastunlearn.schema.fields import Beta, ConfigModel, Fraction, NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
     from fastunlearn.config import Config
@@ -46,6 +50,20 @@ KINDS = {
 }
 
 
+EMA_DECAY = 0.9
+
+
+class Beyond(NamedTuple):
+    """How far beyond the anchor, and from which share of the noise schedule on."""
+
+    guidance: float
+    begins: float
+
+
+AS_PUBLISHED = Beyond(1.0, 0.0)
+BEYOND = {"style": Beyond(1.5, 0.8), "object": Beyond(2.0, 0.0), "nudity": AS_PUBLISHED, "instance": AS_PUBLISHED}
+
+
 class KscuConfig(ConfigModel):
     """Key Step Concept Unlearning (arXiv 2507.06526)."""
 
@@ -55,9 +73,16 @@ class KscuConfig(ConfigModel):
     loop: PositiveInt = 8
     """Traversals of the slice before its start advances by one step."""
     negative_guidance: NonNegativeFloat | None = None
-    """How far beyond the anchor the conditional target lies. None given: 2 where all that is erased are objects, else
-    1, as published. From some noise the anchor's picture shows the concept by chance, and only going beyond it helps
-    there; with a style it also takes away what the picture is of."""
+    """How far beyond the anchor the conditional target lies. None given: 2 for objects, 1.5 for styles, else or where
+    kinds are mixed 1, as published. From some noise the anchor's picture shows the concept by chance, and only going
+    beyond it helps there."""
+    negative_guidance_from: Fraction | None = None
+    """Where in the noise schedule (0 to 1, pure noise) it begins; below, the target is the anchor itself. None given:
+    0.8 for styles, else 0, as published: beyond the anchor in the last steps, a style takes away what the picture is
+    of, while an object would come back."""
+    ema_decay: Beta | None = None
+    """Decay of the running mean of the weights that walks the trajectories and is what remains; 0: none, as published.
+    None given: 0.9, but none with zero.stage 3, cuda_graphs or a meta term."""
     uncond_slope: NonNegativeFloat = 2e-5
     """Slope of the unconditional guidance lambda1 = (1000 - t) * slope."""
     uncond_weight: NonNegativeFloat = 1e-4
@@ -73,6 +98,22 @@ class KscuSpec(ByKind):
     paper = "2507.06526"
     Settings = KscuConfig
     kinds = KINDS
+
+    def average(self, cfg: Config) -> tuple[float, bool] | None:
+        """Where it is left open, wherever it can be."""
+        decay = cfg.kscu.ema_decay
+        if decay is None:
+            apart = cfg.zero_stage == 3 or cfg.model.cuda_graphs or cfg.has_meta
+            decay = 0.0 if apart else EMA_DECAY
+        return (decay, False) if decay else None
+
+    def refuse(self, cfg: Config) -> None:
+        """What an average of whole weights leaves no room for."""
+        if cfg.zero_stage == 3 and cfg.kscu.ema_decay:
+            raise UserError(
+                "kscu.ema_decay: not with zero.stage 3, as the running mean of the weights is a whole copy on every "
+                "rank; use 0, or zero.stage 2"
+            )
 
     def calls(self, cfg: Config) -> UNetCalls:
         """Prompt, anchor and, where it is trained, the unconditional prompt."""
@@ -116,7 +157,7 @@ class KSCU(Method):
             teacher_cond,
             teacher_anchor,
             teacher_uncond,
-            guidance=beyond_anchor(self.cfg),
+            guidance=beyond_anchor(self.cfg, batch.noise),
             lambda1_B=(1000 - t.double()) * settings.uncond_slope,
             uncond_weight=settings.uncond_weight,
             **models.noise.loss_arguments(t, self.cfg.train.loss_weighting),
@@ -124,11 +165,14 @@ class KSCU(Method):
         return MethodOutput(loss, guided)
 
 
-def beyond_anchor(cfg: Config) -> float:
-    """``kscu.negative_guidance`` with its default filled in."""
-    if cfg.kscu.negative_guidance is not None:
-        return cfg.kscu.negative_guidance
-    return 2.0 if all(cfg.kind_of(concept) == "object" for concept in cfg.concepts) else 1.0
+def beyond_anchor(cfg: Config, noise: float) -> float:
+    """g where the latents are so noisy (1: pure noise): ``negative_guidance`` and where it begins, with their defaults
+    filled in."""
+    kinds = {cfg.kind_of(concept) for concept in cfg.concepts}
+    default = BEYOND[kinds.pop()] if len(kinds) == 1 else AS_PUBLISHED
+    given, begins = cfg.kscu.negative_guidance, cfg.kscu.negative_guidance_from
+    guidance = default.guidance if given is None else given
+    return guidance if noise >= (default.begins if begins is None else begins) else 0.0
 
 
 def trains_uncond(cfg: Config) -> bool:

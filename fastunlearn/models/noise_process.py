@@ -56,6 +56,10 @@ class NoiseProcess:
             self._grids[num_inference_steps] = scheduler.timesteps.tolist()
         return list(self._grids[num_inference_steps])
 
+    def share(self, timestep: int) -> float:
+        """A timestep's place in the schedule, from 0 to 1 for the noisiest."""
+        return timestep / (len(self) - 1)
+
     def expand(self, timestep: int, batch: int) -> Tensor:
         """One timestep for a whole batch: (B,) int64 on the device."""
         return torch.full((batch,), timestep, dtype=torch.long, device=self.device)

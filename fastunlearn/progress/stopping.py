@@ -16,21 +16,20 @@ if TYPE_CHECKING:
     from fastunlearn.schema.sections import ProgressConfig
 
 FIRST_PROBE = 2
-EVEN_FROM = 32
-"""From here on there is one more probe between a power of two and the next."""
+CLOSER = {32: 2, 64: 2, 128: 4}
+"""From each of these powers of two on, into so many parts the way to the next is divided."""
 
 
 def next_probe(update: int, every: str | int) -> int:
-    """The first update after ``update`` at which a run is probed: 2, 4, 8, 16, 32, 48, 64, 96, ... where ``every`` is
-    "auto", else its multiples."""
+    """The first update after ``update`` at which a run is probed: 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, ... where
+    ``every`` is "auto", else its multiples."""
     if isinstance(every, int):
         return (update // every + 1) * every
-    power = FIRST_PROBE
-    while power <= update:
-        if power >= EVEN_FROM and power + power // 2 > update:
-            return power + power // 2
-        power *= 2
-    return power
+    if update < FIRST_PROBE:
+        return FIRST_PROBE
+    power = 1 << update.bit_length() - 1
+    parts = max((parts for start, parts in CLOSER.items() if power >= start), default=1)
+    return power + ((update - power) * parts // power + 1) * power // parts
 
 
 def probes_of(updates: int, every: str | int) -> Iterator[int]:

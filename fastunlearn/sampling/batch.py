@@ -48,6 +48,8 @@ class UnlearnBatch:
     advance: bool
     trains: bool = True
     """False where the model is only looked at."""
+    noise: float = 1.0
+    """The timestep's share of the schedule, known without asking the device; 1: pure noise."""
     targets: Mapping[str, Tensor] | None = None
     """The frozen model's predictions by condition, where they were made before training."""
 

@@ -114,5 +114,6 @@ class CachedSampler(StaticSampler):
             uncond=embeds.select([index[UNCONDITIONAL]] * len(samples)),
             augmented=augmentation is not None,
             advance=False,
+            noise=noise.share(self.timesteps[step.index]),
             targets=dict(zip(("cond", "anchor", "uncond"), targets, strict=True)),
         )

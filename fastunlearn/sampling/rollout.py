@@ -80,6 +80,7 @@ class Rollout(BatchSampler):
                 uncond=uncond,
                 augmented=augmentation is not None,
                 advance=step.continues,
+                noise=self.noise.share(self.timesteps[step.index]),
             )
 
     def advance(self, step: KeyStep, predictions: list[GuidedPrediction]) -> None:

@@ -192,7 +192,7 @@ class SurgeryConfig(ConfigModel):
     strength: Fraction = 1.0
     """Fraction of the conflicting component that is removed."""
     rho: NonNegativeFloat | None = None
-    """Weight with which the retain gradient itself is added after the projection; 0: the published rule. None given: 1
+    """Weight with which the retain gradient itself is added after the projection; 0: the published rule. None given: 5
     where ``enabled`` is auto, else 0."""
     metric: Literal["raw", "optimizer"] = "raw"
     """Dot products of the gradients, or of what AdamW will make of them, weighted by 1 / (sqrt(v) + eps)."""
@@ -272,12 +272,12 @@ class ProgressConfig(ConfigModel):
     gives is from them) ..."""
     quantile: float = 0.95
     """... and all but a fifth by at least so much ..."""
-    in_a_row: PositiveInt = 2
+    in_a_row: PositiveInt = 3
     """... in so many probes in a row."""
     max_drift: PositiveFloat | None = None
     """End, and say so, where pictures of what is kept change by more; 1: as far as two pictures are apart."""
     every: Literal["auto"] | PositiveInt = "auto"
-    """Updates between probes; auto: after 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, ..."""
+    """Updates between probes; auto: after 2, 4, 8, 16, 32, 48, 64, 96, ... 256, 320, ..."""
     pairs: Annotated[int, Field(ge=2, le=1000)] = 8
     """Pictures of each concept; half as many of what is kept."""
     num_inference_steps: SamplerSteps = 6

@@ -328,7 +328,7 @@ def test_a_resolved_run_protects_no_more_than_the_run_did(method: str, keep: tup
     again = load_config(str(tmp_path / "run.toml"), [])
     for run in (cfg, cfg.resolved(), again):
         held = "cached" not in keep
-        assert (run.retains, run.rho) == ((True, 1.0) if held else (False, 0.0))
+        assert (run.retains, run.rho) == ((True, 5.0) if held else (False, 0.0))
         assert not held or (run.retain_source, run.retain_batch_size) == ("prompts", 1)
 
 

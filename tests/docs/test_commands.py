@@ -110,7 +110,7 @@ def python(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     words = list(command.words[1:])
     if words[:2] == ["-m", "venv"]:
         return
-    program = re.fullmatch(r"(?:benchmarks|\.\.)/((?:quality|update)/\w+)\.py", words[0])
+    program = re.fullmatch(r"(?:benchmarks|\.\./\.\.)/((?:quality|update)/\w+)\.py", words[0])
     assert program, "a program that the test does not know"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
@@ -119,7 +119,13 @@ def python(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def known_as_it_stands(command: Command, *_: object) -> None:
     """Set-up, which the packaging test and `make test` do; and tools, which ``make lint`` calls with these words."""
-    stands = {"pip install .", "source .venv/bin/activate", "ruff check .", "mypy", "cd benchmarks/results"}
+    stands = {
+        "pip install .",
+        "source .venv/bin/activate",
+        "ruff check .",
+        "mypy",
+        "cd benchmarks/results/first_edition",
+    }
     assert " ".join(command.words) in stands
 
 
@@ -189,7 +195,9 @@ def test_readmes_tables_are_those_of_their_commands() -> None:
         evaluations, *scores = cells.split(" | ")
         assert [evaluations.replace(",", ""), *scores] == means[kind][:5]
     earlier = {}
-    for method, kind, _, updates, evaluations, _, ua, ira, cra, *_ in shown(before, ROOT / "benchmarks/results"):
+    for method, kind, _, updates, evaluations, _, ua, ira, cra, *_ in shown(
+        before, ROOT / "benchmarks/results/first_edition"
+    ):
         earlier[method, kind.split(",")[0], updates] = [evaluations, ua, ira, cra]
     rows = re.findall(r"^\| ([\w-]+), (styles|objects), (\d+) updates \| (.*) \|$", text, re.MULTILINE)
     assert len(rows) == 4

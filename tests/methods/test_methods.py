@@ -51,13 +51,43 @@ def literal(models: Predictors, unet: torch.nn.Module, x: Tensor, t: Tensor, emb
 
 
 @pytest.mark.parametrize(
-    ("concepts", "given", "expected"),
-    [(["cat"], None, 2.0), (["neon style"], None, 1.0), (["cat", "neon style"], None, 1.0), (["cat"], 0.0, 0.0)],
+    ("concepts", "given", "noisy", "late"),
+    [
+        (["cat"], {}, 2.0, 2.0),
+        (["neon style"], {}, 1.5, 0.0),
+        (["cat", "neon style"], {}, 1.0, 1.0),
+        (["cat"], {"negative_guidance": 0.0}, 0.0, 0.0),
+        (["neon style"], {"negative_guidance": 0.5}, 0.5, 0.0),
+        (["neon style"], {"negative_guidance_from": 0.0}, 1.5, 1.5),
+        (["cat"], {"negative_guidance_from": 0.9}, 0.0, 0.0),
+    ],
 )
-def test_kscu_goes_further_beyond_the_anchor_for_objects(
-    concepts: list[str], given: float | None, expected: float
+def test_kscu_goes_beyond_the_anchor_as_the_kind_needs_it(
+    concepts: list[str], given: dict[str, float], noisy: float, late: float
 ) -> None:
-    assert beyond_anchor_of_kscu(a_config(concepts=concepts, kscu={"negative_guidance": given})) == expected
+    cfg = a_config(concepts=concepts, kscu=given)
+    assert [beyond_anchor_of_kscu(cfg, noise) for noise in (0.8, 0.79)] == [noisy, late]
+
+
+@pytest.mark.parametrize(
+    ("settings", "decay"),
+    [
+        ({}, 0.9),
+        ({"kscu": {"ema_decay": 0.0}}, None),
+        ({"kscu": {"ema_decay": 0.5}}, 0.5),
+        ({"zero": {"stage": 3}}, None),
+        ({"model": {"cuda_graphs": True}, "zero": {"stage": 1}}, None),
+        ({"meta": {"enabled": True}}, None),
+    ],
+)
+def test_kscu_averages_its_weights_where_that_is_possible(settings: dict[str, object], decay: float | None) -> None:
+    cfg = a_config(**settings)
+    assert cfg.method_spec.average(cfg) == (None if decay is None else (decay, False))
+
+
+def test_an_average_of_whole_weights_is_refused_where_no_rank_has_them() -> None:
+    with pytest.raises(UserError, match=r"kscu\.ema_decay: not with zero\.stage 3"):
+        a_config(kscu={"ema_decay": 0.9}, zero={"stage": 3})
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -67,7 +97,12 @@ def test_kscu_loss_equals_its_equations(prediction_type: str, uncond: bool) -> N
     models, original = perturbed_models(prompt_table, prediction_type)
     weight = 0.5
     cfg = a_config(
-        kscu={"uncond_gradient": uncond, "uncond_weight": weight, "negative_guidance": 1.5},
+        kscu={
+            "uncond_gradient": uncond,
+            "uncond_weight": weight,
+            "negative_guidance": 1.5,
+            "negative_guidance_from": 0,
+        },
         train={"loss_weighting": "epsilon"},
     )
     rollout = tiny_rollout(models, prompt_table)
@@ -100,7 +135,9 @@ def test_kscu_as_published_starts_at_twice_the_erased_direction() -> None:
     rollout.restart(STEP)
     (window,) = rollout.batches(STEP, None)
     cond, uncond = models.frozen(window.latents, window.timesteps, window.cond, window.uncond)
-    loss = build_method(a_config(kscu={"negative_guidance": 1.0})).loss(models, window).loss
+    loss = (
+        build_method(a_config(kscu={"negative_guidance": 1.0, "negative_guidance_from": 0})).loss(models, window).loss
+    )
     assert loss is not None
     assert torch.allclose(loss, 4 * ((cond - uncond) ** 2).mean(), rtol=1e-4)
 
@@ -256,7 +293,9 @@ def test_the_loss_of_a_v_model_is_between_what_was_chosen(method: str, weighting
     (window,) = rollout.batches(STEP, None)
     window = replace(window, timesteps=torch.tensor([1, 701]))
     x, t = window.latents, window.timesteps
-    cfg = a_config(method=method, train={"loss_weighting": weighting}, kscu={"negative_guidance": 1.0})
+    cfg = a_config(
+        method=method, train={"loss_weighting": weighting}, kscu={"negative_guidance": 1.0, "negative_guidance_from": 0}
+    )
     loss = build_method(cfg).loss(models, window).loss
     assert loss is not None
     with torch.no_grad():

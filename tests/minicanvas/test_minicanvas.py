@@ -84,9 +84,8 @@ def test_captions_are_known_and_short():
     ):
         assert needed in captions
     tokenizer = CLIPTokenizer.from_pretrained(minicanvas.pipeline_path() / "tokenizer")
-    said = sorted(captions - set(vocabulary.WORDLESS))  # words of the second edition: this tokenizer is of the first
-    assert max(len(ids) for ids in tokenizer(said).input_ids) <= tokenizer.model_max_length
-    words = {word for caption in said for word in caption.replace(",", "").split()}
+    assert max(len(ids) for ids in tokenizer(sorted(captions)).input_ids) <= tokenizer.model_max_length
+    words = {word for caption in captions for word in caption.replace(",", "").split()}
     assert all(len(tokenizer(word).input_ids) == 3 for word in words), "every known word is one token"
 
 
@@ -203,7 +202,10 @@ def test_autoencoder_is_sharp_enough(pipe):
 def test_shipped_pipeline_is_sdxl(pipe):
     assert next(pipe.unet.parameters()).dtype == torch.float32
     assert pipe.unet.config.addition_embed_type == "text_time"
-    assert not pipe.config.force_zeros_for_empty_prompt
+    assert pipe.config.force_zeros_for_empty_prompt
+    scheduler = pipe.scheduler
+    assert type(scheduler).__name__ == "EulerDiscreteScheduler"
+    assert (scheduler.config.timestep_spacing, scheduler.config.steps_offset) == ("leading", 1)
     image = pipe("a cat image in neon style", num_inference_steps=2, height=64, width=64, output_type="np").images[0]
     assert image.shape == (64, 64, 3) and np.isfinite(image).all()
 
