@@ -333,7 +333,7 @@ class Colours(Classifier):
         return None if names == ["ink style"] else "it knows \'ink style\' only"
 
     def grid(self, cfg, quick=False):
-        asked = [("target", "a house in ink style", "ink", CONCEPT), ("kept", "a house", "day", None)]
+        asked = [("target", "a house in ink style", "ink", CONCEPT), ("kept", "a house in popart style", "day", None)]
         samples = [EvaluationSample(part, prompt, seed, "house", style, concept)
                  for part, prompt, style, concept in asked for seed in (1, 2)]
         steps = cfg.evaluation.num_inference_steps
@@ -386,7 +386,14 @@ def test_a_format_a_metric_a_classifier_and_an_attack_are_one_file_and_one_line_
     """They reach help, refusals, planner, what a run leaves, its figures and card, and the relearning test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "run"
-    base = ("--concepts", "ink style", *QUICK[2:8], *QUICK[10:], "--retain.num_inference_steps", "2")
+    few = (*QUICK[2:8], *QUICK[12:], "--retain.num_inference_steps", "2")
+    base = (
+        "--concepts",
+        "ink style",
+        *few,
+        "--evaluation.num_inference_steps",
+        "8",
+    )  # enough for the colours of what was asked for
     chosen = (
         "--export.formats", "unet; names", "--evaluation.metrics", "UA; IRA; drawn",
         "--evaluation.classifier", "colours",

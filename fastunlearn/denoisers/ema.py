@@ -42,7 +42,7 @@ class Ema:
         early = (1 + self.updates) / (10 + self.updates)
         decay = min(self._decay, early) if self._warmup else self._decay
         for name, parameter in self._named.items():
-            self.mean[name].mul_(decay).add_(parameter.detach().float(), alpha=1.0 - decay)
+            self.mean[name].lerp_(parameter.detach().float(), 1.0 - decay)  # exact where nothing has changed
         self._called = self._in_dtype_of_the_model()
 
     def export(self) -> dict[str, Tensor]:

@@ -56,12 +56,12 @@ def test_what_is_not_erased_is_said_first_and_by_the_status(not_erased: tuple[Pa
 
 
 def test_it_stops_when_what_was_asked_for_holds_twice(tmp_path: Path) -> None:
-    done = run(tmp_path / "out", *EASILY, "--train.max_train_steps", "60")
+    done = run(tmp_path / "out", *EASILY, "--progress.in_a_row", "2", "--train.max_train_steps", "120")
     found = metrics(tmp_path / "out")
     if not found["progress"]["erased"]:
         pytest.fail(done.stderr)
-    assert done.returncode == 0 and found["progress"]["ended"] == "erased" and found["updates"] < 60
-    assert "of at most 60 updates" in done.stdout and "Erased: " in (tmp_path / "out" / "README.md").read_text()
+    assert done.returncode == 0 and found["progress"]["ended"] == "erased" and found["updates"] < 120
+    assert "of at most 120 updates" in done.stdout and "Erased: " in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("checkpoint", [2, 4, 5])

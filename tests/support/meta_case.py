@@ -90,7 +90,7 @@ def config_of(case: Case, world_size: int) -> Config:
                 "max_train_steps": 3, "train_batch_size": per_rank // case.accumulation, "learning_rate": RATE,
                 "gradient_accumulation_steps": case.accumulation, "max_grad_norm": CLIP if case.clip else 0.0,
             },
-            "kscu": {"start": 0, "uncond_gradient": False},
+            "kscu": {"start": 0, "uncond_gradient": False, "ema_decay": 0.0},
             "prompts": {"augment_fraction": 0.0},
             "sampler": {"num_inference_steps": 10},
             "optimizer": {"adam_epsilon": EPSILON},
