@@ -126,7 +126,10 @@ def config_of(case: Case, world_size: int) -> Config:
                 "learning_rate": case.step[1],
                 "max_grad_norm": CLIP if case.clip else 0.0,
             },
-            "kscu": {"start": 20, "uncond_gradient": False, "ema_decay": 0.0},
+            "kscu": {
+                "start": 20, "uncond_gradient": False, "ema_decay": 0.0,
+                "negative_guidance": 1.0, "negative_guidance_from": 0.0,
+            },
             "prompts": {"augment_fraction": 0.0},
             "sampler": {"num_inference_steps": 10},
             "optimizer": {"adam_epsilon": case.step[0]},
