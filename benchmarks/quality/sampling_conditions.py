@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 from markdown_table import markdown_table  # noqa: E402
 
-AS_TRAINED = {"negative_prompt": None, "guidance_scale": 5.0, "num_inference_steps": 20, "sampler": "euler"}
+USUAL = {"negative_prompt": None, "guidance_scale": 5.0, "num_inference_steps": 20, "sampler": "euler"}
 CONDITIONS: dict[str, dict[str, Any]] = {
     "Euler, 20 steps, guidance 5": {},
     'negative prompt ""': {"negative_prompt": ""},
@@ -63,7 +63,7 @@ def erased_shares(folder: Path, seeds: int, edited: bool = True) -> dict[str, fl
     look = classifier.load("cpu").look
     found = {}
     for name, changed in tqdm(CONDITIONS.items(), desc=folder.name, unit="condition"):
-        options = AS_TRAINED | changed
+        options = USUAL | changed
         pipe.scheduler = samplers[options.pop("sampler")]
         negative = options.pop("negative_prompt")
         images = []

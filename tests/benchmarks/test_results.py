@@ -51,3 +51,7 @@ def test_the_contents_lead_to_headings(page: Path) -> None:
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     links = re.findall(r"\(#([^)]*)\)", TEXTS[page])
     assert len(links) > 8 and set(links) <= anchors
+
+
+def test_there_are_contents() -> None:
+    assert sum(len(re.findall(r"\(#([^)]*)\)", text)) for text in TEXTS.values()) > 15

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken_updates import BROKEN, FUSED_RUNS, LIMIT, ZERO_RUNS, BrokenRun, broken_config, suffer_broken_updates
+from broken_updates import BROKEN, FUSED_RUNS, LIMIT, ZERO_RUNS, BrokenRun, suffer_broken_updates
 from launched import WORKERS, run_ranks
 from surgery_worker import build_broken_run
 
@@ -66,14 +66,13 @@ def test_a_short_run_that_trained_nothing_is_refused(finite: list[bool], refused
 
 def assert_skipped(case: BrokenRun, seen: list[dict[str, Any]]) -> None:
     """What engines have in common: counts, the end of the run, the rate, the average, and sound updates."""
-    cfg = broken_config(case)
     assert [update["skipped"] for update in seen] == [0, 1, 1, 2, 3]
     assert [bool(update["message"]) for update in seen] == [False, False, False, False, True]
     assert f"{LIMIT} updates in a row" in seen[-1]["message"] and "\n" not in seen[-1]["message"]
     for number, update in enumerate(seen):
         stepped = number not in BROKEN
         assert update["rate"] is stepped
-        assert update["average"] is (stepped and cfg.method_spec.average(cfg) is not None)
+        assert update["average"] is (stepped and (case.method == "sdd" or case.stage < 3))  # kscu: where it is whole
         if stepped:
             assert update["weights"] and update["moments"]
         elif case.engine == "zero":
